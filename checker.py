@@ -1,0 +1,250 @@
+"""Checker: the VLM that looks at a picture and tells which stated objects and relations hold.
+
+Its score is the intrinsic reward of RL-RIG (arXiv 2602.19974): no gold label is ever used. One
+question per object ("Is there a red circle?") and per triple ("Is the red circle left of the blue
+square?"); the answer is read from the logits of one forward pass, never from sampled text:
+
+    P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)      all spellings of both words
+    score  = 1/2 mean_objects P(yes) + 1/2 mean_triples P(yes)            in [0, 1]
+
+`extract` and `judge` measure rather than reward: scene-graph extraction after LAION-SG (arXiv
+2412.08580) and a VLM as a judge, the expectation over the ten digits.
+
+What a model must know of its task stands in the system message, the data in the user message.
+Differs from the paper: it leaves the form of the Checker's answer open; a probability carries more
+signal than a sampled yes (the reward within a group is rarely flat).
+
+    python checker.py picture.png "red circle left of blue square"
+"""
+
+from dataclasses import dataclass
+
+from sgiou import SceneGraph, parse_scene_graph
+
+VERDICT = "You check pictures. Answer the question about the picture with one word: yes or no."
+EXTRACT = (
+    'You list what a picture shows as JSON: {"objects":[...],"triples":[["subject","relation",'
+    '"object"],...]}. Use only the objects, pairs and relations named; leave out what is not there.'
+)
+JUDGE = "You grade pictures. Answer with one digit from 0 (nothing fits) to 9 (everything fits)."
+
+
+@dataclass(frozen=True)
+class Reflection:
+    """What the Checker saw in one picture.
+
+    probs: P(yes) per object, then per triple, in the graph's order; score: in [0, 1];
+    feedback: what fails, in words that the Actor reads ("" where all is well).
+    """
+
+    probs: tuple[float, ...]
+    score: float
+    feedback: str
+
+    @property
+    def satisfied(self):
+        """Whether every stated object and relation more likely holds than not."""
+        return all(prob >= 0.5 for prob in self.probs)
+
+
+def object_question(name):
+    """The question whose yes means that an object is in the picture."""
+    article = "an" if name[:1].lower() in "aeiou" else "a"
+    return f"Is there {article} {name}?"
+
+
+def triple_question(triple):
+    """The question whose yes means that a relation holds."""
+    subject, relation, object = triple
+    return f"Is the {subject} {relation} the {object}?"
+
+
+def extract_request(graph, relations):
+    """The user message of `extract`: the gold items, which pairs to relate, and the words."""
+    pairs = ", ".join(f"{subject} - {object}" for subject, _, object in graph.triples)
+    return (
+        f"Objects: {', '.join(graph.objects)}. Pairs: {pairs}. Relations: {', '.join(relations)}."
+    )
+
+
+def judge_request(prompt):
+    """The user message of `judge`."""
+    return f"How well does the picture fit: {prompt}?"
+
+
+def feedback(graph, probs):
+    """What fails at P(yes) < 0.5, as "missing: a, b. wrong: c left of d"; "" where nothing does."""
+    objects = probs[: len(graph.objects)]
+    triples = probs[len(graph.objects) :]
+    missing = [name for name, prob in zip(graph.objects, objects) if prob < 0.5]
+    wrong = [" ".join(triple) for triple, prob in zip(graph.triples, triples) if prob < 0.5]
+    parts = []
+    if missing:
+        parts.append("missing: " + ", ".join(missing))
+    if wrong:
+        parts.append("wrong: " + "; ".join(wrong))
+    return ". ".join(parts)
+
+
+def reflect(graph, probs):
+    """The `Reflection` of one picture from its P(yes) per object and triple."""
+    objects = probs[: len(graph.objects)]
+    triples = probs[len(graph.objects) :]
+    means = [sum(part) / len(part) for part in (objects, triples) if part]
+    return Reflection(tuple(probs), sum(means) / len(means), feedback(graph, probs))
+
+
+class Checker:
+    """A frozen `AutoModelForImageTextToText` with its processor.
+
+    Args:
+        model, processor: as `load` gives them; the model may be shared with the Actor, whose
+            adapter is off whenever the Actor does not run.
+        batch_size: questions a forward pass.
+        relations: relation words that `extract` may use; None takes each graph's own.
+    """
+
+    def __init__(self, model, processor, batch_size=64, relations=None):
+        self.model = model.eval()
+        self.processor = processor
+        self.processor.tokenizer.padding_side = "left"
+        self.batch_size = batch_size
+        self.relations = relations
+        self.yes = self.token_ids("yes")
+        self.no = self.token_ids("no")
+        self.digits = [self.token_ids(str(digit))[0] for digit in range(10)]
+
+    @classmethod
+    def load(cls, path, device="auto", dtype="auto", **settings):
+        """Loads a local folder or Hub id; auto is CUDA in bf16, else the CPU in fp32."""
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        model = AutoModelForImageTextToText.from_pretrained(
+            path, dtype=getattr(torch, dtype), use_safetensors=True
+        )
+        return cls(model.to(device), AutoProcessor.from_pretrained(path), **settings)
+
+    def token_ids(self, word):
+        """The ids of all spellings of a word that are one token. Raises ValueError if none is."""
+        tokenizer = self.processor.tokenizer
+        found = []
+        for spelling in (
+            word,
+            word.capitalize(),
+            word.upper(),
+            " " + word,
+            " " + word.capitalize(),
+        ):
+            ids = tokenizer.encode(spelling, add_special_tokens=False)
+            if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and ids[0] not in found:
+                found.append(ids[0])
+        if not found:
+            raise ValueError(
+                f"the Checker's tokenizer has no single token for {word!r}: use another model"
+            )
+        return found
+
+    def inputs(self, system, images, texts):
+        """Tokenised, left-padded model inputs of one user message per image."""
+        prompts = [
+            self.processor.apply_chat_template(
+                [
+                    {"role": "system", "content": [{"type": "text", "text": system}]},
+                    {
+                        "role": "user",
+                        "content": [{"type": "image"}, {"type": "text", "text": text}],
+                    },
+                ],
+                add_generation_prompt=True,
+            )
+            for text in texts
+        ]
+        batch = self.processor(
+            images=[[image] for image in images], text=prompts, padding=True, return_tensors="pt"
+        )
+        return batch.to(self.model.device, self.model.dtype)
+
+    def next_token_logits(self, system, images, texts):
+        """fp32 logits (B, V) of the first answer token to one question per image."""
+        import torch
+
+        logits = []
+        for start in range(0, len(texts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            with torch.no_grad():
+                output = self.model(
+                    **self.inputs(system, images[part], texts[part]), logits_to_keep=1
+                )
+            logits.append(output.logits[:, -1].float())
+        return torch.cat(logits)
+
+    def check(self, images, graphs):
+        """Reflects on each picture. Args: PIL images and one `SceneGraph` each.
+
+        All questions of all pictures are batched. Raises ValueError for a graph without objects.
+        """
+        asked, texts = [], []
+        for image, graph in zip(images, graphs, strict=True):
+            if not graph.objects:
+                raise ValueError(f"nothing to check: the graph {graph.id!r} names no object")
+            questions = [object_question(name) for name in graph.objects]
+            questions += [triple_question(triple) for triple in graph.triples]
+            asked += [image] * len(questions)
+            texts += questions
+        if not texts:
+            return []
+        logits = self.next_token_logits(VERDICT, asked, texts)
+        yes = logits[:, self.yes].logsumexp(-1)
+        no = logits[:, self.no].logsumexp(-1)
+        probs = (yes - no).sigmoid().tolist()
+        reflections = []
+        for graph in graphs:
+            count = len(graph.objects) + len(graph.triples)
+            reflections.append(reflect(graph, probs[:count]))
+            probs = probs[count:]
+        return reflections
+
+    def extract(self, images, graphs, max_new_tokens=256):
+        """The scene graph that the VLM writes down for each picture, as LAION-SG measures."""
+        import torch
+
+        answers = []
+        words = [self.relations or list({r: 0 for _, r, _ in graph.triples}) for graph in graphs]
+        texts = [extract_request(graph, word) for graph, word in zip(graphs, words, strict=True)]
+        for start in range(0, len(texts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            inputs = self.inputs(EXTRACT, images[part], texts[part])
+            with torch.no_grad():
+                ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+            completions = ids[:, inputs["input_ids"].shape[1] :]
+            answers += self.processor.batch_decode(completions, skip_special_tokens=True)
+        return [
+            parse_scene_graph(answer, graph.objects, word)
+            for answer, graph, word in zip(answers, graphs, words)
+        ]
+
+    def judge(self, images, prompts):
+        """How well each picture fits its prompt, in [0, 1]: the expected digit over nine."""
+        import torch
+
+        logits = self.next_token_logits(JUDGE, images, [judge_request(p) for p in prompts])
+        digits = torch.arange(10.0, device=logits.device)
+        return (logits[:, self.digits].softmax(-1) @ digits / 9).tolist()
+
+
+if __name__ == "__main__":
+    import sys
+
+    from PIL import Image
+
+    from sgiou import parse_prompt
+
+    relations = ["left of", "right of", "above", "below"]
+    graph: SceneGraph = parse_prompt(sys.argv[2], relations)
+    checker = Checker.load("tiny/models/vlm", relations=relations)
+    print(checker.check([Image.open(sys.argv[1])], [graph])[0])

@@ -1,0 +1,143 @@
+"""Configuration: YAML over dataclasses, `key=value` over YAML, one clear line for what is wrong.
+
+Every field's comment is its documentation. Nothing here imports a model library, so a typo in a
+key is told at once.
+"""
+
+import dataclasses
+import difflib
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+
+@dataclass
+class ModelConfig:
+    """One part of the loop: which model, and how it is run."""
+
+    model: str  # local folder or Hub id; parts that name the same one share its weights
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    dtype: str = "auto"  # auto: bfloat16 on cuda, float32 on cpu
+    batch_size: int = 64  # questions, completions or images at a time
+
+
+@dataclass
+class PipelineConfig(ModelConfig):
+    """The Diffuser or the Editor."""
+
+    call: dict = field(default_factory=dict)  # keyword arguments of the pipeline's call
+
+
+@dataclass
+class ActorConfig(ModelConfig):
+    """The Actor."""
+
+    max_new_tokens: int = 256  # longest completion
+    temperature: float = 1.0  # of sampling; 0 takes the likeliest token
+
+
+@dataclass
+class EvaluationConfig:
+    """What `eval.py` does."""
+
+    data: str  # LAION-SG JSON
+    limit: int = 300  # graphs, the first ones of the file; --full takes all
+    seed: int = 0  # of pictures and bootstrap
+    exact: bool = False  # measure by the pixel parser too: for pictures of the embedded world
+    actor_adapter: str = ""  # folder of the adapter that phase 1 trained
+    editor_adapter: str = ""  # folder of the adapter that phase 2 trained
+
+
+@dataclass
+class LoopConfig:
+    """What every entry point needs; training adds to it."""
+
+    diffuser: PipelineConfig
+    checker: ModelConfig
+    actor: ActorConfig
+    editor: PipelineConfig
+    relations: list[str]  # relation words that prompts and scene-graph extraction may use
+    rounds: int = 3  # most edits of a trajectory
+    evaluation: EvaluationConfig | None = None  # read by eval.py alone
+
+
+def load_config(path, schema, overrides=()):
+    """Reads a YAML file into the dataclass `schema`; `overrides` are "key.key=value" strings.
+
+    Raises ValueError, one line that names file and key, on anything unknown, missing or mistyped.
+    """
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"{path}: no YAML to read ({reason}); check path and content") from None
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise ValueError(f"override {override!r}: write it as key=value")
+        place = values
+        *parents, last = key.split(".")
+        for parent in parents:
+            place = place.get(parent) if isinstance(place, dict) else None
+        if not isinstance(place, dict):
+            raise ValueError(f"override {override!r}: {path} has no section {'.'.join(parents)!r}")
+        try:
+            place[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ValueError(f"override {override!r}: the value is no YAML; quote it") from None
+    config = _fill(schema, values, path, "")
+    for name in ("diffuser", "checker", "actor", "editor"):
+        _check_model(getattr(config, name).model, f"{path}: key '{name}.model'")
+    return config
+
+
+def _fill(schema, values, path, prefix):
+    if not isinstance(values, dict):
+        where = f"key '{prefix[:-1]}'" if prefix else "the file"
+        raise ValueError(f"{path}: {where} holds no keys; write 'key: value' lines")
+    hints = typing.get_type_hints(schema)
+    for key in values:
+        if key not in hints:
+            near = difflib.get_close_matches(str(key), hints, 1)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(hints)}"
+            raise ValueError(f"{path}: key '{prefix}{key}' is unknown; {hint}")
+    filled = {}
+    for entry in dataclasses.fields(schema):
+        key = f"{prefix}{entry.name}"
+        if entry.name in values:
+            filled[entry.name] = _convert(hints[entry.name], values[entry.name], path, key)
+        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
+            raise ValueError(f"{path}: key '{key}' is missing; add it")
+    return schema(**filled)
+
+
+def _convert(kind, value, path, key):
+    if dataclasses.is_dataclass(kind):
+        return _fill(kind, value, path, f"{key}.")
+    if isinstance(kind, types.UnionType):  # "str | None"
+        if value is None:
+            return None
+        kind = typing.get_args(kind)[0]
+    plain = typing.get_origin(kind) or kind
+    # YAML 1.1 reads 1e-6 as a string and 1 as an integer; both are meant as numbers.
+    if plain is float and type(value) in (str, int):
+        try:
+            return float(value)
+        except ValueError:
+            pass
+    inner = typing.get_args(kind)
+    if type(value) is not plain or (plain is list and any(type(v) is not inner[0] for v in value)):
+        wanted = f"a list of {inner[0].__name__}" if plain is list else plain.__name__
+        raise ValueError(f"{path}: key '{key}' is {value!r}; make it {wanted}")
+    return value
+
+
+def _check_model(model, where):
+    """A Hub id has one slash; what looks like a folder must be one."""
+    parts = Path(model).parts
+    hub_id = len(parts) == 2 and parts[0] not in (".", "..", "/") and not Path(parts[0]).exists()
+    if not Path(model).is_dir() and not hub_id:
+        raise ValueError(f"{where}: there is no folder {model!r}; give a model folder or a Hub id")

@@ -1,0 +1,84 @@
+"""Diffuser: the frozen text-to-image model that starts the Generate-Reflect-Edit loop.
+
+Any text-to-image pipeline of diffusers will do; a Kontext-type editing pipeline without an image
+is one too, so Diffuser and Editor can share theirs. Arguments of the pipeline's call (size, steps,
+guidance, text length) come from the YAML's `call:`, not from code.
+
+    python diffuser.py "red circle left of blue square" picture.png
+"""
+
+
+def text_problem(pipeline, prompt, max_length=None):
+    """Why a pipeline's text encoder cannot read a prompt (str), or None where it can.
+
+    Pipelines cut a prompt that is too long and read an unknown word as noise, both silently.
+    """
+    tokenizer = getattr(pipeline, "tokenizer_2", None) or pipeline.tokenizer
+    unknown = [
+        word
+        for word in prompt.replace(";", " ").split()
+        if tokenizer.unk_token_id is not None
+        and tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
+    ]
+    if unknown:
+        return f"the text encoder does not know {', '.join(map(repr, unknown))}"
+    length = len(tokenizer(prompt).input_ids)
+    limit = max_length or tokenizer.model_max_length
+    if length > limit:
+        return f"{length} tokens, and the text encoder takes {limit}"
+    return None
+
+
+class Diffuser:
+    """A frozen diffusers text-to-image pipeline.
+
+    Args:
+        pipeline: as `load` gives it; call: keyword arguments of its call; batch_size: images a call.
+    """
+
+    def __init__(self, pipeline, call=None, batch_size=64):
+        self.pipeline = pipeline
+        self.pipeline.set_progress_bar_config(disable=True)
+        self.call = call or {}
+        self.batch_size = batch_size
+
+    @classmethod
+    def load(cls, path, device="auto", dtype="auto", **settings):
+        """Loads a local folder or Hub id; auto is CUDA in bf16, else the CPU in fp32."""
+        import torch
+        from diffusers import DiffusionPipeline
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = "bfloat16" if device.startswith("cuda") else "float32"
+        pipeline = DiffusionPipeline.from_pretrained(
+            path, torch_dtype=getattr(torch, dtype), use_safetensors=True
+        )
+        return cls(pipeline.to(device), **settings)
+
+    def problem(self, prompt):
+        """Why the pipeline cannot read a prompt, as one clause, or None."""
+        return text_problem(self.pipeline, prompt, self.call.get("max_sequence_length"))
+
+    def generate(self, prompts, seeds):
+        """One PIL image per prompt and seed; it does not depend on what else is in the batch."""
+        import torch
+
+        images = []
+        for start in range(0, len(prompts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            # Noise drawn on the CPU is the same on every device.
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+            output = self.pipeline(prompt=prompts[part], generator=generators, **self.call)
+            images += output.images
+        return images
+
+
+if __name__ == "__main__":
+    import sys
+
+    call = {"height": 32, "width": 32, "max_area": 1024, "_auto_resize": False}
+    call |= {"num_inference_steps": 8, "max_sequence_length": 20}
+    diffuser = Diffuser.load("tiny/models/flow", call=call)
+    diffuser.generate([sys.argv[1]], [0])[0].save(sys.argv[2])

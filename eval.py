@@ -1,0 +1,287 @@
+"""Evaluation: every row of the table on the same held-out prompts and the same seeds.
+
+Rows, each with a 95% interval, paired by prompt, against the Diffuser alone and against the row it
+builds on:
+
+    Diffuser                one picture a prompt
+    best of N               N pictures, the Checker's choice, at the full loop's compute
+    loop, 1 round / full    Generate-Reflect-Edit with the untrained Actor and Editor
+
+Columns: SG-IoU, Entity-IoU and Relation-IoU after LAION-SG (arXiv 2412.08580), by the pixel parser
+(embedded world only) and by the VLM's extraction; the VLM as a judge; the share of things that an
+instruction does not name and that survive its edit; edits, flow-model evaluations and seconds a
+prompt. Compute is counted in tokens through the flow model, text and context image included.
+
+    python eval.py                # the first 300 test prompts of eval.yaml
+    python eval.py --full         # all of them
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import LoopConfig, load_config
+from loop import Trajectory, build
+from sgiou import SceneGraph, load_laion_sg, sg_iou
+
+RESAMPLES = 2000  # of the bootstrap
+EXACT = ("sg_iou", "entity_iou", "relation_iou")
+HEADINGS = {
+    "sg_iou": "SG-IoU",
+    "entity_iou": "Entity-IoU",
+    "relation_iou": "Relation-IoU",
+    "vlm_sg_iou": "SG-IoU (VLM)",
+    "vlm_entity_iou": "Entity-IoU (VLM)",
+    "vlm_relation_iou": "Relation-IoU (VLM)",
+    "judge": "Judge",
+    "checker": "Checker",
+    "kept": "Kept",
+    "edits": "Edits",
+}
+
+
+@dataclass
+class Row:
+    """One system's results: a value per prompt and column (NaN where it has none)."""
+
+    name: str
+    values: dict[str, list[float]]
+    builds_on: str | None
+    evaluations: float  # flow-model evaluations a prompt
+    tokens: float  # tokens through the flow model a prompt
+    seconds: float  # wall time a prompt, measuring left out
+
+
+class FlowMeter:
+    """Counts what passes through a pipeline's flow model: evaluations, tokens, and the seconds."""
+
+    def __init__(self, loop):
+        self.evaluations = 0
+        self.tokens = 0
+        self.began = time.perf_counter()
+        self.models = {
+            id(p): p for p in (loop.diffuser.pipeline.transformer, loop.editor.pipeline.transformer)
+        }
+
+    def __enter__(self):
+        self.hooks = [
+            model.register_forward_pre_hook(self.count, with_kwargs=True)
+            for model in self.models.values()
+        ]
+        return self
+
+    def __exit__(self, *_):
+        for hook in self.hooks:
+            hook.remove()
+        self.seconds = time.perf_counter() - self.began
+
+    def count(self, _, arguments, keywords):
+        hidden = keywords.get("hidden_states", arguments[0] if arguments else None)
+        text = keywords.get("encoder_hidden_states")
+        self.evaluations += hidden.shape[0]
+        # Packed latents are (B, tokens, C), unpacked ones (B, C, H, W).
+        tokens = hidden.shape[1] if hidden.ndim == 3 else hidden.shape[2:].numel()
+        self.tokens += hidden.shape[0] * (tokens + (text.shape[1] if text is not None else 0))
+
+
+def measure(loop, graphs, images, exact):
+    """Column -> a value per picture, by the VLM and, if `exact`, by the pixel parser."""
+    values = {}
+    if exact:
+        from tiny.world import exact_graph, parse
+
+        seen = [
+            SceneGraph(*exact_graph(things, graph)) for things, graph in zip(parse(images), graphs)
+        ]
+        scores = [sg_iou(pred, gold) for pred, gold in zip(seen, graphs)]
+        values |= {name: [score[name] for score in scores] for name in EXACT}
+    scores = [
+        sg_iou(pred, gold) for pred, gold in zip(loop.checker.extract(images, graphs), graphs)
+    ]
+    values |= {f"vlm_{name}": [score[name] for score in scores] for name in EXACT}
+    values["judge"] = loop.checker.judge(images, [graph.prompt() for graph in graphs])
+    return values
+
+
+def kept_share(trajectory):
+    """Of the things that instructions did not name, the share still in place (2 px) after the edit.
+
+    NaN where nothing was edited. By the pixel parser: embedded world only.
+    """
+    from tiny.world import parse
+
+    total, kept = 0, 0
+    pictures = parse([step.image for step in trajectory.steps])
+    for step, before, after in zip(trajectory.steps, pictures, pictures[1:]):
+        if step.instruction in (None, "none"):
+            continue
+        for thing in before:
+            if thing.name not in step.instruction:
+                total += 1
+                kept += any(
+                    other.name == thing.name
+                    and max(abs(other.x - thing.x), abs(other.y - thing.y)) <= 2
+                    for other in after
+                )
+    return kept / total if total else math.nan
+
+
+def row(name, loop, trajectories, meters, exact, builds_on=None):
+    """Measures the best picture of every trajectory."""
+    graphs = [trajectory.graph for trajectory in trajectories]
+    values = measure(loop, graphs, [t.best.image for t in trajectories], exact)
+    values["checker"] = [t.best.reflection.score for t in trajectories]
+    if exact:
+        values["kept"] = [kept_share(t) for t in trajectories]
+    values["edits"] = [
+        sum(step.instruction not in (None, "none") for step in t.steps[:-1]) for t in trajectories
+    ]
+    count = len(graphs)
+    return Row(
+        name=name,
+        values=values,
+        builds_on=builds_on,
+        evaluations=sum(meter.evaluations for meter in meters) / count,
+        tokens=sum(meter.tokens for meter in meters) / count,
+        seconds=sum(meter.seconds for meter in meters) / count,
+    )
+
+
+def best_of(loop, trajectories, n):
+    """Up to n - 1 further pictures of the Diffuser for each prompt, until the Checker is satisfied.
+
+    The pictures stand as steps of a trajectory, so that the best one is chosen as the loop's is.
+    """
+    trajectories = [Trajectory(t.graph, t.seed, list(t.steps[:1])) for t in trajectories]
+    for number in range(1, n):
+        active = [t for t in trajectories if not t.steps[-1].reflection.satisfied]
+        if not active:
+            break
+        seeds = [t.seed + 1_000_003 * number for t in active]
+        for trajectory, more in zip(active, loop.start([t.graph for t in active], seeds)):
+            trajectory.steps.append(more.steps[0])
+    return trajectories
+
+
+def bootstrap(values, others=None):
+    """(mean, low, high): the mean and its 95% percentile-bootstrap interval.
+
+    With `others`, of the paired differences. Prompts that lack a value in either are left out.
+    """
+    import numpy as np
+
+    values = np.array(values) - (np.array(others) if others is not None else 0)
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return math.nan, math.nan, math.nan
+    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def evaluate(loop, graphs, seed, exact, progress):
+    """All rows. Args: progress: called with a row's name before it runs."""
+    seeds = [seed + number for number in range(len(graphs))]
+    progress("Diffuser")
+    with FlowMeter(loop) as generation:
+        first = loop.start(graphs, seeds)
+    rows = [row("Diffuser", loop, first, [generation], exact)]
+
+    progress("loop, 1 round")
+    trajectories = [Trajectory(t.graph, t.seed, list(t.steps)) for t in first]
+    with FlowMeter(loop) as one:
+        loop.advance(trajectories)
+    one_round = row("loop, 1 round", loop, trajectories, [generation, one], exact, "Diffuser")
+
+    progress("loop, full")
+    with FlowMeter(loop) as more:
+        for _ in range(loop.rounds - 1):
+            loop.advance(trajectories)
+    full = row("loop, full", loop, trajectories, [generation, one, more], exact, "loop, 1 round")
+
+    # The loop's dearest trajectory: one generation and `rounds` edits, in tokens.
+    edits = one_round.values["edits"]
+    edit = one.tokens / max(sum(edits), 1)
+    n = math.ceil(
+        (generation.tokens / len(graphs) + loop.rounds * edit) / (generation.tokens / len(graphs))
+    )
+    progress(f"best of {n}")
+    with FlowMeter(loop) as again:
+        sampled = best_of(loop, first, n)
+    rows.append(row(f"best of {n}", loop, sampled, [generation, again], exact, "Diffuser"))
+    return [*rows, one_round, full], trajectories
+
+
+def table(rows):
+    """The results in Markdown."""
+    columns = [name for name in HEADINGS if name in rows[0].values]
+    lines = [
+        "| | " + " | ".join(HEADINGS[name] for name in columns) + " | flow evals | s/prompt |",
+        "|---" * (len(columns) + 3) + "|",
+    ]
+    for result in rows:
+        cells = [bootstrap(result.values[name])[0] for name in columns]
+        shown = ["–" if math.isnan(cell) else f"{cell:.3f}" for cell in cells]
+        shown += [f"{result.evaluations:.1f}", f"{result.seconds:.2f}"]
+        lines.append(f"| {result.name} | " + " | ".join(shown) + " |")
+    main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
+    lines += ["", f"{HEADINGS[main]}, with 95% intervals of the paired bootstrap:", ""]
+    lines += ["| | mean | against Diffuser | against the row it builds on |", "|---|---|---|---|"]
+    by_name = {result.name: result for result in rows}
+    for result in rows:
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(result.values[main]))]
+        for other in (rows[0] if result is not rows[0] else None, by_name.get(result.builds_on)):
+            if other is None:
+                cells.append("–")
+                continue
+            difference = bootstrap(result.values[main], other.values[main])
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
+        lines.append(f"| {result.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Evaluates the loop on held-out prompts.")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the YAML's values")
+    parser.add_argument("--config", default="eval.yaml")
+    parser.add_argument("--full", action="store_true", help="all prompts of the file")
+    parser.add_argument("--out", default="runs/eval", help="folder for table.md and results.json")
+    arguments = parser.parse_args()
+    try:
+        config = load_config(arguments.config, LoopConfig, arguments.overrides)
+        settings = config.evaluation
+        if settings is None:
+            raise ValueError(f"{arguments.config}: key 'evaluation' is missing; add it")
+        graphs = load_laion_sg(settings.data, None if arguments.full else settings.limit)
+        if not graphs:
+            raise ValueError(f"{settings.data}: holds no scene graph with relations")
+        loop = build(config)
+    except ValueError as error:
+        sys.exit(f"eval.py: {error}")
+    from tqdm import tqdm
+
+    if settings.exact and any(len(graph.objects) == 0 for graph in graphs):
+        sys.exit(f"eval.py: {settings.data}: a graph names no object")
+    bar = tqdm(total=4, desc="evaluating", unit="row")
+
+    def progress(name):
+        bar.set_postfix_str(name)
+        bar.update()
+
+    rows, _ = evaluate(loop, graphs, settings.seed, settings.exact, progress)
+    bar.close()
+    folder = Path(arguments.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    text = table(rows)
+    (folder / "table.md").write_text(text + "\n")
+    results = [vars(result) for result in rows]
+    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{len(graphs)} prompts of {settings.data}\n\n{text}\n\n{folder / 'table.md'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,211 @@
+"""Generate-Reflect-Edit: the loop of RL-RIG (arXiv 2602.19974).
+
+    image = diffuser.generate(prompt)
+    reflection = checker.check(image)
+    repeat up to `rounds` times, unless the Checker is satisfied:
+        thought, instruction = actor.propose(image, prompt, reflection)
+        image = editor.edit(image, instruction)
+        reflection = checker.check(image)
+    the answer is the best-scored image of the whole trajectory, never simply the last
+
+`build` loads the parts that a config names (those that name the same model share its weights);
+training and evaluation use it too.
+
+    python loop.py "red circle left of blue square; green triangle above red circle"
+"""
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from config import LoopConfig, load_config
+from report import story, strip, tell
+from sgiou import SceneGraph, load_laion_sg, parse_prompt
+
+
+@dataclass
+class Step:
+    """One picture of a trajectory, and what the Actor made of it (nothing, for the last one)."""
+
+    image: object  # PIL image
+    reflection: object  # Checker's `Reflection`
+    thought: str = ""
+    instruction: str | None = None  # "none": the Actor wanted no edit; None: malformed, or last
+
+
+@dataclass
+class Trajectory:
+    """All pictures made for one scene graph, in order."""
+
+    graph: SceneGraph
+    seed: int
+    steps: list[Step]
+
+    @property
+    def best(self):
+        """The best-scored step, the earliest of equals."""
+        return max(self.steps, key=lambda step: step.reflection.score)
+
+
+class Loop:
+    """The four parts, composed. Args: the parts; rounds: most edits of a trajectory."""
+
+    def __init__(self, diffuser, checker, actor, editor, rounds=3):
+        self.diffuser = diffuser
+        self.checker = checker
+        self.actor = actor
+        self.editor = editor
+        self.rounds = rounds
+
+    def run(self, graphs, seeds):
+        """Generates, reflects and edits. Args: `SceneGraph`s and one seed each. -> Trajectories."""
+        trajectories = self.start(graphs, seeds)
+        for _ in range(self.rounds):
+            self.advance(trajectories)
+        return trajectories
+
+    def start(self, graphs, seeds):
+        """Generate and reflect: trajectories of one step."""
+        images = self.diffuser.generate([graph.prompt() for graph in graphs], seeds)
+        reflections = self.checker.check(images, graphs)
+        return [
+            Trajectory(graph, seed, [Step(image, reflection)])
+            for graph, seed, image, reflection in zip(graphs, seeds, images, reflections)
+        ]
+
+    def advance(self, trajectories):
+        """One round: edit and reflect on every trajectory whose last picture does not satisfy."""
+        active = [t for t in trajectories if not t.steps[-1].reflection.satisfied]
+        if not active:
+            return
+        last = [t.steps[-1] for t in active]
+        proposals = self.actor.propose(
+            [step.image for step in last],
+            [t.graph for t in active],
+            [step.reflection for step in last],
+            seed=active[0].seed * 1000 + len(active[0].steps),
+        )
+        edited = []
+        for trajectory, step, thought, instruction in zip(
+            active, last, proposals.thoughts, proposals.instructions
+        ):
+            step.thought = thought
+            step.instruction = instruction
+            if instruction in (None, "none"):
+                trajectory.steps.append(Step(step.image, step.reflection))  # nothing was edited
+            else:
+                edited.append(trajectory)
+        images = self.editor.edit(
+            [t.steps[-1].image for t in edited],
+            [t.steps[-1].instruction for t in edited],
+            [t.seed + 1_000_003 * len(t.steps) for t in edited],
+        )
+        reflections = self.checker.check(images, [t.graph for t in edited])
+        for trajectory, image, reflection in zip(edited, images, reflections):
+            trajectory.steps.append(Step(image, reflection))
+
+
+def build(config):
+    """Loads the four parts of a `LoopConfig`; parts with the same model share its weights."""
+    # Without torchvision transformers warns at every import that it falls back to PIL: as planned.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from actor import Actor
+    from checker import Checker
+    from diffuser import Diffuser
+    from editor import Editor
+
+    diffuser_settings = {"call": config.diffuser.call, "batch_size": config.diffuser.batch_size}
+    editor_settings = {"call": config.editor.call, "batch_size": config.editor.batch_size}
+    checker_settings = {"relations": config.relations, "batch_size": config.checker.batch_size}
+    actor_settings = {
+        "max_new_tokens": config.actor.max_new_tokens,
+        "temperature": config.actor.temperature,
+        "batch_size": config.actor.batch_size,
+    }
+    diffuser = _load(Diffuser, "diffuser", config.diffuser, diffuser_settings)
+    if _weights(config.editor) == _weights(config.diffuser):
+        editor = Editor(diffuser.pipeline, **editor_settings)
+    else:
+        editor = _load(Editor, "editor", config.editor, editor_settings)
+    checker = _load(Checker, "checker", config.checker, checker_settings)
+    if _weights(config.actor) == _weights(config.checker):
+        actor = Actor(checker.model, checker.processor, **actor_settings)
+    else:
+        actor = _load(Actor, "actor", config.actor, actor_settings)
+    return Loop(diffuser, checker, actor, editor, config.rounds)
+
+
+def _weights(part):
+    return (part.model, part.device, part.dtype)
+
+
+def _load(kind, name, part, settings):
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        return kind.load(*_weights(part), **settings)
+    except (OSError, ValueError, ImportError, AttributeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"key '{name}.model': cannot load {part.model!r}: {reason}") from None
+
+
+def write(trajectory, folder):
+    """Writes every image, the strip, story.json and story.txt into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, step in enumerate(trajectory.steps):
+        step.image.save(folder / f"image_{number}.png")
+    strip(trajectory).save(folder / "strip.png")
+    (folder / "story.json").write_text(json.dumps(tell(trajectory), indent=1) + "\n")
+    (folder / "story.txt").write_text(story(trajectory) + "\n")
+
+
+def read_prompts(path, relations):
+    """Scene graphs from a LAION-SG file (.json) or a text file, a prompt a line."""
+    if path.endswith(".json"):
+        return load_laion_sg(path)
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); check the path") from None
+    return [parse_prompt(line, relations) for line in lines if line.strip()]
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, pictures out.")
+    parser.add_argument("prompt", nargs="?", help='"red circle left of blue square; ..."')
+    parser.add_argument("--prompts", help="a file instead: a prompt a line, or LAION-SG JSON")
+    parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
+    parser.add_argument("--rounds", type=int, help="most edits of a picture")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", default="out", help="folder for pictures and stories")
+    arguments = parser.parse_args()
+    if (arguments.prompt is None) == (arguments.prompts is None):
+        parser.error("give either a prompt or --prompts FILE")
+    try:
+        config = load_config(arguments.config, LoopConfig)
+        if arguments.prompts:
+            graphs = read_prompts(arguments.prompts, config.relations)
+        else:
+            graphs = [parse_prompt(arguments.prompt, config.relations)]
+        if arguments.rounds is not None:
+            config.rounds = arguments.rounds
+        loop = build(config)
+        for graph in graphs:
+            if problem := loop.diffuser.problem(graph.prompt()):
+                raise ValueError(f"prompt {graph.prompt()!r}: {problem}")
+    except ValueError as error:
+        sys.exit(f"loop.py: {error}")
+    seeds = [arguments.seed + number for number in range(len(graphs))]
+    for number, trajectory in enumerate(loop.run(graphs, seeds)):
+        folder = Path(arguments.out) / (f"{number:04d}" if len(graphs) > 1 else "")
+        write(trajectory, folder)
+        print(story(trajectory), f"\n\n  {folder / 'strip.png'}\n")
+
+
+if __name__ == "__main__":
+    main()

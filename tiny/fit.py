@@ -1,0 +1,104 @@
+"""Trains one model: optimizers, moving average, schedule, checkpoints that a kill cannot break.
+
+A step's data depend on the seed and the step alone, so a run that was killed goes on from its last
+checkpoint as if nothing had happened.
+"""
+
+import json
+import os
+import random
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from tqdm import tqdm
+
+WORK = Path(__file__).parent / "work"  # checkpoints; not shipped
+SEED = 0
+MUON = 8  # Muon's learning rate over AdamW's
+
+
+def optimizers(modules, learning_rate):
+    """Muon for the matrices inside the blocks, AdamW for embeddings, modulations and vectors."""
+    matrices, others = [], []
+    for name, parameter in modules.named_parameters():
+        inner = parameter.ndim == 2 and ("block" in name or "layers" in name)
+        inner = inner and "norm" not in name and "bias" not in name
+        (matrices if inner else others).append(parameter)
+    found = [torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+    if matrices:
+        muon = torch.optim.Muon(
+            matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
+        )
+        found.append(muon)
+    return found
+
+
+def save_checkpoint(folder, step, modules, average, optimizers):
+    """Writes weights, their average and the optimizers' state aside, then renames."""
+    tensors = {f"weight.{name}": value for name, value in modules.state_dict().items()}
+    tensors |= {f"average.{name}": value for name, value in average.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            for key, value in state.items():
+                tensors[f"optimizer.{number}.{index}.{key}"] = torch.as_tensor(value)
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
+    save_file(tensors, folder / "aside.safetensors", metadata={"step": json.dumps(step)})
+    os.replace(folder / "aside.safetensors", folder / "checkpoint.safetensors")
+
+
+def load_checkpoint(folder, modules, average, optimizers):
+    """Restores what `save_checkpoint` wrote; returns the step to go on from (0 if none)."""
+    path = folder / "checkpoint.safetensors"
+    if not path.exists():
+        return 0
+    with safe_open(path, "pt") as file:
+        step = json.loads(file.metadata()["step"])
+    tensors = load_file(path)
+
+    def part(prefix):
+        return {k[len(prefix) :]: v for k, v in tensors.items() if k.startswith(prefix)}
+
+    modules.load_state_dict(part("weight."))
+    average.update(part("average."))
+    for number, optimizer in enumerate(optimizers):
+        state = {}
+        for name, value in part(f"optimizer.{number}.").items():
+            index, key = name.split(".")
+            state.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    return step
+
+
+def fit(stage, modules, loss_of, steps, learning_rate, save):
+    """Minimises `loss_of(rng, step)`; saves the moving average of the weights with `save()`."""
+    folder = WORK / stage
+    chosen = optimizers(modules, learning_rate)
+    average = {name: value.clone() for name, value in modules.state_dict().items()}
+    first = load_checkpoint(folder, modules, average, chosen)
+    bar = tqdm(range(first, steps), desc=stage, initial=first, total=steps, mininterval=5)
+    for step in bar:
+        # Warm-up over 200 steps, then constant, then linear to zero over the last third.
+        rate = learning_rate * min(1, (step + 1) / 200, (steps - step) / (steps / 3))
+        torch.manual_seed(SEED * 1_000_003 + step)
+        loss, shown = loss_of(random.Random(f"{SEED} {stage} {step}"), step)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
+        for optimizer in chosen:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * (MUON if "ns_steps" in group else 1)
+            optimizer.step()
+        modules.zero_grad(set_to_none=True)
+        decay = min(0.999, (step + 1) / (step + 100))
+        with torch.no_grad():
+            for name, value in modules.state_dict().items():
+                average[name].lerp_(value, 1 - decay)
+        if step % 20 == 0:
+            bar.set_postfix(shown)
+        if (step + 1) % 250 == 0 or step + 1 == steps:
+            save_checkpoint(folder, step + 1, modules, average, chosen)
+            tqdm.write(f"{stage} {step + 1} {shown}")
+    modules.load_state_dict(average)
+    save()

@@ -1,0 +1,187 @@
+"""What the embedded VLM is taught: pictures with faults, and everything one can ask about them.
+
+The texts are those of `checker.py` and `actor.py`; the answers come from the exact parser. That is
+pre-training, as a real VLM has seen captioned pictures; no label enters the RL.
+"""
+
+import json
+import random
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+import models
+import world
+from lessons import free_cells, perform, random_instruction
+from world import GROUND, NAMES, OPPOSITE, RELATIONS, SPRITE
+
+import actor
+import checker
+from sgiou import SceneGraph
+
+NOISE = 0.35  # share of the Actor's model answers with a fault of judgement in them
+
+
+def faulty_picture(rng, split="train"):
+    """A drawn picture and the graph it should show: (array, `SceneGraph`).
+
+    The scene that made the graph then suffers up to three accidents: a thing moved, changed, lost,
+    added, doubled, or half erased.
+    """
+    triples = None
+    while triples is None:
+        things = world.random_scene(rng, rng.choices((2, 3, 4), (2, 4, 4))[0], split)
+        triples = world.random_triples(rng, things)
+    graph = SceneGraph([thing.name for thing in things], triples)
+    erased = []
+    for _ in range(rng.choices((0, 1, 2, 3), (2, 3, 3, 2))[0]):
+        accident = rng.choices(("edit", "move", "double", "erase"), (2, 5, 1, 1))[0]
+        if accident == "edit" and len(things) > 1:
+            things = perform(rng, things, random_instruction(rng, things)) or things
+        elif accident == "move" and things:
+            thing = rng.choice(things)
+            rest = [other for other in things if other != thing]
+            things = [*rest, world.place(rng, thing.name, rng.choice(free_cells(things)))]
+        elif accident == "double" and things:
+            things = [
+                *things,
+                world.place(rng, rng.choice(things).name, rng.choice(free_cells(things))),
+            ]
+        elif accident == "erase" and things:
+            erased.append(rng.choice(things))
+    image = world.render(things)
+    for thing in erased:
+        top, left = rng.choice(((0, 0), (3, 0), (0, 3)))
+        bottom, right = (3, SPRITE) if (top, left) == (0, 0) else (SPRITE, SPRITE)
+        image[thing.y + top : thing.y + bottom, thing.x + left : thing.x + right] = GROUND
+    return image, graph
+
+
+def count(things, name):
+    return sum(thing.name == name for thing in things)
+
+
+def shows(things, triple):
+    """Whether a picture shows a triple: each of the two things exactly once, and so related."""
+    subject, word, object = triple
+    found = {thing.name: thing for thing in things}
+    if count(things, subject) != 1 or count(things, object) != 1:
+        return False
+    return world.relation(found[subject], found[object]) == word
+
+
+def verdict(holds):
+    return "yes" if holds else "no"
+
+
+def drill(rng, things):
+    """Questions the system never asks, which teach to see: list all, and where is one thing?"""
+    listed = " ; ".join(f"{thing.name} {world.cell_of(thing)}" for thing in things)
+    yield "list what you see.", listed or "nothing", 0.4
+    for name in rng.sample([thing.name for thing in things], min(2, len(things))):
+        if count(things, name) == 1:
+            cell = next(world.cell_of(thing) for thing in things if thing.name == name)
+            yield f"where is the {name}?", str(cell), 1.0
+
+
+def questions(rng, things, graph):
+    """(user message, answer, weight) of all that is asked about one picture.
+
+    Args: things: as the exact parser finds them; graph: what the picture should show.
+    """
+    for name in [*graph.objects, rng.choice(NAMES)]:
+        yield checker.object_question(name), verdict(count(things, name) == 1), 1.0
+    names = sorted({thing.name for thing in things})
+    extra = []
+    for _ in range(3 if len(names) > 1 else 0):
+        subject, object = rng.sample(names, 2)
+        extra.append((subject, rng.choice(RELATIONS), object))
+    for triple in [*graph.triples, *extra]:
+        yield checker.triple_question(triple), verdict(shows(things, triple)), 1.0
+    held = [shows(things, triple) for triple in graph.triples]
+    digit = round(9 * sum(held) / len(held))
+    yield checker.judge_request(graph.prompt()), str(digit), 1.0
+    yield checker.extract_request(graph, RELATIONS), extraction(things, graph), 0.15
+    yield actor.request(graph, verdicts(rng, things, graph)), repair(rng, things, graph), 0.3
+
+
+def extraction(things, graph):
+    """The JSON that `Checker.extract` hopes for."""
+    objects, triples = world.exact_graph(things, graph)
+    named = [name for name in graph.objects if name in objects]
+    listed = {"objects": named, "triples": list(dict.fromkeys(triples))}
+    return json.dumps(listed, separators=(",", ":"))
+
+
+def verdicts(rng, things, graph):
+    """The Checker's feedback, a twentieth of its verdicts wrong."""
+    holds = [count(things, name) == 1 for name in graph.objects]
+    holds += [shows(things, triple) for triple in graph.triples]
+    return checker.feedback(graph, [float(held != (rng.random() < 0.05)) for held in holds])
+
+
+def repair(rng, things, graph):
+    """A model answer of the Actor, NOISE of them with a fault of judgement."""
+    thought, instruction = sound_repair(rng, things, graph)
+    if rng.random() < NOISE:
+        subject, word, object = rng.choice(graph.triples)
+        fault = rng.choice(("word", "word", "thing", "any"))
+        if fault == "word":
+            instruction = f"move the {subject} {rng.choice(RELATIONS)} the {object}"
+        elif fault == "thing":
+            subject = rng.choice([name for name in graph.objects if name != object])
+            instruction = f"move the {subject} {word} the {object}"
+        else:
+            subject, object = rng.sample(graph.objects, 2)
+            instruction = f"move the {subject} {rng.choice(RELATIONS)} the {object}"
+    return f"<think>{thought}</think><edit>{instruction}</edit>"
+
+
+def sound_repair(rng, things, graph):
+    """(thought, instruction) that would mend one fault of the picture, if it can be done."""
+    problems = [("object", name) for name in graph.objects if count(things, name) != 1]
+    problems += [
+        ("triple", triple)
+        for triple in graph.triples
+        if not shows(things, triple)
+        and count(things, triple[0]) == 1
+        and count(things, triple[2]) == 1
+    ]
+    if not problems:
+        return "nothing is wrong", "none"
+    kind, problem = rng.choice(problems)
+    if kind == "triple":
+        subject, word, object = problem
+        found = {thing.name: thing for thing in things}
+        actual = world.relation(found[subject], found[object])
+        thought = f"the {subject} is {actual or 'not ' + word} the {object}"
+        if rng.random() < 0.15:
+            return thought, f"swap the {subject} and the {object}"
+        if rng.random() < 0.5:
+            return thought, f"move the {subject} {word} the {object}"
+        return thought, f"move the {object} {OPPOSITE[word]} the {subject}"
+    if count(things, problem) > 1:
+        return f"the {problem} is there twice", f"remove the {problem}"
+    thought = f"the {problem} is missing"
+    for subject, word, object in graph.triples:
+        if problem == subject:
+            return thought, f"add a {subject} {word} the {object}"
+        if problem == object:
+            return thought, f"add a {object} {OPPOSITE[word]} the {subject}"
+    return thought, f"add a {problem} above the {graph.objects[0]}"
+
+
+def vocabulary():
+    """Every token of the texts above, found by asking a few thousand questions."""
+    rng = random.Random(0)
+    words = {str(number) for number in range(world.GRID**2)} | {"change", "to"}
+    for _ in range(1000):
+        image, graph = faulty_picture(rng)
+        things = world.random_scene(rng, 4)
+        if rng.random() < 0.3:
+            things = [world.place(rng, name, 0) for name in graph.objects * 2]
+        for asked in (drill(rng, things), questions(rng, things, graph)):
+            for text, answer, _ in asked:
+                words.update(re.findall(models.TOKEN, f"{text} {answer} nothing".lower()))
+    return sorted(words - {"<image>", "<answer>"})

@@ -1,0 +1,230 @@
+"""The embedded world: 32 x 32 pictures of coloured shapes, small enough to be measured exactly.
+
+A scene is a list of `Thing`s (name, x, y), each a 6 x 6 sprite in a cell of a 4 x 4 grid with one
+pixel of jitter. `render` draws a scene, `parse` finds the things in any picture again, and
+`exact_graph` says which relations a picture shows. The parser is the project's *measure* (and
+labels pre-training pictures); it is never a reward.
+
+The data come in LAION-SG's JSON format. A graph belongs to one split by its set of objects, so
+validation and test show combinations of objects that no training picture holds.
+
+    python tiny/world.py          # writes tiny/data/{train,val,test}.json, the same bytes each time
+"""
+
+import json
+import random
+import zlib
+from collections import namedtuple
+from itertools import combinations
+from pathlib import Path
+
+GRID = 4  # cells a side
+CELL = 8  # pixels a cell
+SIZE = GRID * CELL  # pixels a side
+SPRITE = 6  # pixels a thing's side
+JITTER = (1, 2)  # offset of a sprite inside its cell, pixels
+MARGIN = 4  # pixels by which one axis must dominate for a relation to hold
+FOUND = 0.7  # IoU with a sprite from which the parser accepts a thing
+
+GROUND = (245, 245, 245)
+COLORS = {
+    "red": (220, 40, 45),
+    "green": (35, 165, 80),
+    "blue": (45, 85, 230),
+    "yellow": (250, 200, 30),
+}
+SHAPES = {  # width of each of the six rows
+    "circle": (2, 4, 6, 6, 4, 2),
+    "square": (6, 6, 6, 6, 6, 6),
+    "triangle": (2, 2, 4, 4, 6, 6),
+}
+NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
+OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
+RELATIONS = list(OPPOSITE)
+
+Thing = namedtuple("Thing", "name x y")  # x, y: the sprite's top left corner, pixels
+
+
+def sprite(shape):
+    """The (6, 6) boolean mask of a shape, as nested lists."""
+    rows = []
+    for width in SHAPES[shape]:
+        left = (SPRITE - width) // 2
+        rows.append([left <= column < left + width for column in range(SPRITE)])
+    return rows
+
+
+def render(things):
+    """Draws things in order (later over earlier); returns a (32, 32, 3) uint8 array."""
+    import numpy as np
+
+    image = np.empty((SIZE, SIZE, 3), np.uint8)
+    image[:] = GROUND
+    for thing in things:
+        color, shape = thing.name.split()
+        mask = np.array(sprite(shape))
+        image[thing.y : thing.y + SPRITE, thing.x : thing.x + SPRITE][mask] = COLORS[color]
+    return image
+
+
+def parse(images):
+    """Finds the things in pictures.
+
+    Every pixel takes the nearest palette colour; a thing is found where the pixels of a colour
+    agree with a sprite (IoU >= 0.7), best first, no two of them closer than four pixels.
+
+    Args: images: PIL images, 32 x 32, or an (N, 32, 32, 3) uint8 array.
+    Returns: one list of `Thing`s per image, in reading order.
+    """
+    import numpy as np
+    import torch
+
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float()
+    palette = torch.tensor([GROUND, *COLORS.values()], dtype=torch.float32)
+    nearest = torch.cdist(pixels.flatten(1, 2), palette).argmin(-1)  # (N, 1024)
+    nearest = nearest.view(-1, SIZE, SIZE)
+    masks = torch.stack([nearest == i + 1 for i in range(len(COLORS))], 1)  # (N, colours, 32, 32)
+    masks = masks.float().flatten(0, 1)[:, None]
+    sprites = torch.tensor([sprite(shape) for shape in SHAPES]).float()[
+        :, None
+    ]  # (shapes, 1, 6, 6)
+    overlap = torch.nn.functional.conv2d(masks, sprites)  # (N * colours, shapes, 27, 27)
+    area = torch.nn.functional.conv2d(masks, torch.ones(1, 1, SPRITE, SPRITE))
+    iou = overlap / (area + sprites.sum((1, 2, 3))[:, None, None] - overlap)
+    iou = iou.unflatten(0, (-1, len(COLORS))).flatten(1, 2)  # (N, 12 names, 27, 27)
+
+    found = [[] for _ in images]
+    candidates = (iou >= FOUND).nonzero()
+    scores = iou[tuple(candidates.T)]
+    for index in scores.argsort(descending=True, stable=True).tolist():
+        image, name, y, x = candidates[index].tolist()
+        if all(max(abs(other.x - x), abs(other.y - y)) >= 4 for other in found[image]):
+            found[image].append(Thing(NAMES[name], x, y))
+    return [sorted(things, key=lambda thing: (thing.y // CELL, thing.x)) for things in found]
+
+
+def relation(subject, object):
+    """The relation word between two things by the dominant axis, or None where neither wins."""
+    dx = object.x - subject.x
+    dy = object.y - subject.y
+    if abs(dx) - abs(dy) >= MARGIN:
+        return "left of" if dx > 0 else "right of"
+    if abs(dy) - abs(dx) >= MARGIN:
+        return "above" if dy > 0 else "below"
+    return None
+
+
+def exact_graph(things, gold):
+    """What a parsed picture shows of a gold graph, as (objects, triples).
+
+    For each gold (subject, object) pair the relation found, one triple per pair of copies, so
+    contradictory duplicates cost; objects are all that were found, unasked ones too.
+    """
+    triples = []
+    for subject_name, _, object_name in gold.triples:
+        for subject in things:
+            for object in things:
+                if subject.name == subject_name and object.name == object_name:
+                    word = relation(subject, object)
+                    if word:
+                        triples.append((subject_name, word, object_name))
+    return [thing.name for thing in things], triples
+
+
+def split_of(names):
+    """'train' (70%), 'val' (10%) or 'test' (20%), by the set of object names alone."""
+    bucket = zlib.crc32(",".join(sorted(set(names))).encode()) % 10
+    return "test" if bucket < 2 else "val" if bucket == 2 else "train"
+
+
+def place(rng, name, cell):
+    """A thing in a cell (0..15, reading order), jittered."""
+    row, column = divmod(cell, GRID)
+    return Thing(name, column * CELL + rng.choice(JITTER), row * CELL + rng.choice(JITTER))
+
+
+def cell_of(thing):
+    """The cell (0..15) that holds a thing's centre."""
+    return (thing.y + SPRITE // 2) // CELL * GRID + (thing.x + SPRITE // 2) // CELL
+
+
+def random_scene(rng, count, split="train"):
+    """`count` different things in different cells, their set of names in `split`."""
+    while True:
+        names = rng.sample(NAMES, count)
+        if split_of(names) == split:
+            break
+    cells = rng.sample(range(GRID * GRID), count)
+    return [place(rng, name, cell) for name, cell in zip(names, cells)]
+
+
+def random_triples(rng, things):
+    """Triples true of a scene that mention every thing, one per pair; None where impossible."""
+    pairs = [pair for pair in combinations(things, 2) if relation(*pair)]
+    rng.shuffle(pairs)
+    count = {2: 1, 3: rng.choice((2, 3, 3)), 4: rng.choice((3, 4))}[len(things)]
+    for chosen in combinations(pairs, count):
+        if len({thing.name for pair in chosen for thing in pair}) == len(things):
+            break
+    else:
+        return None
+    ordered = [rng.sample(pair, 2) for pair in chosen]
+    return [(a.name, relation(a, b), b.name) for a, b in ordered]
+
+
+def laion_entry(index, triples):
+    """One entry of LAION-SG's JSON; the sentence that the triples make is its caption."""
+    names = list(dict.fromkeys(name for a, _, b in triples for name in (a, b)))
+    items = []
+    for number, name in enumerate(names):
+        color, shape = name.split()
+        items.append(
+            {
+                "item_id": number,
+                "label": shape,
+                "attributes": [color],
+                "global_item_id": index * 10 + number,
+            }
+        )
+    relations = [
+        {
+            "triple_id": number,
+            "item1": names.index(a),
+            "relation": word,
+            "item2": names.index(b),
+            "global_relation_id": index * 10 + number,
+        }
+        for number, (a, word, b) in enumerate(triples)
+    ]
+    return {
+        "img_id": index,
+        "name": f"{index:06d}.png",
+        "caption_ori": "; ".join(" ".join(triple) for triple in triples),
+        "score": "",
+        "url": "",
+        "items": items,
+        "relations": relations,
+    }
+
+
+def write_data(folder):
+    """Writes train (2,000 graphs), val (200) and test (1,000); no graph stands twice."""
+    folder.mkdir(exist_ok=True)
+    seen = set()
+    for split, total, seed in (("train", 2000, 1), ("val", 200, 2), ("test", 1000, 3)):
+        rng = random.Random(seed)
+        entries = []
+        while len(entries) < total:
+            things = random_scene(rng, rng.choices((2, 3, 4), (1, 4, 5))[0], split)
+            triples = random_triples(rng, things)
+            if triples and frozenset(triples) not in seen:
+                seen.add(frozenset(triples))
+                entries.append(laion_entry(len(seen), triples))
+        lines = ",\n".join(json.dumps(entry) for entry in entries)
+        (folder / f"{split}.json").write_text(f"[\n{lines}\n]\n")
+        long = sum(len(entry["relations"]) >= 3 for entry in entries) / total
+        print(f"{split}: {total} graphs, {long:.0%} with 3-4 triples")
+
+
+if __name__ == "__main__":
+    write_data(Path(__file__).parent / "data")
