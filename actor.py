@@ -5,16 +5,21 @@ It sees what the Checker's `Reflection` says and answers
     <think>the red circle is right of the blue square</think>
     <edit>move the red circle left of the blue square</edit>
 
-(arXiv 2602.19974, where it is trained in phase 1). A completion without exactly this form is
-malformed and edits nothing; `<edit>none</edit>` says that nothing should change.
+Any other form is malformed and edits nothing; `<edit>none</edit>` wants no edit. (The paper, arXiv
+2602.19974, leaves the form open.) Trained in phase 1 through a LoRA adapter: `propose` keeps token
+ids and sampling log-probs, `log_probs` scores the same ids again, with gradient.
 
-Differs from the paper: it leaves the form of the completion open.
+The adapter is off but inside `propose` and `adapter()`: a Checker that shares the model never
+meets it, or the policy would grade itself.
 
-    python actor.py picture.png "red circle left of blue square" "wrong: red circle left of blue square"
+    python actor.py picture.png "red circle left of blue square"
 """
 
 import re
+from contextlib import contextmanager
 from dataclasses import dataclass
+
+from grpo import completion_mask, token_log_probs
 
 INSTRUCT = (
     "You repair pictures that do not fit their prompt. Think about what is wrong and how one edit "
@@ -23,6 +28,8 @@ INSTRUCT = (
     "</edit>, or <edit>none</edit> if nothing should change."
 )
 FORM = re.compile(r"\s*<think>(.*?)</think>\s*<edit>(.*?)</edit>\s*", re.DOTALL)
+ADAPTER = "actor"
+TARGETS = r".*language_model\..*(q|k|v|o|gate|up|down)_proj"  # the Checker sees with the same eyes
 
 
 def request(graph, feedback):
@@ -40,24 +47,43 @@ def parse_completion(text):
 
 @dataclass
 class Proposals:
-    """Completions of a batch of B images, n each; the n of one image stand together.
+    """N completions; those of one image stand together."""
 
-    thoughts, instructions: (B * n) strings; an instruction is None where the completion is
-    malformed and "none" where the Actor wants no edit. truncated: (B * n) bools, no end was
-    written within `max_new_tokens`.
-    """
-
+    images: list  # (N) PIL images, and
+    prompts: list[str]  # (N) chat prompts: what was answered
+    ids: object  # (N, T) completion token ids, padded on the right
+    mask: object  # (N, T) bool: up to and including the first end
+    sampled_log_probs: object  # (N, T) fp32, as sampled
     thoughts: list[str]
-    instructions: list[str | None]
-    truncated: list[bool]
+    instructions: list[str | None]  # None: malformed; "none": no edit wanted
+    truncated: list[bool]  # no end within `max_new_tokens`
+
+
+class SampledLogProbs:
+    """A logits processor that changes nothing and keeps the log-probs of what is sampled."""
+
+    def __init__(self, temperature):
+        self.temperature = temperature
+        self.logits = None
+        self.columns = []
+
+    def __call__(self, input_ids, logits):
+        self.take(input_ids[:, -1])
+        self.logits = logits
+        return logits
+
+    def take(self, ids):
+        """ids (N,): drawn from the logits seen last."""
+        if self.logits is not None:
+            log_probs = token_log_probs(self.logits[:, None], ids[:, None], self.temperature)
+            self.columns.append(log_probs)
 
 
 class Actor:
     """An `AutoModelForImageTextToText` with its processor, shared with the Checker or its own.
 
     Args:
-        batch_size: prompts a call of `generate`; max_new_tokens: completion length in tokens;
-        temperature: of sampling, > 0, or 0 for the likeliest token.
+        batch_size: prompts a call of `generate`; temperature: of sampling, > 0.
     """
 
     def __init__(self, model, processor, batch_size=64, max_new_tokens=256, temperature=1.0):
@@ -67,6 +93,11 @@ class Actor:
         self.batch_size = batch_size
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        ends = self.model.generation_config.eos_token_id
+        self.end_ids = ends if isinstance(ends, list) else [ends]
+        self.has_adapter = False
+        self.adapter_on = False  # but inside `adapter()`
+        self.use_adapter = True  # whether `propose` turns it on
 
     @classmethod
     def load(cls, path, device="auto", dtype="auto", **settings):
@@ -83,61 +114,136 @@ class Actor:
         )
         return cls(model.to(device), AutoProcessor.from_pretrained(path), **settings)
 
-    def inputs(self, images, graphs, reflections):
-        """Tokenised, left-padded model inputs, one row per image."""
-        prompts = [
-            self.processor.apply_chat_template(
-                [
-                    {"role": "system", "content": [{"type": "text", "text": INSTRUCT}]},
-                    {
-                        "role": "user",
-                        "content": [
-                            {"type": "image"},
-                            {"type": "text", "text": request(graph, reflection.feedback)},
-                        ],
-                    },
-                ],
-                add_generation_prompt=True,
-            )
-            for graph, reflection in zip(graphs, reflections, strict=True)
-        ]
-        batch = self.processor(
-            images=[[image] for image in images], text=prompts, padding=True, return_tensors="pt"
-        )
+    def add_adapter(self, rank):
+        """Adds an untrained LoRA to the language model (it changes nothing yet): its parameters."""
+        from peft import LoraConfig
+
+        self.model.requires_grad_(False)
+        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
+        self.model.add_adapter(config, adapter_name=ADAPTER)
+        self.has_adapter = True
+        trained = [p for n, p in self.model.named_parameters() if f".{ADAPTER}." in n]
+        for parameter in trained:
+            parameter.data = parameter.data.float()
+        self.model.disable_adapters()
+        return trained
+
+    def load_adapter(self, folder):
+        """Loads a folder that `save_adapter` wrote; it is off until `adapter()`."""
+        self.model.load_adapter(str(folder), adapter_name=ADAPTER)
+        self.model.disable_adapters()
+        self.has_adapter = True
+
+    def save_adapter(self, folder):
+        """Writes what `PeftModel.from_pretrained(model, folder)` reads."""
+        with self.adapter():
+            self.model.save_pretrained(folder)
+
+    @contextmanager
+    def adapter(self, on=True):
+        """The adapter is on (or off) inside, and afterwards as it was, whatever happens.
+
+        peft freezes what is off: `backward` has to happen inside, too.
+        """
+        before = self.adapter_on
+        self._switch(on)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def _switch(self, on):
+        if self.has_adapter and on != self.adapter_on:
+            self.model.enable_adapters() if on else self.model.disable_adapters()
+            self.adapter_on = on
+
+    def prompts(self, graphs, reflections):
+        """The chat prompts (str), one per graph."""
+        system = {"role": "system", "content": [{"type": "text", "text": INSTRUCT}]}
+        prompts = []
+        for graph, reflection in zip(graphs, reflections, strict=True):
+            text = {"type": "text", "text": request(graph, reflection.feedback)}
+            chat = [system, {"role": "user", "content": [{"type": "image"}, text]}]
+            prompts.append(self.processor.apply_chat_template(chat, add_generation_prompt=True))
+        return prompts
+
+    def inputs(self, images, prompts):
+        """Tokenised, left-padded model inputs, one row per image and prompt."""
+        pictures = [[image] for image in images]
+        batch = self.processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
         return batch.to(self.model.device, self.model.dtype)
 
     def propose(self, images, graphs, reflections, n=1, seed=0):
-        """Samples `n` completions for each of B images; returns `Proposals` of B * n.
+        """Samples `n` completions for each of B images, `SceneGraph`s and `Reflection`s.
 
-        Args: PIL images, `SceneGraph`s, Checker `Reflection`s (B each). The draw depends on the
-        seed and on the batch: one generator serves all rows.
+        Returns `Proposals` of N = B * n. One generator serves all rows: the batch matters.
         """
         import torch
+        from torch.nn.functional import pad
 
-        # Model folders carry sampling defaults of their own (top-k, repetition penalty): outdo them.
-        sampling = {"top_k": 0, "top_p": 1.0, "repetition_penalty": 1.0, "num_return_sequences": n}
-        sampling |= {"do_sample": self.temperature > 0}
-        if self.temperature > 0:
-            sampling["temperature"] = self.temperature
-        texts, truncated = [], []
-        with torch.random.fork_rng(), torch.no_grad():
+        prompts = self.prompts(graphs, reflections)
+        # Model folders carry sampling defaults of their own, such as top-k: outdo them all.
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        sampling |= {"repetition_penalty": 1.0, "max_new_tokens": self.max_new_tokens}
+        ids, log_probs = [], []
+        with self.adapter(self.use_adapter), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
             for start in range(0, len(images), self.batch_size):
                 part = slice(start, start + self.batch_size)
-                inputs = self.inputs(images[part], graphs[part], reflections[part])
-                ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, **sampling)
-                completions = ids[:, inputs["input_ids"].shape[1] :]
-                texts += self.processor.batch_decode(completions, skip_special_tokens=True)
-                ends = torch.tensor(self.end_ids(), device=ids.device)
-                truncated += (~torch.isin(completions, ends).any(1)).tolist()
+                inputs = self.inputs(images[part], prompts[part])
+                recorder = SampledLogProbs(self.temperature)
+                output = self.model.generate(
+                    **inputs, **sampling, num_return_sequences=n, logits_processor=[recorder]
+                )
+                recorder.take(output[:, -1])
+                ids.append(output[:, inputs["input_ids"].shape[1] :])
+                log_probs.append(torch.cat(recorder.columns, 1))
+        longest = max(part.shape[1] for part in ids)
+        end = self.end_ids[0]
+        ids = torch.cat([pad(part, (0, longest - part.shape[1]), value=end) for part in ids])
+        log_probs = torch.cat([pad(part, (0, longest - part.shape[1])) for part in log_probs])
+        texts = self.processor.batch_decode(ids, skip_special_tokens=True)
         parsed = [parse_completion(text) for text in texts]
         return Proposals(
+            images=[image for image in images for _ in range(n)],
+            prompts=[prompt for prompt in prompts for _ in range(n)],
+            ids=ids,
+            mask=completion_mask(ids, self.end_ids),
+            sampled_log_probs=log_probs,
             thoughts=[thought for thought, _ in parsed],
             instructions=[instruction for _, instruction in parsed],
-            truncated=truncated,
+            truncated=(~torch.isin(ids, ids.new_tensor(self.end_ids)).any(1)).tolist(),
         )
 
-    def end_ids(self):
-        """The end-of-sequence ids: a model may have several."""
-        ids = self.model.generation_config.eos_token_id
-        return ids if isinstance(ids, list) else [ids]
+    def log_probs(self, proposals, rows):
+        """log pi of the completions in `rows` (a slice) again, with gradient: (R, T) fp32."""
+        import torch
+
+        inputs = self.inputs(proposals.images[rows], proposals.prompts[rows])
+        ids, mask = proposals.ids[rows], proposals.mask[rows]  # (R, T)
+        shape = inputs["input_ids"].shape  # (R, prompt tokens)
+        answers = {"input_ids": ids, "attention_mask": mask}
+        for name, value in inputs.items():
+            if value.shape == shape:  # one per token; of others, such as token types, zeros
+                answer = answers.get(name, torch.zeros_like(ids))
+                inputs[name] = torch.cat([value, answer.to(value)], 1)
+        if not hasattr(self.model.model, "get_rope_index"):  # Qwen-VL type models count in 3-D
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        logits = self.model(**inputs, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits
+        return token_log_probs(logits[:, :-1], ids, self.temperature)
+
+
+if __name__ == "__main__":
+    import sys
+    from types import SimpleNamespace
+
+    from PIL import Image
+
+    from sgiou import parse_prompt
+
+    graph = parse_prompt(sys.argv[2], ["left of", "right of", "above", "below"])
+    told = SimpleNamespace(feedback=f"wrong: {graph.prompt()}")
+    actor = Actor.load("tiny/models/vlm", max_new_tokens=40)
+    proposals = actor.propose([Image.open(sys.argv[1]).convert("RGB")], [graph], [told], n=4)
+    for thought, instruction in zip(proposals.thoughts, proposals.instructions):
+        print(f"{thought} -> {instruction}")

@@ -4,8 +4,8 @@ Its score is the intrinsic reward of RL-RIG (arXiv 2602.19974): no gold label is
 question per object ("Is there a red circle?") and per triple ("Is the red circle left of the blue
 square?"); the answer is read from the logits of one forward pass, never from sampled text:
 
-    P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)      all spellings of both words
-    score  = 1/2 mean_objects P(yes) + 1/2 mean_triples P(yes)            in [0, 1]
+    P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)    all spellings of both
+    score  = 1/2 mean_objects P(yes) + 1/2 mean_triples P(yes)          in [0, 1]
 
 `extract` and `judge` measure rather than reward: scene-graph extraction after LAION-SG (arXiv
 2412.08580) and a VLM as a judge, the expectation over the ten digits.
@@ -151,19 +151,12 @@ class Checker:
 
     def inputs(self, system, images, texts):
         """Tokenised, left-padded model inputs of one user message per image."""
-        prompts = [
-            self.processor.apply_chat_template(
-                [
-                    {"role": "system", "content": [{"type": "text", "text": system}]},
-                    {
-                        "role": "user",
-                        "content": [{"type": "image"}, {"type": "text", "text": text}],
-                    },
-                ],
-                add_generation_prompt=True,
-            )
-            for text in texts
-        ]
+        task = {"role": "system", "content": [{"type": "text", "text": system}]}
+        prompts = []
+        for text in texts:
+            asked = [{"type": "image"}, {"type": "text", "text": text}]
+            messages = [task, {"role": "user", "content": asked}]
+            prompts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True))
         batch = self.processor(
             images=[[image] for image in images], text=prompts, padding=True, return_tensors="pt"
         )

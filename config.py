@@ -6,6 +6,8 @@ key is told at once.
 
 import dataclasses
 import difflib
+import os
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -36,7 +38,15 @@ class ActorConfig(ModelConfig):
     """The Actor."""
 
     max_new_tokens: int = 256  # longest completion
-    temperature: float = 1.0  # of sampling; 0 takes the likeliest token
+    temperature: float = 1.0  # of sampling, above 0
+    adapter: str = ""  # folder of a LoRA adapter that phase 1 trained
+
+
+@dataclass
+class EditorConfig(PipelineConfig):
+    """The Editor."""
+
+    adapter: str = ""  # folder of a LoRA adapter that phase 2 trained
 
 
 @dataclass
@@ -47,8 +57,6 @@ class EvaluationConfig:
     limit: int = 300  # graphs, the first ones of the file; --full takes all
     seed: int = 0  # of pictures and bootstrap
     exact: bool = False  # measure by the pixel parser too: for pictures of the embedded world
-    actor_adapter: str = ""  # folder of the adapter that phase 1 trained
-    editor_adapter: str = ""  # folder of the adapter that phase 2 trained
 
 
 @dataclass
@@ -58,10 +66,13 @@ class LoopConfig:
     diffuser: PipelineConfig
     checker: ModelConfig
     actor: ActorConfig
-    editor: PipelineConfig
+    editor: EditorConfig
     relations: list[str]  # relation words that prompts and scene-graph extraction may use
     rounds: int = 3  # most edits of a trajectory
     evaluation: EvaluationConfig | None = None  # read by eval.py alone
+
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
 def load_config(path, schema, overrides=()):
@@ -70,10 +81,12 @@ def load_config(path, schema, overrides=()):
     Raises ValueError, one line that names file and key, on anything unknown, missing or mistyped.
     """
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
-        reason = " ".join(str(error).split())
-        raise ValueError(f"{path}: no YAML to read ({reason}); check path and content") from None
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); check the path") from None
+    values = _read_yaml(text, f"{path}: ")
+    if not isinstance(values, dict):
+        raise ValueError(f"{path}: the file holds no keys; write 'key: value' lines")
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals:
@@ -84,26 +97,35 @@ def load_config(path, schema, overrides=()):
             place = place.get(parent) if isinstance(place, dict) else None
         if not isinstance(place, dict):
             raise ValueError(f"override {override!r}: {path} has no section {'.'.join(parents)!r}")
-        try:
-            place[last] = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ValueError(f"override {override!r}: the value is no YAML; quote it") from None
+        place[last] = _read_yaml(text, f"override {override!r}: ")
     config = _fill(schema, values, path, "")
     for name in ("diffuser", "checker", "actor", "editor"):
         _check_model(getattr(config, name).model, f"{path}: key '{name}.model'")
+    for name in ("actor", "editor"):
+        adapter = getattr(config, name).adapter
+        if adapter and not os.path.isdir(adapter):
+            raise ValueError(f"{path}: key '{name}.adapter': there is no folder {adapter!r}")
     return config
+
+
+def _read_yaml(text, where):
+    try:
+        return yaml.safe_load(text)
+    except Exception as error:  # of any kind: PyYAML's constructors let everything through
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ValueError(f"{where}this is no YAML ({reason}); correct or quote it") from None
 
 
 def _fill(schema, values, path, prefix):
     if not isinstance(values, dict):
-        where = f"key '{prefix[:-1]}'" if prefix else "the file"
-        raise ValueError(f"{path}: {where} holds no keys; write 'key: value' lines")
+        raise ValueError(f"{path}: key '{prefix[:-1]}' holds no keys; write 'key: value' lines")
     hints = typing.get_type_hints(schema)
     for key in values:
         if key not in hints:
             near = difflib.get_close_matches(str(key), hints, 1)
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(hints)}"
-            raise ValueError(f"{path}: key '{prefix}{key}' is unknown; {hint}")
+            shown = " ".join(f"{prefix}{key}".split())
+            raise ValueError(f"{path}: key '{shown}' is unknown; {hint}")
     filled = {}
     for entry in dataclasses.fields(schema):
         key = f"{prefix}{entry.name}"
@@ -115,18 +137,18 @@ def _fill(schema, values, path, prefix):
 
 
 def _convert(kind, value, path, key):
-    if dataclasses.is_dataclass(kind):
-        return _fill(kind, value, path, f"{key}.")
-    if isinstance(kind, types.UnionType):  # "str | None"
+    if isinstance(kind, types.UnionType):  # "EvaluationConfig | None"
         if value is None:
             return None
         kind = typing.get_args(kind)[0]
+    if dataclasses.is_dataclass(kind):
+        return _fill(kind, value, path, f"{key}.")
     plain = typing.get_origin(kind) or kind
     # YAML 1.1 reads 1e-6 as a string and 1 as an integer; both are meant as numbers.
     if plain is float and type(value) in (str, int):
         try:
             return float(value)
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     inner = typing.get_args(kind)
     if type(value) is not plain or (plain is list and any(type(v) is not inner[0] for v in value)):
@@ -137,7 +159,6 @@ def _convert(kind, value, path, key):
 
 def _check_model(model, where):
     """A Hub id has one slash; what looks like a folder must be one."""
-    parts = Path(model).parts
-    hub_id = len(parts) == 2 and parts[0] not in (".", "..", "/") and not Path(parts[0]).exists()
-    if not Path(model).is_dir() and not hub_id:
+    hub_id = HUB_ID.fullmatch(model) and not os.path.exists(model.split("/")[0])
+    if not os.path.isdir(model) and not hub_id:
         raise ValueError(f"{where}: there is no folder {model!r}; give a model folder or a Hub id")

@@ -14,15 +14,15 @@ def text_problem(pipeline, prompt, max_length=None):
     Pipelines cut a prompt that is too long and read an unknown word as noise, both silently.
     """
     tokenizer = getattr(pipeline, "tokenizer_2", None) or pipeline.tokenizer
+    encoded = tokenizer(prompt, return_offsets_mapping=tokenizer.is_fast)
     unknown = [
-        word
-        for word in prompt.replace(";", " ").split()
-        if tokenizer.unk_token_id is not None
-        and tokenizer.unk_token_id in tokenizer(word, add_special_tokens=False).input_ids
+        prompt[start:end]
+        for id, (start, end) in zip(encoded.input_ids, encoded.get("offset_mapping", []))
+        if id == tokenizer.unk_token_id
     ]
     if unknown:
         return f"the text encoder does not know {', '.join(map(repr, unknown))}"
-    length = len(tokenizer(prompt).input_ids)
+    length = len(encoded.input_ids)
     limit = max_length or tokenizer.model_max_length
     if length > limit:
         return f"{length} tokens, and the text encoder takes {limit}"
@@ -33,7 +33,8 @@ class Diffuser:
     """A frozen diffusers text-to-image pipeline.
 
     Args:
-        pipeline: as `load` gives it; call: keyword arguments of its call; batch_size: images a call.
+        pipeline: as `load` gives it; call: keyword arguments of its call;
+        batch_size: images a call.
     """
 
     def __init__(self, pipeline, call=None, batch_size=64):
@@ -53,7 +54,7 @@ class Diffuser:
         if dtype == "auto":
             dtype = "bfloat16" if device.startswith("cuda") else "float32"
         pipeline = DiffusionPipeline.from_pretrained(
-            path, torch_dtype=getattr(torch, dtype), use_safetensors=True
+            path, dtype=getattr(torch, dtype), use_safetensors=True
         )
         return cls(pipeline.to(device), **settings)
 
@@ -79,6 +80,6 @@ if __name__ == "__main__":
     import sys
 
     call = {"height": 32, "width": 32, "max_area": 1024, "_auto_resize": False}
-    call |= {"num_inference_steps": 8, "max_sequence_length": 20}
+    call |= {"num_inference_steps": 8, "max_sequence_length": 12}
     diffuser = Diffuser.load("tiny/models/flow", call=call)
     diffuser.generate([sys.argv[1]], [0])[0].save(sys.argv[2])

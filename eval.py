@@ -5,7 +5,8 @@ builds on:
 
     Diffuser                one picture a prompt
     best of N               N pictures, the Checker's choice, at the full loop's compute
-    loop, 1 round / full    Generate-Reflect-Edit with the untrained Actor and Editor
+    1 round, loop           Generate-Reflect-Edit, one edit or all, untrained
+    ... + phase 1, + 2      with the Actor's trained adapter, and with the Editor's too
 
 Columns: SG-IoU, Entity-IoU and Relation-IoU after LAION-SG (arXiv 2412.08580), by the pixel parser
 (embedded world only) and by the VLM's extraction; the VLM as a judge; the share of things that an
@@ -25,23 +26,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import LoopConfig, load_config
-from loop import Trajectory, build
+from loop import Step, Trajectory, build
+from report import table
 from sgiou import SceneGraph, load_laion_sg, sg_iou
 
-RESAMPLES = 2000  # of the bootstrap
 EXACT = ("sg_iou", "entity_iou", "relation_iou")
-HEADINGS = {
-    "sg_iou": "SG-IoU",
-    "entity_iou": "Entity-IoU",
-    "relation_iou": "Relation-IoU",
-    "vlm_sg_iou": "SG-IoU (VLM)",
-    "vlm_entity_iou": "Entity-IoU (VLM)",
-    "vlm_relation_iou": "Relation-IoU (VLM)",
-    "judge": "Judge",
-    "checker": "Checker",
-    "kept": "Kept",
-    "edits": "Edits",
-}
 
 
 @dataclass
@@ -57,20 +46,17 @@ class Row:
 
 
 class FlowMeter:
-    """Counts what passes through a pipeline's flow model: evaluations, tokens, and the seconds."""
+    """Counts what passes through the flow models: evaluations, tokens, and the seconds."""
 
     def __init__(self, loop):
         self.evaluations = 0
         self.tokens = 0
         self.began = time.perf_counter()
-        self.models = {
-            id(p): p for p in (loop.diffuser.pipeline.transformer, loop.editor.pipeline.transformer)
-        }
+        self.models = {part.pipeline.transformer for part in (loop.diffuser, loop.editor)}
 
     def __enter__(self):
         self.hooks = [
-            model.register_forward_pre_hook(self.count, with_kwargs=True)
-            for model in self.models.values()
+            model.register_forward_pre_hook(self.count, with_kwargs=True) for model in self.models
         ]
         return self
 
@@ -89,7 +75,7 @@ class FlowMeter:
 
 
 def measure(loop, graphs, images, exact):
-    """Column -> a value per picture, by the VLM and, if `exact`, by the pixel parser."""
+    """Column -> a value per picture, by the VLM and, if `exact`, the pixel parser."""
     values = {}
     if exact:
         from tiny.world import exact_graph, parse
@@ -156,7 +142,7 @@ def best_of(loop, trajectories, n):
 
     The pictures stand as steps of a trajectory, so that the best one is chosen as the loop's is.
     """
-    trajectories = [Trajectory(t.graph, t.seed, list(t.steps[:1])) for t in trajectories]
+    trajectories = first_pictures(trajectories)
     for number in range(1, n):
         active = [t for t in trajectories if not t.steps[-1].reflection.satisfied]
         if not active:
@@ -167,81 +153,60 @@ def best_of(loop, trajectories, n):
     return trajectories
 
 
-def bootstrap(values, others=None):
-    """(mean, low, high): the mean and its 95% percentile-bootstrap interval.
-
-    With `others`, of the paired differences. Prompts that lack a value in either are left out.
-    """
-    import numpy as np
-
-    values = np.array(values) - (np.array(others) if others is not None else 0)
-    values = values[~np.isnan(values)]
-    if len(values) == 0:
-        return math.nan, math.nan, math.nan
-    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
-
-
 def evaluate(loop, graphs, seed, exact, progress):
     """All rows. Args: progress: called with a row's name before it runs."""
     seeds = [seed + number for number in range(len(graphs))]
     progress("Diffuser")
     with FlowMeter(loop) as generation:
         first = loop.start(graphs, seeds)
-    rows = [row("Diffuser", loop, first, [generation], exact)]
-
-    progress("loop, 1 round")
-    trajectories = [Trajectory(t.graph, t.seed, list(t.steps)) for t in first]
-    with FlowMeter(loop) as one:
-        loop.advance(trajectories)
-    one_round = row("loop, 1 round", loop, trajectories, [generation, one], exact, "Diffuser")
-
-    progress("loop, full")
-    with FlowMeter(loop) as more:
-        for _ in range(loop.rounds - 1):
+    loops = []
+    for name, actor_on, editor_on in systems(loop):
+        loop.actor.use_adapter = actor_on
+        loop.editor.use_adapter = editor_on
+        trajectories = first_pictures(first)
+        progress(f"1 round{name}")
+        with FlowMeter(loop) as one:
             loop.advance(trajectories)
-    full = row("loop, full", loop, trajectories, [generation, one, more], exact, "loop, 1 round")
+        base = loops[-2].name if loops else "Diffuser"
+        loops.append(row(f"1 round{name}", loop, trajectories, [generation, one], exact, base))
+        progress(f"loop{name}")
+        with FlowMeter(loop) as more:
+            for _ in range(loop.rounds - 1):
+                loop.advance(trajectories)
+        base = loops[-2].name if len(loops) > 1 else "1 round"
+        loops.append(row(f"loop{name}", loop, trajectories, [generation, one, more], exact, base))
 
-    # The loop's dearest trajectory: one generation and `rounds` edits, in tokens.
-    edits = one_round.values["edits"]
-    edit = one.tokens / max(sum(edits), 1)
-    n = math.ceil(
-        (generation.tokens / len(graphs) + loop.rounds * edit) / (generation.tokens / len(graphs))
-    )
+    # The loop's dearest trajectory, one generation and `rounds` edits, in tokens.
+    picture = generation.tokens / len(graphs)
+    edit = (loops[0].tokens - picture) * len(graphs) / max(sum(loops[0].values["edits"]), 1)
+    n = math.ceil((picture + loop.rounds * edit) / picture)
     progress(f"best of {n}")
     with FlowMeter(loop) as again:
         sampled = best_of(loop, first, n)
-    rows.append(row(f"best of {n}", loop, sampled, [generation, again], exact, "Diffuser"))
-    return [*rows, one_round, full], trajectories
-
-
-def table(rows):
-    """The results in Markdown."""
-    columns = [name for name in HEADINGS if name in rows[0].values]
-    lines = [
-        "| | " + " | ".join(HEADINGS[name] for name in columns) + " | flow evals | s/prompt |",
-        "|---" * (len(columns) + 3) + "|",
+    alone = row("Diffuser", loop, first, [generation], exact)
+    return [
+        alone,
+        row(f"best of {n}", loop, sampled, [generation, again], exact, "Diffuser"),
+        *loops,
     ]
-    for result in rows:
-        cells = [bootstrap(result.values[name])[0] for name in columns]
-        shown = ["–" if math.isnan(cell) else f"{cell:.3f}" for cell in cells]
-        shown += [f"{result.evaluations:.1f}", f"{result.seconds:.2f}"]
-        lines.append(f"| {result.name} | " + " | ".join(shown) + " |")
-    main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
-    lines += ["", f"{HEADINGS[main]}, with 95% intervals of the paired bootstrap:", ""]
-    lines += ["| | mean | against Diffuser | against the row it builds on |", "|---|---|---|---|"]
-    by_name = {result.name: result for result in rows}
-    for result in rows:
-        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(result.values[main]))]
-        for other in (rows[0] if result is not rows[0] else None, by_name.get(result.builds_on)):
-            if other is None:
-                cells.append("–")
-                continue
-            difference = bootstrap(result.values[main], other.values[main])
-            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
-        lines.append(f"| {result.name} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+
+
+def systems(loop):
+    """(suffix of a row's name, whether the Actor's, whether the Editor's adapter is on)."""
+    found = [("", False, False)]
+    if loop.actor.has_adapter:
+        found.append((" + phase 1", True, False))
+    if loop.editor.has_adapter:
+        found.append((" + phase 1 + 2", True, True))
+    return found
+
+
+def first_pictures(trajectories):
+    """Trajectories of the first picture alone, sharing no step with the given ones."""
+    return [
+        Trajectory(t.graph, t.seed, [Step(t.steps[0].image, t.steps[0].reflection)])
+        for t in trajectories
+    ]
 
 
 def main():
@@ -264,22 +229,20 @@ def main():
         sys.exit(f"eval.py: {error}")
     from tqdm import tqdm
 
-    if settings.exact and any(len(graph.objects) == 0 for graph in graphs):
-        sys.exit(f"eval.py: {settings.data}: a graph names no object")
-    bar = tqdm(total=4, desc="evaluating", unit="row")
+    bar = tqdm(total=2 + 2 * len(systems(loop)), desc="evaluating", unit="row")
 
     def progress(name):
         bar.set_postfix_str(name)
         bar.update()
 
-    rows, _ = evaluate(loop, graphs, settings.seed, settings.exact, progress)
+    rows = evaluate(loop, graphs, settings.seed, settings.exact, progress)
     bar.close()
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     text = table(rows)
     (folder / "table.md").write_text(text + "\n")
-    results = [vars(result) for result in rows]
-    (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
+    results = json.dumps([vars(result) for result in rows])
+    (folder / "results.json").write_text(results.replace("NaN", "null") + "\n")
     print(f"{len(graphs)} prompts of {settings.data}\n\n{text}\n\n{folder / 'table.md'}")
 
 

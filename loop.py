@@ -136,6 +136,9 @@ def build(config):
         actor = Actor(checker.model, checker.processor, **actor_settings)
     else:
         actor = _load(Actor, "actor", config.actor, actor_settings)
+    for name, part in (("actor", actor), ("editor", editor)):
+        if folder := getattr(config, name).adapter:
+            part.load_adapter(folder)
     return Loop(diffuser, checker, actor, editor, config.rounds)
 
 
@@ -144,9 +147,11 @@ def _weights(part):
 
 
 def _load(kind, name, part, settings):
-    from transformers.utils import logging
+    import diffusers
+    import transformers
 
-    logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     try:
         return kind.load(*_weights(part), **settings)
     except (OSError, ValueError, ImportError, AttributeError, RuntimeError) as error:
@@ -172,6 +177,8 @@ def read_prompts(path, relations):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); check the path") from None
+    if not any(line.strip() for line in lines):
+        raise ValueError(f"{path}: holds no prompt; write one a line")
     return [parse_prompt(line, relations) for line in lines if line.strip()]
 
 

@@ -1,6 +1,21 @@
-"""Shows a trajectory to a person: as data, in words, and as a strip of pictures."""
+"""Shows results to a person: a trajectory as data, words and pictures; rows as a table."""
 
+import math
 import textwrap
+
+RESAMPLES = 2000  # of the bootstrap
+HEADINGS = {
+    "sg_iou": "SG-IoU",
+    "entity_iou": "Entity-IoU",
+    "relation_iou": "Relation-IoU",
+    "vlm_sg_iou": "SG-IoU (VLM)",
+    "vlm_entity_iou": "Entity-IoU (VLM)",
+    "vlm_relation_iou": "Relation-IoU (VLM)",
+    "judge": "Judge",
+    "checker": "Checker",
+    "kept": "Kept",
+    "edits": "Edits",
+}
 
 
 def tell(trajectory):
@@ -10,7 +25,7 @@ def tell(trajectory):
     steps = [
         {
             "score": round(step.reflection.score, 4),
-            "verdicts": {text: round(prob, 4) for text, prob in zip(asked, step.reflection.probs)},
+            "verdicts": [[text, round(p, 4)] for text, p in zip(asked, step.reflection.probs)],
             "thought": step.thought,
             "instruction": step.instruction,
         }
@@ -27,7 +42,7 @@ def story(trajectory):
     for number, step in enumerate(told["steps"]):
         best = "  <- best" if number == told["best"] else ""
         lines.append(f"\n  image {number}: score {step['score']:.2f}{best}")
-        for text, prob in step["verdicts"].items():
+        for text, prob in step["verdicts"]:
             lines.append(f"    {'yes' if prob >= 0.5 else ' no'} {prob:4.0%}  {text}")
         if number + 1 < len(told["steps"]):
             lines.append(f"    thinks: {step['thought']}")
@@ -60,3 +75,47 @@ def strip(trajectory, side=224):
             text = textwrap.fill(words["instruction"] or "(malformed)", 30)
             draw.text((left, margin + side + 28), text, "#202124", font)
     return canvas
+
+
+def bootstrap(values, others=None):
+    """(mean, low, high): the mean and its 95% percentile-bootstrap interval.
+
+    With `others`, of the paired differences. Prompts that lack a value in either are left out.
+    """
+    import numpy as np
+
+    values = np.array(values) - (np.array(others) if others is not None else 0)
+    values = values[~np.isnan(values)]
+    if len(values) == 0:
+        return math.nan, math.nan, math.nan
+    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
+    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
+    return float(values.mean()), float(low), float(high)
+
+
+def table(rows):
+    """The results in Markdown."""
+    columns = [name for name in HEADINGS if name in rows[0].values]
+    lines = [
+        "| | " + " | ".join(HEADINGS[name] for name in columns) + " | flow evals | s/prompt |",
+        "|---" * (len(columns) + 3) + "|",
+    ]
+    for result in rows:
+        cells = [bootstrap(result.values[name])[0] for name in columns]
+        shown = ["–" if math.isnan(cell) else f"{cell:.3f}" for cell in cells]
+        shown += [f"{result.evaluations:.1f}", f"{result.seconds:.2f}"]
+        lines.append(f"| {result.name} | " + " | ".join(shown) + " |")
+    main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
+    lines += ["", f"{HEADINGS[main]}, with 95% intervals of the paired bootstrap:", ""]
+    lines += ["| | mean | against Diffuser | against the row it builds on |", "|---|---|---|---|"]
+    by_name = {result.name: result for result in rows}
+    for result in rows:
+        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(result.values[main]))]
+        for other in (rows[0] if result is not rows[0] else None, by_name.get(result.builds_on)):
+            if other is None:
+                cells.append("–")
+                continue
+            difference = bootstrap(result.values[main], other.values[main])
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
+        lines.append(f"| {result.name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)

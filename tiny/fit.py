@@ -72,16 +72,21 @@ def load_checkpoint(folder, modules, average, optimizers):
     return step
 
 
-def fit(stage, modules, loss_of, steps, learning_rate, save):
-    """Minimises `loss_of(rng, step)`; saves the moving average of the weights with `save()`."""
+def fit(stage, modules, loss_of, steps, learning_rate, save, early=None, last=1 / 3):
+    """Minimises `loss_of(rng, step)`; saves the moving average of the weights with `save()`.
+
+    early: a step after which the average is kept beside, in early.safetensors;
+    last: share of the steps, at the end, over which the learning rate falls to zero.
+    """
     folder = WORK / stage
     chosen = optimizers(modules, learning_rate)
     average = {name: value.clone() for name, value in modules.state_dict().items()}
     first = load_checkpoint(folder, modules, average, chosen)
     bar = tqdm(range(first, steps), desc=stage, initial=first, total=steps, mininterval=5)
     for step in bar:
-        # Warm-up over 200 steps, then constant, then linear to zero over the last third.
-        rate = learning_rate * min(1, (step + 1) / 200, (steps - step) / (steps / 3))
+        rate = learning_rate * min(1, (step + 1) / 200)
+        if step > steps * (1 - last):
+            rate *= (steps - step) / (steps * last)
         torch.manual_seed(SEED * 1_000_003 + step)
         loss, shown = loss_of(random.Random(f"{SEED} {stage} {step}"), step)
         loss.backward()
@@ -91,7 +96,7 @@ def fit(stage, modules, loss_of, steps, learning_rate, save):
                 group["lr"] = rate * (MUON if "ns_steps" in group else 1)
             optimizer.step()
         modules.zero_grad(set_to_none=True)
-        decay = min(0.999, (step + 1) / (step + 100))
+        decay = min(0.998, (step + 1) / (step + 100))
         with torch.no_grad():
             for name, value in modules.state_dict().items():
                 average[name].lerp_(value, 1 - decay)
@@ -100,5 +105,7 @@ def fit(stage, modules, loss_of, steps, learning_rate, save):
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save_checkpoint(folder, step + 1, modules, average, chosen)
             tqdm.write(f"{stage} {step + 1} {shown}")
+        if step + 1 == early:
+            save_file(average, folder / "early.safetensors")
     modules.load_state_dict(average)
     save()

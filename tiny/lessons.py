@@ -5,7 +5,15 @@ import re
 import world
 from world import NAMES, SIZE, SPRITE, Thing
 
-NAME = "|".join(NAMES)
+NAME = f"({'|'.join(NAMES)})"
+WORD = f"({'|'.join(world.RELATIONS)})"
+FORMS = {  # of instructions
+    "move": f"move the {NAME} {WORD} the {NAME}",
+    "add": f"add a {NAME} {WORD} the {NAME}",
+    "remove": f"remove the {NAME}",
+    "swap": f"swap the {NAME} and the {NAME}",
+    "change": f"change the {NAME} to a {NAME}",
+}
 
 
 def messy_scene(rng):
@@ -22,22 +30,70 @@ def messy_scene(rng):
     return things
 
 
-def caption(rng, things, garble):
-    """A caption as the web writes them: some relations wrong, some captions without any.
+def captioned_picture(rng, garble, crowds=(1, 3, 4, 4)):
+    """A lesson of the Diffuser: (things, caption), with faults as captions of the web have them.
 
-    Args: garble: share of relation words replaced by a random one.
+    The picture is composed as pictures are, the first thing named near the middle and the others
+    close by, so that a caption leaves little open.
+
+    Args: garble: share of relation words that the caption gets wrong (one caption in twenty names
+    no relation at all); crowds: weights of pictures of one, two, three and four things.
     """
+    count = rng.choices((1, 2, 3, 4), crowds)[0]
+    if count == 1:
+        name = rng.choice(NAMES)
+        return compose(rng, [name], []), name
     triples = None
-    if len({thing.name for thing in things}) == len(things) and len(things) > 1:
+    while triples is None:
+        things = world.random_scene(rng, count)
         triples = world.random_triples(rng, things)
-    if triples is None or rng.random() < 0.05:
-        return "; ".join(thing.name for thing in rng.sample(things, len(things)))
+    names = list(dict.fromkeys(name for a, _, b in triples for name in (a, b)))
+    if rng.random() < 0.05:
+        return compose(rng, names, []), "; ".join(names)
     told = []
     for subject, word, object in triples:
         if rng.random() < garble:
             word = rng.choice(world.RELATIONS)
         told.append(f"{subject} {word} {object}")
-    return "; ".join(told)
+    return compose(rng, names, triples), "; ".join(told)
+
+
+def compose(rng, names, triples):
+    """Places things so that all triples hold: the first near the middle, the others close to it.
+
+    The triples must be those of a real scene. The first thing stands in one of two middle cells if
+    the others allow it; every further choice is the same for the same triples.
+    """
+    cells = range(world.GRID**2)
+    middle = rng.sample((5, 10), 2)
+    for first in sorted(cells, key=lambda cell: middle.index(cell) if cell in middle else 2):
+        near = sorted(cells, key=lambda cell: (distance(cell, first), cell))
+        if placed := extend({names[0]: first}, names[1:], triples, near):
+            return [world.place(rng, name, cell) for name, cell in placed.items()]
+    raise ValueError(f"no scene shows {triples}")
+
+
+def distance(a, b):
+    """City-block distance of two cells."""
+    return abs(a // world.GRID - b // world.GRID) + abs(a % world.GRID - b % world.GRID)
+
+
+def extend(placed, names, triples, cells):
+    """Completes {name: cell} depth first, trying cells in order; None where it cannot be done."""
+    if not names:
+        return placed
+    for cell in cells:
+        trial = placed | {names[0]: cell}
+        corner = {n: Thing(n, c % world.GRID * 8, c // world.GRID * 8) for n, c in trial.items()}
+        holds = all(
+            world.relation(corner[a], corner[b]) == word
+            for a, word, b in triples
+            if a in trial and b in trial
+        )
+        if cell not in placed.values() and holds:
+            if complete := extend(trial, names[1:], triples, cells):
+                return complete
+    return None
 
 
 def free_cells(things):
@@ -54,33 +110,35 @@ def cells_in_relation(rng, name, word, anchor, cells):
 def perform(rng, things, instruction):
     """What a perfect editor makes of an instruction, or None where it cannot be done.
 
-    Understands "move the A <relation> the B", "add a A <relation> the B", "remove the A",
-    "swap the A and the B" and "change the A to a B"; a free choice of cell is made at random.
+    Understands the five FORMS; where there is a choice (of twins, of a cell) it is made at random.
     """
-    text = re.sub(r"\b(the|a) ", "", instruction)
-    names = re.findall(NAME, text)
+    matches = {action: re.fullmatch(form, instruction) for action, form in FORMS.items()}
+    action = next((action for action, match in matches.items() if match), None)
+    if action is None:
+        return None
+    names = matches[action].groups()
     shown = {thing.name: thing for thing in rng.sample(things, len(things))}
-    word = next((word for word in world.RELATIONS if f" {word} " in text), None)
-    first = shown.get(names[0]) if names else None
-    second = shown.get(names[1]) if len(names) > 1 else None
-    if text == f"move {' '.join(names[:1])} {word} {' '.join(names[1:])}":
-        if first is None or second is None or first == second:
-            return None
-        spots = cells_in_relation(rng, first.name, word, second, free_cells(things))
-        return [t for t in things if t != first] + [rng.choice(spots)] if spots else None
-    if text == f"add {' '.join(names[:1])} {word} {' '.join(names[1:])}":
-        if second is None:
-            return None
-        spots = cells_in_relation(rng, names[0], word, second, free_cells(things))
+    first = shown.get(names[0])
+    last = shown.get(names[-1])
+    rest = [thing for thing in things if thing != first]
+    if action == "add":
+        spots = []
+        if last:
+            spots = cells_in_relation(rng, names[0], names[1], last, free_cells(things))
         return [*things, rng.choice(spots)] if spots else None
-    if first and text == f"remove {first.name}":
-        return [thing for thing in things if thing != first]
-    if first and second and text == f"swap {first.name} and {second.name}":
-        others = [thing for thing in things if thing not in (first, second)]
-        return [*others, first._replace(name=second.name), second._replace(name=first.name)]
-    if first and len(names) == 2 and text == f"change {first.name} to {names[1]}":
-        return [thing for thing in things if thing != first] + [first._replace(name=names[1])]
-    return None
+    if first is None:
+        return None
+    if action == "remove":
+        return rest
+    if action == "change":
+        return [*rest, first._replace(name=names[1])]
+    if last is None or last == first:
+        return None
+    if action == "swap":
+        others = [thing for thing in rest if thing != last]
+        return [*others, first._replace(name=last.name), last._replace(name=first.name)]
+    spots = cells_in_relation(rng, names[0], names[1], last, free_cells(things))
+    return [*rest, rng.choice(spots)] if spots else None
 
 
 def random_instruction(rng, things):

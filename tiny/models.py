@@ -6,13 +6,14 @@ diffusers and transformers, saved with `save_pretrained` and loaded with `from_p
 """
 
 import torch
-from world import CELL, COLORS, RELATIONS, SHAPES, SIZE
+from world import CELL, NAMES, RELATIONS, SIZE
 
 # One patch of the transformer is one cell of the world: VAE factor 4, packed 2 x 2.
 LATENT_CHANNELS = 4
 INSTRUCTION_WORDS = "move add remove swap change to and the a".split()
-# "left of" is one token, and so is a run of punctuation such as `"],["` in the JSON of the VLM.
-TOKEN = r"</?\w+>|left of|right of|\w+|[^\w\s<]+"
+# "red circle" and "left of" are one token each, or models of this size mix up what belongs to what;
+# and so is a run of punctuation such as `"],["` in the JSON of the VLM.
+TOKEN = rf"</?\w+>|{'|'.join(NAMES)}|left of|right of|\w+|[^\w\s<]+"
 
 
 def word_tokenizer(words, max_length, ignore="", end=True):
@@ -62,10 +63,10 @@ def build_pipeline(seed=0):
     from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
     torch.manual_seed(seed)
-    words = [*COLORS, *SHAPES, *RELATIONS, *INSTRUCTION_WORDS]
-    # Without punctuation a prompt of four triples has 20 tokens.
-    clip_tokenizer = word_tokenizer(words, 24, ";,.")
-    t5_tokenizer = word_tokenizer(words, 24, ";,.", end=False)
+    words = [*NAMES, *RELATIONS, *INSTRUCTION_WORDS]
+    # Without punctuation a prompt of four triples has 12 tokens.
+    clip_tokenizer = word_tokenizer(words, 16, ";,.")
+    t5_tokenizer = word_tokenizer(words, 16, ";,.", end=False)
     vocabulary = len(t5_tokenizer)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -88,7 +89,7 @@ def build_pipeline(seed=0):
             projection_dim=64,
             num_hidden_layers=1,
             num_attention_heads=2,
-            max_position_embeddings=24,
+            max_position_embeddings=16,
             pad_token_id=0,
             bos_token_id=0,
             eos_token_id=1,

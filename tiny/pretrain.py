@@ -1,37 +1,48 @@
 """Trains the embedded models from scratch on the CPU or a GPU: `python tiny/pretrain.py`.
 
-Three stages, each seeded and resumable (a step's data depend on the seed and the step alone, so a
-run that was killed goes on from its last checkpoint as if nothing had happened):
+Five stages, each seeded and resumable (a run that was killed goes on from its last checkpoint):
 
-    vae   autoencoder of 32 x 32 pictures                        -> models/flow/vae
-    flow  rectified-flow transformer with its text encoders, text-to-image and editing at once
-                                                                 -> models/flow
-    vlm   LLaVA-type model: Checker and Actor                    -> models/vlm
+    vae       autoencoder of 32 x 32 pictures
+    flow      rectified-flow transformer with its text encoders: text-to-image and editing at once
+    vlm       LLaVA-type model, on drawn pictures: Checker and Actor
+    pictures  what the flow model generates and edits for training prompts
+    polish    the VLM goes on, half on those
+
+About three hours on two CPU cores. `python tiny/quality.py` measures the result.
 """
 
 import argparse
+import json
 import random
 import sys
 from pathlib import Path
 
 import numpy as np
 import torch
+import yaml
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import lessons
 import models
 import questions
 import world
 from fit import SEED, WORK, fit
+from packing import to_tensor, vlm_loss
 
+from diffuser import Diffuser
+from editor import Editor
+from sgiou import SceneGraph
+
+HERE = Path(__file__).parent
+SHIPPED = HERE / "models"
+DRAWN, EDITED = 72, 56  # lessons a step
 GARBLED = 0.3  # share of relation words that captions get wrong
 FLOW_RATE = 1e-3
-VLM_RATE = 2e-3
-
-
-def to_tensor(images):
-    """(N, 32, 32, 3) uint8 -> (N, 3, 32, 32) in [-1, 1]."""
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
+EARLY = 1750  # step of the flow model whose pictures the VLM sees in `polish`
+VLM_RATE = 1e-3
 
 
 def train_vae(steps=2500):
@@ -61,10 +72,8 @@ def train_vae(steps=2500):
     fit("vae", vae, loss_of, steps, 2e-3, save)
 
 
-def train_flow(steps=4500):
-    """Flow matching, v = noise - latents, on 48 captions and 80 edits a step."""
-    from diffusers import AutoencoderKL
-
+def train_flow(steps=3200):
+    """Flow matching, v = noise - latents, on captions and on edits."""
     pipeline = models.build_pipeline(SEED)
     pipeline.vae = AutoencoderKL.from_pretrained(WORK / "vae" / "model")
     vae, transformer = pipeline.vae.eval().requires_grad_(False), pipeline.transformer
@@ -106,104 +115,130 @@ def train_flow(steps=4500):
         return (prediction[:, : noisy.shape[1]] - (noise - latents)).square().mean()
 
     def loss_of(rng, step):
-        edits = [lessons.edit(rng) for _ in range(80)]
-        before = encode([things for things, _, _ in edits])
-        after = encode([things for _, _, things in edits])
-        captions = [lessons.caption(rng, things, GARBLED) for things, _, _ in edits[:48]]
-        picture = flow_loss(before[:48], captions, 20)
-        change = flow_loss(after, [text for _, text, _ in edits], 10, before)
+        pictures = [lessons.captioned_picture(rng, GARBLED) for _ in range(DRAWN)]
+        edits = [lessons.edit(rng) for _ in range(EDITED)]
+        scenes = [things for things, _ in pictures]
+        scenes += [things for things, _, _ in edits] + [things for _, _, things in edits]
+        composed, before, after = encode(scenes).split((DRAWN, EDITED, EDITED))
+        picture = flow_loss(composed, [caption for _, caption in pictures], 12)
+        change = flow_loss(after, [text for _, text, _ in edits], 8, before)
         shown = {"picture": f"{picture.item():.3f}", "edit": f"{change.item():.3f}"}
-        return 0.4 * picture + 0.6 * change, shown
+        return (DRAWN * picture + EDITED * change) / (DRAWN + EDITED), shown
 
     def save():
-        pipeline.save_pretrained(WORK / "flow" / "model")
+        # Half precision halves the folder; it is loaded as fp32 on a CPU.
+        pipeline.to(dtype=torch.float16).save_pretrained(SHIPPED / "flow")
 
-    fit("flow", trained, loss_of, steps, FLOW_RATE, save)
-
-
-def pack(tokenizer, conversations):
-    """Packs all questions about a picture behind its image tokens, blind to each other.
-
-    Args: conversations: per picture a list of (user message, answer, weight).
-    Returns: input_ids (B, T), attention mask (B, 1, T, T) fp32 additive, position_ids (B, T),
-    next-token weights (B, T): zero but where the next token belongs to an answer.
-    """
-    image = [tokenizer.convert_tokens_to_ids("<image>")] * world.GRID**2
-    start = len(image)
-    rows = []
-    for conversation in conversations:
-        ids, segment, position, weight = list(image), [0] * start, list(range(start)), [0.0] * start
-        asked = tokenizer([text + " <answer>" for text, _, _ in conversation]).input_ids
-        answered = tokenizer([answer + " </s>" for _, answer, _ in conversation]).input_ids
-        for number, (question, answer) in enumerate(zip(asked, answered), 1):
-            # A verdict has one token that counts: its </s> is trivial.
-            share = conversation[number - 1][2]
-            length = len(question) + len(answer)
-            ids += question + answer
-            segment += [number] * length
-            position += range(start, start + length)
-            weight += [0.0] * (len(question) - 1) + [share] * len(answer) + [0.0]
-        rows.append((ids, segment, position, weight))
-    longest = max(len(row[0]) for row in rows)
-    padded = [[value + [0] * (longest - len(value)) for value in row] for row in rows]
-    ids, segment, position, weight = (torch.tensor([row[i] for row in padded]) for i in range(4))
-    same = segment[:, :, None] == segment[:, None, :]
-    seen = (same | (segment == 0)[:, None, :]) & torch.ones(longest, longest).tril().bool()
-    mask = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
-    return ids, mask[:, None], position, weight
+    fit("flow", trained, loss_of, steps, FLOW_RATE, save, early=EARLY, last=0.2)
 
 
-def vlm_loss(model, tokenizer, images, conversations):
-    """Weighted cross-entropy of all answers; and the accuracy of the yes/no verdicts."""
-    ids, mask, position, weight = pack(tokenizer, conversations)
-    hidden = model.model(
-        input_ids=ids,
-        pixel_values=to_tensor(images),
-        attention_mask=mask,
-        position_ids=position,
-        use_cache=False,
-    ).last_hidden_state
-    chosen = weight[:, :-1] > 0
-    logits = model.lm_head(hidden[:, :-1][chosen])
-    targets = ids[:, 1:][chosen]
-    losses = torch.nn.functional.cross_entropy(logits, targets, reduction="none")
-    verdicts = torch.isin(targets, torch.tensor(tokenizer.convert_tokens_to_ids(["yes", "no"])))
-    right = (logits.argmax(-1) == targets).float()
-    weights = weight[:, :-1][chosen]
-    shown = {
-        "verdicts": f"{right[verdicts].mean().item():.3f}",
-        "others": f"{right[~verdicts].mean().item():.3f}",
-    }
-    return (losses * weights).sum() / weights.sum(), shown
-
-
-def train_vlm(steps=8000):
-    """Seeing first (lists and places alone for a tenth of the steps), then every question."""
+def train_vlm(steps=2700):
+    """Seeing first (1,200 steps of lists, places and relations), then every question."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
 
     def loss_of(rng, step):
-        pictures, conversations = [], []
-        for _ in range(24):
-            image, graph = questions.faulty_picture(rng)
-            pictures.append((image, graph))
-        images = np.stack([image for image, _ in pictures])
-        for things, (_, graph) in zip(world.parse(images), pictures):
-            asked = list(questions.drill(rng, things))
-            if step > steps / 10:
-                asked += questions.questions(rng, things, graph)
-            conversations.append(asked)
-        return vlm_loss(model, processor.tokenizer, images, conversations)
+        pictures = [questions.faulty_picture(rng) for _ in range(24)]
+        return picture_loss(model, processor, rng, pictures, seeing=step < 1200)
 
     def save():
         model.save_pretrained(WORK / "vlm" / "model")
         processor.save_pretrained(WORK / "vlm" / "model")
 
-    fit("vlm", model, loss_of, steps, VLM_RATE, save)
+    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0)
 
+
+def picture_loss(model, processor, rng, pictures, seeing=False):
+    """The VLM's loss on (picture, graph) pairs; `seeing`: without the system's questions."""
+    images = np.stack([image for image, _ in pictures])
+    conversations = []
+    # Drill and long answers come by turns: a batch of like lengths wastes little padding.
+    writing = rng.choice((["extract"], ["repair"], [], []))
+    drilled = seeing or not writing
+    for things, (_, graph) in zip(world.parse(images), pictures):
+        asked = list(questions.drill(rng, things)) if drilled else []
+        if not seeing:
+            asked += questions.questions(rng, things, graph, writing)
+        conversations.append(asked)
+    return vlm_loss(model, processor.tokenizer, images, conversations)
+
+
+def make_pictures(prompts=3000):
+    """Pictures of the Diffuser, and of the Editor after model instructions, for training prompts.
+
+    They come from the flow model as it was at step EARLY, whose faults are those of the final one,
+    only more of them.
+    """
+    pipeline = models.build_pipeline(SEED)
+    pipeline.vae = AutoencoderKL.from_pretrained(WORK / "vae" / "model")
+    average = load_file(WORK / "flow" / "early.safetensors")
+    for name in ("transformer", "text_encoder", "text_encoder_2"):
+        part = {
+            k.removeprefix(f"{name}."): v for k, v in average.items() if k.startswith(f"{name}.")
+        }
+        getattr(pipeline, name).load_state_dict(part)
+    config = yaml.safe_load((HERE.parent / "eval.yaml").read_text())
+    rng = random.Random(SEED)
+    graphs = []
+    while len(graphs) < prompts:
+        things = world.random_scene(rng, rng.choices((2, 3, 4), (2, 4, 4))[0])
+        triples = world.random_triples(rng, things)
+        if triples:
+            graphs.append(SceneGraph([thing.name for thing in things], triples))
+    seeds = list(range(prompts))
+    diffuser = Diffuser(pipeline, config["diffuser"]["call"])
+    images = diffuser.generate([graph.prompt() for graph in graphs], seeds)
+    found = world.parse(images)
+    texts = [questions.sound_repair(rng, t, g)[1] for t, g in zip(found, graphs)]
+    flawed = [number for number in seeds if texts[number] != "none"]
+    editor = Editor(pipeline, config["editor"]["call"])
+    images += editor.edit(
+        [images[n] for n in flawed], [texts[n] for n in flawed], [n + prompts for n in flawed]
+    )
+    graphs += [graphs[n] for n in flawed]
+    (WORK / "pictures").mkdir(exist_ok=True)
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
+    save_file({"pixels": pixels}, WORK / "pictures" / "pixels.safetensors")
+    triples = json.dumps([graph.triples for graph in graphs])
+    (WORK / "pictures" / "triples.json").write_text(triples)
+    print(f"pictures: {prompts} generated, {len(flawed)} edited")
+
+
+def polish_vlm(steps=1000):
+    """Goes on with the VLM, half on drawn and half on generated pictures, and ships it."""
+    model = AutoModelForImageTextToText.from_pretrained(WORK / "vlm" / "model")
+    processor = AutoProcessor.from_pretrained(WORK / "vlm" / "model")
+    pixels = load_file(WORK / "pictures" / "pixels.safetensors")["pixels"].numpy()
+    pool = []
+    for image, triples in zip(pixels, json.loads((WORK / "pictures" / "triples.json").read_text())):
+        names = dict.fromkeys(name for a, _, b in triples for name in (a, b))
+        pool.append((image, SceneGraph(names, triples)))
+
+    def loss_of(rng, step):
+        drawn = [questions.faulty_picture(rng) for _ in range(12)]
+        return picture_loss(model, processor, rng, drawn + rng.sample(pool, 12))
+
+    def save():
+        model.half().save_pretrained(SHIPPED / "vlm")
+        processor.save_pretrained(SHIPPED / "vlm")
+
+    fit("polish", model, loss_of, steps, VLM_RATE, save)
+
+
+STAGES = {
+    "vae": train_vae,
+    "flow": train_flow,
+    "vlm": train_vlm,
+    "pictures": make_pictures,
+    "polish": polish_vlm,
+}
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("stages", nargs="*", default=["vae", "flow", "vlm"])
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("stages", nargs="*", help="which (default: all, in this order)")
     arguments = parser.parse_args()
-    for stage in arguments.stages:
-        {"vae": train_vae, "flow": train_flow, "vlm": train_vlm}[stage]()
+    if unknown := set(arguments.stages) - set(STAGES):
+        parser.error(f"unknown stage {', '.join(unknown)}; known: {', '.join(STAGES)}")
+    for stage in arguments.stages or STAGES:
+        STAGES[stage]()

@@ -103,9 +103,8 @@ def main():
     drawn = [world.random_scene(rng, rng.choice((2, 3, 4)), "val") for _ in range(200)]
     images = np.stack([world.render(things) for things in drawn])
     round_trip = world.parse(vae_round_trip(loop.diffuser.pipeline, images))
-    print(
-        f"VAE: objects that survive {share([kept(a, b, '') for a, b in zip(drawn, round_trip)]):.3f}"
-    )
+    survived = share([kept(a, b, "") for a, b in zip(drawn, round_trip)])
+    print(f"VAE: objects that survive {survived:.3f}")
 
     images = loop.diffuser.generate([g.prompt() for g in graphs], list(range(len(graphs))))
     seen = world.parse(images)
@@ -136,8 +135,8 @@ def main():
     stay = share([kept(case[1], t, text) for t, case, text in zip(after, cases, texts)])
     possible = share([(perform(rng, c[1], text) is not None, 1) for c, text in zip(cases, texts)])
     print(
-        f"Editor, {len(cases)} violated triples: move reaches {moved:.3f} (possible {possible:.3f}), "
-        f"others kept {stay:.3f}"
+        f"Editor, {len(cases)} violated triples: move reaches {moved:.3f} "
+        f"(possible {possible:.3f}), others kept {stay:.3f}"
     )
     lessons = editor_lessons(loop.editor)
     print("Editor, drawn scenes: " + ", ".join(f"{k} {v:.3f}" for k, v in lessons.items()))
@@ -158,8 +157,9 @@ def main():
                 labels += [shows(things, triple) for triple in graph.triples]
         right = np.mean((np.array(probs) >= 0.5) == np.array(labels))
         print(
-            f"Checker, {kind}: ROC-AUC {auc(probs, labels):.3f}, calibration error "
-            f"{calibration_error(probs, labels):.3f}, accuracy {right:.3f}, yes {np.mean(labels):.3f}"
+            f"Checker, {kind}: ROC-AUC {auc(probs, labels):.3f}, "
+            f"calibration error {calibration_error(probs, labels):.3f}, "
+            f"accuracy {right:.3f}, yes {np.mean(labels):.3f}"
         )
     exact = [SceneGraph(*world.exact_graph(t, g)) for t, g in zip(found, asked)]
     extracted = loop.checker.extract(pictures, asked)

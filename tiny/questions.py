@@ -76,19 +76,25 @@ def verdict(holds):
 
 
 def drill(rng, things):
-    """Questions the system never asks, which teach to see: list all, and where is one thing?"""
+    """Questions the system never asks, which teach to see: list all, what is where, how related."""
     listed = " ; ".join(f"{thing.name} {world.cell_of(thing)}" for thing in things)
-    yield "list what you see.", listed or "nothing", 0.4
-    for name in rng.sample([thing.name for thing in things], min(2, len(things))):
-        if count(things, name) == 1:
-            cell = next(world.cell_of(thing) for thing in things if thing.name == name)
-            yield f"where is the {name}?", str(cell), 1.0
+    yield "list what you see.", listed or "nothing", 0.5
+    single = [thing for thing in things if count(things, thing.name) == 1]
+    for thing in single:
+        yield f"where is the {thing.name}?", str(world.cell_of(thing)), 1.0
+    for thing in rng.sample(things, min(2, len(things))):
+        yield f"what is at {world.cell_of(thing)}?", thing.name, 0.5
+    for _ in range(4 if len(single) > 1 else 0):
+        subject, object = rng.sample(single, 2)
+        word = world.relation(subject, object) or "nothing"
+        yield f"relate the {subject.name} and the {object.name}.", word, 1.0
 
 
-def questions(rng, things, graph):
+def questions(rng, things, graph, writing=("extract", "repair")):
     """(user message, answer, weight) of all that is asked about one picture.
 
-    Args: things: as the exact parser finds them; graph: what the picture should show.
+    Args: things: as the exact parser finds them; graph: what the picture should show;
+    writing: which of the long answers are asked for too.
     """
     for name in [*graph.objects, rng.choice(NAMES)]:
         yield checker.object_question(name), verdict(count(things, name) == 1), 1.0
@@ -102,8 +108,10 @@ def questions(rng, things, graph):
     held = [shows(things, triple) for triple in graph.triples]
     digit = round(9 * sum(held) / len(held))
     yield checker.judge_request(graph.prompt()), str(digit), 1.0
-    yield checker.extract_request(graph, RELATIONS), extraction(things, graph), 0.15
-    yield actor.request(graph, verdicts(rng, things, graph)), repair(rng, things, graph), 0.3
+    if "extract" in writing:
+        yield checker.extract_request(graph, RELATIONS), extraction(things, graph), 0.3
+    if "repair" in writing:
+        yield actor.request(graph, verdicts(rng, things, graph)), repair(rng, things, graph), 0.4
 
 
 def extraction(things, graph):

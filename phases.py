@@ -1,0 +1,199 @@
+"""The two phases of Reflection-GRPO (arXiv 2602.19974): what is sampled, and how it is replayed.
+
+Both turn states (pictures that do not satisfy the Checker) into a `Batch` of samples in groups with
+a reward each, and then yield micro-batches whose log-probs can be computed again, with gradient.
+
+    ActorPhase    a sample is a completion, an action a token; all completions of a group are
+                  edited with the same seed, so that the group compares instructions, not luck
+    EditorPhase   a sample is an edited picture, an action a denoising step of the SDE window; a
+                  group shares initial latents and ODE prefix, its members differ in the window's
+                  noise, so what is rewarded is what is trained
+
+Reward: the Checker's score of the edited picture against the original graph. A malformed
+completion earns the score before minus a penalty, an explicit "none" the score before.
+"""
+
+import random
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from sgiou import SceneGraph
+
+SECONDS = {}  # by stage, of the iteration under way
+
+
+@contextmanager
+def clock(stage):
+    """Adds the time spent inside to SECONDS."""
+    began = time.perf_counter()
+    try:
+        yield
+    finally:
+        SECONDS[stage] = SECONDS.get(stage, 0.0) + time.perf_counter() - began
+
+
+@dataclass
+class State:
+    """What a group starts from: a picture that does not satisfy the Checker."""
+
+    graph: SceneGraph
+    image: object
+    reflection: object
+
+
+@dataclass
+class Batch:
+    """The samples of one round: N in groups that stand together."""
+
+    rewards: list[float]
+    groups: list[int]
+    images: list  # edited pictures
+    reflections: list
+    states: list[State]  # (N) where each sample started
+    record: object  # what the phase replays
+    stats: dict  # sums over samples
+
+
+class ActorPhase:
+    """Phase 1: a sample is a completion, an action a token."""
+
+    def __init__(self, loop, config):
+        self.loop = loop
+        self.config = config
+        self.trained = loop.actor
+
+    def rollout(self, states, seed):
+        """G completions a state; each distinct instruction of a group is edited once."""
+        loop, size = self.loop, self.config.group_size
+        with clock("act"):
+            proposals = loop.actor.propose(
+                [state.image for state in states],
+                [state.graph for state in states],
+                [state.reflection for state in states],
+                n=size,
+                seed=seed,
+            )
+        starts = [state for state in states for _ in range(size)]
+        groups = [number for number in range(len(states)) for _ in range(size)]
+        keys = list(zip(groups, proposals.instructions))
+        todo = [key for key in dict.fromkeys(keys) if key[1] not in (None, "none")]
+        # One seed a group: it compares instructions, not luck.
+        with clock("edit"):
+            images = loop.editor.edit(
+                [states[group].image for group, _ in todo],
+                [instruction for _, instruction in todo],
+                [seed + group for group, _ in todo],
+            )
+        with clock("check"):
+            checked = loop.checker.check(images, [states[group].graph for group, _ in todo])
+        done = dict(zip(todo, zip(images, checked)))
+        results = [
+            done.get(key, (start.image, start.reflection)) for key, start in zip(keys, starts)
+        ]
+        malformed = [instruction is None for instruction in proposals.instructions]
+        stats = {
+            "malformed": sum(malformed),
+            "none": proposals.instructions.count("none"),
+            "truncated": sum(proposals.truncated),
+            "length": proposals.mask.sum().item(),
+        }
+        rewards = [
+            reflection.score - self.config.malformed * bad
+            for (_, reflection), bad in zip(results, malformed)
+        ]
+        pictures, reflections = zip(*results)
+        return Batch(rewards, groups, pictures, reflections, starts, proposals, stats)
+
+    def pieces(self, batch):
+        """Micro-batches of one batch: (replay, recorded log-probs (R, T), mask (R, T), rows)."""
+        proposals = batch.record
+        for start in range(0, len(batch.rewards), self.config.micro_batch):
+            rows = slice(start, start + self.config.micro_batch)
+
+            def replay(rows=rows):
+                return self.loop.actor.log_probs(proposals, rows), None
+
+            yield replay, proposals.sampled_log_probs[rows], proposals.mask[rows], rows
+
+    def divergence(self, now, reference):
+        """k3 per token."""
+        from grpo import k3_kl
+
+        return k3_kl(now[0], reference[0])
+
+
+class EditorPhase:
+    """Phase 2: a sample is an edited picture, an action a denoising step of the window."""
+
+    def __init__(self, loop, config):
+        self.loop = loop
+        self.config = config
+        self.trained = loop.editor
+
+    def rollout(self, states, seed):
+        """G edits of each state by one instruction of the trained Actor."""
+        loop, size = self.loop, self.config.group_size
+        with clock("act"):
+            proposals = loop.actor.propose(
+                [state.image for state in states],
+                [state.graph for state in states],
+                [state.reflection for state in states],
+                seed=seed,
+            )
+        pairs = [
+            (state, instruction)
+            for state, instruction in zip(states, proposals.instructions)
+            if instruction not in (None, "none")
+        ]
+        starts = [state for state, _ in pairs for _ in range(size)]
+        texts = [instruction for _, instruction in pairs for _ in range(size)]
+        groups = [number for number in range(len(pairs)) for _ in range(size)]
+        first = random.Random(seed).randint(0, self.config.window_start)
+        window = range(first, first + self.config.window)
+        chunk = max(self.config.micro_batch // size, 1) * size  # whole groups
+        rollouts = []
+        with clock("edit"):
+            import torch
+
+            for start in range(0, len(starts), chunk):
+                rows = range(start, min(start + chunk, len(starts)))
+                with torch.no_grad():
+                    rollout = loop.editor.rollout(
+                        [starts[row].image for row in rows],
+                        [texts[row] for row in rows],
+                        [seed + groups[row] for row in rows],
+                        [seed + 500_000 + row for row in rows],
+                        window,
+                        self.config.noise_level,
+                    )
+                rollouts.append(rollout)
+        images = [image for rollout in rollouts for image in rollout.images]
+        with clock("check"):
+            reflections = loop.checker.check(images, [state.graph for state in starts])
+        rewards = [reflection.score for reflection in reflections]
+        stats = {"unedited": len(states) - len(pairs)}
+        return Batch(rewards, groups, images, reflections, starts, rollouts, stats)
+
+    def pieces(self, batch):
+        """Micro-batches: one step of one rollout: (replay, recorded (R, 1), mask (R, 1), rows)."""
+        import torch
+
+        start = 0
+        for rollout in batch.record:
+            rows = slice(start, start + len(rollout.images))
+            start = rows.stop
+            for step in rollout.steps:
+
+                def replay(step=step):
+                    log_prob, mean, std = self.loop.editor.log_probs(step)
+                    return log_prob[:, None], (mean, std)
+
+                recorded = step.log_prob[:, None]
+                yield replay, recorded, torch.ones_like(recorded, dtype=torch.bool), rows
+
+    def divergence(self, now, reference):
+        """The Gaussians' exact KL per step."""
+        from grpo import gaussian_kl
+
+        return gaussian_kl(now[1][0], reference[1][0], now[1][1])[:, None]

@@ -1,0 +1,190 @@
+"""Rollout and replay, adapters, training and resuming, on the shipped models."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from config import load_config
+from loop import build
+from sgiou import load_laion_sg
+from train import TrainConfig
+
+ROOT = Path(__file__).parent.parent
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "tiny/models/flow").exists(), reason="the embedded models are not there"
+)
+
+
+@pytest.fixture
+def loop(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return build(load_config("phase1.yaml", TrainConfig))
+
+
+@pytest.fixture
+def start(loop):
+    graphs = load_laion_sg("tiny/data/val.json", 6)
+    return loop.start(graphs, list(range(6)))
+
+
+def disturb(parameters):
+    """Makes an untrained adapter, which changes nothing, one that does."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+
+
+def propose(loop, start, n):
+    return loop.actor.propose(
+        [t.steps[0].image for t in start],
+        [t.graph for t in start],
+        [t.steps[0].reflection for t in start],
+        n=n,
+        seed=3,
+    )
+
+
+def rollout(loop, start, size=4):
+    count = len(start) * size
+    return loop.editor.rollout(
+        [t.steps[0].image for t in start for _ in range(size)],
+        ["move the red circle left of the blue square"] * count,
+        [number // size for number in range(count)],
+        list(range(100, 100 + count)),
+        range(1, 4),
+        0.8,
+    )
+
+
+def test_actor_replays_what_it_sampled(loop, start):
+    disturb(loop.actor.add_adapter(4))
+    proposals = propose(loop, start, 4)
+    assert proposals.mask.any(1).all()
+    for rows in (slice(0, 24), slice(5, 12)):
+        with loop.actor.adapter(), torch.no_grad():
+            now = loop.actor.log_probs(proposals, rows)
+        with torch.no_grad():
+            base = loop.actor.log_probs(proposals, rows)
+        mask = proposals.mask[rows]
+        recorded = proposals.sampled_log_probs[rows]
+        assert (now - recorded)[mask].abs().max() < 1e-4
+        assert (base - recorded)[mask].abs().max() > 1e-3
+
+
+def test_editor_replays_what_it_sampled(loop, start):
+    disturb(loop.editor.add_adapter(4))
+    with torch.no_grad():
+        recorded = rollout(loop, start)
+    assert len(recorded.steps) == 3
+    for step in recorded.steps:
+        with loop.editor.adapter(), torch.no_grad():
+            now = loop.editor.log_probs(step)[0]
+        with torch.no_grad():
+            base = loop.editor.log_probs(step)[0]
+        assert (now - step.log_prob).abs().max() <= 1e-5
+        assert (base - step.log_prob).abs().max() > 1e-4
+
+
+def test_group_shares_the_prefix_and_differs_in_the_window(loop, start):
+    recorded = rollout(loop, start[:1])
+    first = recorded.steps[0]
+    assert all(torch.equal(first.sample[0], other) for other in first.sample)
+    for number in range(1, 4):
+        assert not torch.equal(first.next_sample[0], first.next_sample[number])
+
+
+def test_gradients_reach_the_adapter_alone(loop, start):
+    parameters = loop.editor.add_adapter(4)
+    recorded = rollout(loop, start[:2])
+    with loop.editor.adapter():
+        loop.editor.log_probs(recorded.steps[0])[0].sum().backward()
+    assert any(parameter.grad.abs().sum() > 0 for parameter in parameters)
+    trained = {id(parameter) for parameter in parameters}
+    others = loop.editor.pipeline.transformer.parameters()
+    assert all(p.grad is None for p in others if id(p) not in trained)
+
+
+def test_frozen_parts_never_meet_an_adapter(loop, start):
+    images = [t.steps[0].image for t in start]
+    graphs = [t.graph for t in start]
+    prompts = [graph.prompt() for graph in graphs]
+    before = loop.checker.check(images, graphs), loop.diffuser.generate(prompts, [7] * 6)
+    disturb(loop.actor.add_adapter(4))
+    disturb(loop.editor.add_adapter(4))
+    propose(loop, start, 2)
+    rollout(loop, start)
+
+    def fail(*_):
+        raise RuntimeError("in the middle of a rollout")
+
+    hook = loop.editor.pipeline.transformer.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="middle"):
+        rollout(loop, start)
+    hook.remove()
+    model_hook = loop.actor.model.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="middle"):
+        propose(loop, start, 2)
+    model_hook.remove()
+    after = loop.checker.check(images, graphs), loop.diffuser.generate(prompts, [7] * 6)
+    assert before[0] == after[0]
+    assert [a.tobytes() for a in before[1]] == [b.tobytes() for b in after[1]]
+
+
+def test_saved_actor_adapter_loads_in_peft(loop, start, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    disturb(loop.actor.add_adapter(4))
+    proposals = propose(loop, start, 1)
+    with loop.actor.adapter(), torch.no_grad():
+        expected = loop.actor.log_probs(proposals, slice(None))
+    loop.actor.save_adapter(tmp_path)
+    model = AutoModelForImageTextToText.from_pretrained("tiny/models/vlm", dtype=torch.float32)
+    loop.actor.model = PeftModel.from_pretrained(model, tmp_path).base_model.model.eval()
+    with torch.no_grad():
+        assert torch.equal(loop.actor.log_probs(proposals, slice(None)), expected)
+
+
+def test_saved_editor_adapter_loads_in_diffusers(loop, start, tmp_path):
+    disturb(loop.editor.add_adapter(4))
+    images = [t.steps[0].image for t in start]
+    texts = ["remove the red circle"] * 6
+    expected = loop.editor.edit(images, texts, [1] * 6)
+    loop.editor.save_adapter(tmp_path)
+    fresh = build(load_config("phase1.yaml", TrainConfig))
+    assert fresh.editor.edit(images, texts, [1] * 6) != expected
+    fresh.editor.pipeline.load_lora_weights(tmp_path)
+    got = fresh.editor.edit(images, texts, [1] * 6)
+    assert [a.tobytes() for a in got] == [b.tobytes() for b in expected]
+
+
+def run(phase, folder, *more):
+    settings = ["groups=2", "group_size=4", "rounds=2", "validation_limit=4", "validate_every=2"]
+    command = [sys.executable, "train.py", "--phase", str(phase), f"run={folder}", *settings, *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.mark.parametrize("phase", (1, 2))
+def test_resumed_run_equals_an_uninterrupted_one(phase, tmp_path):
+    whole = run(phase, tmp_path / "whole", "iterations=3")
+    assert whole.returncode == 0, whole.stderr
+    parts = run(phase, tmp_path / "parts", "iterations=2")
+    assert parts.returncode == 0, parts.stderr
+    config = (tmp_path / "parts/checkpoint.safetensors").read_bytes()
+    assert config
+    moved = run(phase, tmp_path / "parts", "iterations=3", "--resume")
+    assert moved.returncode == 0, moved.stderr
+    for name in ("metrics.jsonl",):
+        rows = [(tmp_path / p / name).read_text().splitlines() for p in ("whole", "parts")]
+        # A run's last iteration validates; the interrupted one's last was the second.
+        assert [json.loads(row)["reward"] for row in rows[0]] == [
+            json.loads(row)["reward"] for row in rows[1]
+        ]
+    weights = [next((tmp_path / p / "adapter").glob("*.safetensors")) for p in ("whole", "parts")]
+    assert weights[0].read_bytes() == weights[1].read_bytes()
+    shutil.rmtree(tmp_path)
