@@ -72,7 +72,7 @@ def train_vae(steps=2500):
     fit("vae", vae, loss_of, steps, 2e-3, save)
 
 
-def train_flow(steps=3200):
+def train_flow(steps=2850):
     """Flow matching, v = noise - latents, on captions and on edits."""
     pipeline = models.build_pipeline(SEED)
     pipeline.vae = AutoencoderKL.from_pretrained(WORK / "vae" / "model")
@@ -152,7 +152,7 @@ def picture_loss(model, processor, rng, pictures, seeing=False):
     images = np.stack([image for image, _ in pictures])
     conversations = []
     # Drill and long answers come by turns: a batch of like lengths wastes little padding.
-    writing = rng.choice((["extract"], ["repair"], [], []))
+    writing = rng.choice((["extract"], ["repair"], ["repair"], []))
     drilled = seeing or not writing
     for things, (_, graph) in zip(world.parse(images), pictures):
         asked = list(questions.drill(rng, things)) if drilled else []
@@ -203,7 +203,7 @@ def make_pictures(prompts=3000):
     print(f"pictures: {prompts} generated, {len(flawed)} edited")
 
 
-def polish_vlm(steps=1000):
+def polish_vlm(steps=1550):
     """Goes on with the VLM, half on drawn and half on generated pictures, and ships it."""
     model = AutoModelForImageTextToText.from_pretrained(WORK / "vlm" / "model")
     processor = AutoProcessor.from_pretrained(WORK / "vlm" / "model")

@@ -193,7 +193,7 @@ def vae_round_trip(pipeline, images):
     """Encodes and decodes (N, 32, 32, 3) uint8 pictures."""
     import torch
 
-    pixels = pipeline.image_processor.preprocess(images / 255.0)
+    pixels = pipeline.image_processor.preprocess((images / 255).astype("float32"))
     with torch.no_grad():
         latents = pipeline.vae.encode(pixels).latent_dist.mode()
         return pipeline.image_processor.postprocess(pipeline.vae.decode(latents).sample)
