@@ -87,7 +87,7 @@ class Actor:
     """
 
     def __init__(self, model, processor, batch_size=64, max_new_tokens=256, temperature=1.0):
-        self.model = model.eval()
+        self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.processor.tokenizer.padding_side = "left"
         self.batch_size = batch_size
@@ -118,7 +118,6 @@ class Actor:
         """Adds an untrained LoRA to the language model (it changes nothing yet): its parameters."""
         from peft import LoraConfig
 
-        self.model.requires_grad_(False)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
         self.model.add_adapter(config, adapter_name=ADAPTER)
         self.has_adapter = True

@@ -105,7 +105,7 @@ class Checker:
     """
 
     def __init__(self, model, processor, batch_size=64, relations=None):
-        self.model = model.eval()
+        self.model = model.eval().requires_grad_(False)  # kernels differ where it is True
         self.processor = processor
         self.processor.tokenizer.padding_side = "left"
         self.batch_size = batch_size

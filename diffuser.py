@@ -40,6 +40,7 @@ class Diffuser:
     def __init__(self, pipeline, call=None, batch_size=64):
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.transformer.requires_grad_(False)  # kernels differ where it is True
         self.call = call or {}
         self.batch_size = batch_size
 

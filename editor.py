@@ -54,6 +54,7 @@ class Editor:
     def __init__(self, pipeline, call=None, batch_size=64):
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
+        self.pipeline.transformer.requires_grad_(False)  # kernels differ where it is True
         self.call = call or {}
         self.batch_size = batch_size
         self.has_adapter = False
@@ -80,7 +81,6 @@ class Editor:
         from peft import LoraConfig
 
         transformer = self.pipeline.transformer
-        transformer.requires_grad_(False)
         config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
         transformer.add_adapter(config, adapter_name=ADAPTER)
         self.has_adapter = True
@@ -101,10 +101,13 @@ class Editor:
         from peft.utils import get_peft_model_state_dict
 
         transformer = self.pipeline.transformer
+        metadata = transformer.peft_config[ADAPTER].to_dict()
+        # A set's order changes from run to run, and with it the file.
+        metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
         self.pipeline.save_lora_weights(
             folder,
             transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
-            transformer_lora_adapter_metadata=transformer.peft_config[ADAPTER].to_dict(),
+            transformer_lora_adapter_metadata=metadata,
         )
 
     @contextmanager

@@ -138,7 +138,13 @@ def build(config):
         actor = _load(Actor, "actor", config.actor, actor_settings)
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
-            part.load_adapter(folder)
+            try:
+                part.load_adapter(folder)
+            except (OSError, ValueError, KeyError, RuntimeError) as error:
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(
+                    f"key '{name}.adapter': cannot load {folder!r}: {reason}"
+                ) from None
     return Loop(diffuser, checker, actor, editor, config.rounds)
 
 
