@@ -168,6 +168,8 @@ def _load(kind, name, part, settings):
 def write(trajectory, folder):
     """Writes every image, the strip, story.json and story.txt into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("image_*.png"):  # of an earlier, longer trajectory
+        old.unlink()
     for number, step in enumerate(trajectory.steps):
         step.image.save(folder / f"image_{number}.png")
     strip(trajectory).save(folder / "strip.png")

@@ -55,6 +55,13 @@ class Batch:
     stats: dict  # sums over samples
 
 
+def propose(actor, states, n, seed):
+    """The Actor's `Proposals`, n for each state."""
+    images, graphs, reflections = zip(*((s.image, s.graph, s.reflection) for s in states))
+    with clock("act"):
+        return actor.propose(images, graphs, reflections, n=n, seed=seed)
+
+
 class ActorPhase:
     """Phase 1: a sample is a completion, an action a token."""
 
@@ -66,14 +73,7 @@ class ActorPhase:
     def rollout(self, states, seed):
         """G completions a state; each distinct instruction of a group is edited once."""
         loop, size = self.loop, self.config.group_size
-        with clock("act"):
-            proposals = loop.actor.propose(
-                [state.image for state in states],
-                [state.graph for state in states],
-                [state.reflection for state in states],
-                n=size,
-                seed=seed,
-            )
+        proposals = propose(loop.actor, states, size, seed)
         starts = [state for state in states for _ in range(size)]
         groups = [number for number in range(len(states)) for _ in range(size)]
         keys = list(zip(groups, proposals.instructions))
@@ -134,13 +134,7 @@ class EditorPhase:
     def rollout(self, states, seed):
         """G edits of each state by one instruction of the trained Actor."""
         loop, size = self.loop, self.config.group_size
-        with clock("act"):
-            proposals = loop.actor.propose(
-                [state.image for state in states],
-                [state.graph for state in states],
-                [state.reflection for state in states],
-                seed=seed,
-            )
+        proposals = propose(loop.actor, states, 1, seed)
         pairs = [
             (state, instruction)
             for state, instruction in zip(states, proposals.instructions)
