@@ -8,7 +8,7 @@ Five stages, each seeded and resumable (a run that was killed goes on from its l
     pictures  what the flow model generates and edits for training prompts
     polish    the VLM goes on, half on those
 
-About two hours and a half on one CPU core. `python tiny/quality.py` measures the result.
+About two hours on one CPU core. `python tiny/quality.py` measures the result.
 """
 
 import argparse
