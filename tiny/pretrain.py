@@ -127,6 +127,7 @@ def train_flow(steps=2850):
 
     def save():
         # Half precision halves the folder; it is loaded as fp32 on a CPU.
+        vae.register_to_config(_name_or_path="")  # where it lay on this machine is of no use
         pipeline.to(dtype=torch.float16).save_pretrained(SHIPPED / "flow")
 
     fit("flow", trained, loss_of, steps, FLOW_RATE, save, early=EARLY, last=0.2)
