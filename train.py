@@ -316,7 +316,8 @@ def main():
     except (ValueError, FloatingPointError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"stopped; go on with: {' '.join(sys.argv)} --resume")
+        words = [word for word in sys.argv if word != "--resume"]
+        sys.exit(f"stopped; go on with: python {' '.join(words)} --resume")
 
 
 if __name__ == "__main__":
