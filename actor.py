@@ -6,8 +6,8 @@ It sees what the Checker's `Reflection` says and answers
     <edit>move the red circle left of the blue square</edit>
 
 Any other form is malformed and edits nothing; `<edit>none</edit>` wants no edit. (The paper, arXiv
-2602.19974, leaves the form open.) Trained in phase 1 through a LoRA adapter: `propose` keeps token
-ids and sampling log-probs, `log_probs` scores the same ids again, with gradient.
+2602.19974, leaves the form open.) Phase 1 trains a LoRA adapter: `propose` keeps ids and log-probs
+of what it samples, `log_probs` scores the same ids again, with gradient.
 
 The adapter is off but inside `propose` and `adapter()`: a Checker that shares the model never
 meets it, or the policy would grade itself.
@@ -29,7 +29,7 @@ INSTRUCT = (
 )
 FORM = re.compile(r"\s*<think>(.*?)</think>\s*<edit>(.*?)</edit>\s*", re.DOTALL)
 ADAPTER = "actor"
-TARGETS = r".*language_model\..*(q|k|v|o|gate|up|down)_proj"  # the Checker sees with the same eyes
+TARGETS = r".*(language|text)_model\..*(q|k|v|o|gate|up|down)_proj"  # the Checker sees alike
 
 
 def request(graph, feedback):
@@ -75,16 +75,12 @@ class SampledLogProbs:
     def take(self, ids):
         """ids (N,): drawn from the logits seen last."""
         if self.logits is not None:
-            log_probs = token_log_probs(self.logits[:, None], ids[:, None], self.temperature)
-            self.columns.append(log_probs)
+            ids = ids[:, None]  # (N, 1)
+            self.columns.append(token_log_probs(self.logits[:, None], ids, self.temperature))
 
 
 class Actor:
-    """An `AutoModelForImageTextToText` with its processor, shared with the Checker or its own.
-
-    Args:
-        batch_size: prompts a call of `generate`; temperature: of sampling, > 0.
-    """
+    """An `AutoModelForImageTextToText` and its processor; batch_size: prompts a `generate`."""
 
     def __init__(self, model, processor, batch_size=64, max_new_tokens=256, temperature=1.0):
         self.model = model.eval().requires_grad_(False)
@@ -94,9 +90,12 @@ class Actor:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         ends = self.model.generation_config.eos_token_id
-        self.end_ids = ends if isinstance(ends, list) else [ends]
-        self.has_adapter = False
-        self.adapter_on = False  # but inside `adapter()`
+        # A sampled picture token ends a completion: in a replay it would ask for a picture.
+        visual = {getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")}
+        self.visual_ids = list(visual - {None})
+        self.end_ids = [*(ends if isinstance(ends, list) else [ends]), *self.visual_ids]
+        self.arrive = lambda: None  # `memory.take_turns` makes room on the GPU with it
+        self.has_adapter = self.adapter_on = False  # the latter but inside `adapter()`
         self.use_adapter = True  # whether `propose` turns it on
 
     @classmethod
@@ -125,6 +124,7 @@ class Actor:
         for parameter in trained:
             parameter.data = parameter.data.float()
         self.model.disable_adapters()
+        self.arrive()  # the optimizer's state will be where its parameters are now
         return trained
 
     def load_adapter(self, folder):
@@ -168,6 +168,7 @@ class Actor:
 
     def inputs(self, images, prompts):
         """Tokenised, left-padded model inputs, one row per image and prompt."""
+        self.arrive()
         pictures = [[image] for image in images]
         batch = self.processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
         return batch.to(self.model.device, self.model.dtype)
@@ -184,6 +185,7 @@ class Actor:
         # Model folders carry sampling defaults of their own, such as top-k: outdo them all.
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         sampling |= {"repetition_penalty": 1.0, "max_new_tokens": self.max_new_tokens}
+        sampling["eos_token_id"] = self.end_ids
         ids, log_probs = [], []
         with self.adapter(self.use_adapter), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
@@ -221,11 +223,11 @@ class Actor:
         inputs = self.inputs(proposals.images[rows], proposals.prompts[rows])
         ids, mask = proposals.ids[rows], proposals.mask[rows]  # (R, T)
         shape = inputs["input_ids"].shape  # (R, prompt tokens)
-        answers = {"input_ids": ids, "attention_mask": mask}
+        seen = ids.masked_fill(torch.isin(ids, ids.new_tensor(self.visual_ids)), self.end_ids[0])
+        answers = {"input_ids": seen, "attention_mask": mask}
         for name, value in inputs.items():
             if value.shape == shape:  # one per token; of others, such as token types, zeros
-                answer = answers.get(name, torch.zeros_like(ids))
-                inputs[name] = torch.cat([value, answer.to(value)], 1)
+                inputs[name] = torch.cat([value, answers.get(name, ids * 0).to(value)], 1)
         if not hasattr(self.model.model, "get_rope_index"):  # Qwen-VL type models count in 3-D
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         logits = self.model(**inputs, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits

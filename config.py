@@ -40,13 +40,16 @@ class ActorConfig(ModelConfig):
     max_new_tokens: int = 256  # longest completion
     temperature: float = 1.0  # of sampling, above 0
     adapter: str = ""  # folder of a LoRA adapter that phase 1 trained
+    checkpointing: bool = False  # phase 1 recomputes activations: less memory, a third more time
 
 
 @dataclass
 class EditorConfig(PipelineConfig):
     """The Editor."""
 
+    template: str = "{}"  # what the pipeline reads; {} stands for the instruction
     adapter: str = ""  # folder of a LoRA adapter that phase 2 trained
+    checkpointing: bool = False  # phase 2 recomputes activations: less memory, a third more time
 
 
 @dataclass
@@ -69,9 +72,19 @@ class LoopConfig:
     editor: EditorConfig
     relations: list[str]  # relation words that prompts and scene-graph extraction may use
     rounds: int = 3  # most edits of a trajectory
+    offload: bool = False  # models take turns on the GPU, each waits in main memory meanwhile
     evaluation: EvaluationConfig | None = None  # read by eval.py alone
 
 
+LEAST = {  # of numbers that would otherwise fail late, or silently
+    **dict.fromkeys(("batch_size", "max_new_tokens", "limit", "groups", "rank", "updates"), 1),
+    **dict.fromkeys(("micro_batch", "window", "validate_every", "validation_limit"), 1),
+    **dict.fromkeys(("rounds", "seed", "iterations", "warmup", "window_start", "kl"), 0),
+    **dict.fromkeys(("clip_low", "clip_high", "flat_range", "malformed", "tolerance"), 0),
+    "group_size": 2,
+    **dict.fromkeys(("temperature", "learning_rate", "max_grad_norm", "noise_level"), 1e-9),
+    "advantage_eps": 1e-9,
+}
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
 
@@ -147,13 +160,18 @@ def _convert(kind, value, path, key):
     # YAML 1.1 reads 1e-6 as a string and 1 as an integer; both are meant as numbers.
     if plain is float and type(value) in (str, int):
         try:
-            return float(value)
+            value = float(value)
         except (ValueError, OverflowError):
             pass
     inner = typing.get_args(kind)
     if type(value) is not plain or (plain is list and any(type(v) is not inner[0] for v in value)):
         wanted = f"a list of {inner[0].__name__}" if plain is list else plain.__name__
+        if plain is list and inner[0] is str:
+            wanted += " (YAML takes on, off, yes and no for true or false: quote them)"
         raise ValueError(f"{path}: key '{key}' is {value!r}; make it {wanted}")
+    least = LEAST.get(key.split(".")[-1])
+    if least is not None and not least <= value < float("inf"):
+        raise ValueError(f"{path}: key '{key}' is {value!r}; make it at least {least:g}")
     return value
 
 

@@ -13,7 +13,11 @@ def text_problem(pipeline, prompt, max_length=None):
 
     Pipelines cut a prompt that is too long and read an unknown word as noise, both silently.
     """
-    tokenizer = getattr(pipeline, "tokenizer_2", None) or pipeline.tokenizer
+    names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the last one reads the longest prompts
+    found = [getattr(pipeline, name) for name in names if getattr(pipeline, name, None)]
+    if not found or not hasattr(found[0], "is_fast"):  # a processor of texts and pictures
+        return None
+    tokenizer = found[0]
     encoded = tokenizer(prompt, return_offsets_mapping=tokenizer.is_fast)
     unknown = [
         prompt[start:end]
@@ -40,9 +44,12 @@ class Diffuser:
     def __init__(self, pipeline, call=None, batch_size=64):
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
-        self.pipeline.transformer.requires_grad_(False)  # kernels differ where it is True
+        for part in self.pipeline.components.values():
+            if hasattr(part, "requires_grad_"):
+                part.requires_grad_(False)  # kernels differ where it is True
         self.call = call or {}
         self.batch_size = batch_size
+        self.arrive = lambda: None  # `memory.take_turns` makes room on the GPU with it
 
     @classmethod
     def load(cls, path, device="auto", dtype="auto", **settings):
@@ -72,7 +79,11 @@ class Diffuser:
             part = slice(start, start + self.batch_size)
             # Noise drawn on the CPU is the same on every device.
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-            output = self.pipeline(prompt=prompts[part], generator=generators, **self.call)
+            call = dict(self.call)
+            if isinstance(call.get("negative_prompt"), str):  # some pipelines want one for each
+                call["negative_prompt"] = [call["negative_prompt"]] * len(prompts[part])
+            self.arrive()
+            output = self.pipeline(prompt=prompts[part], generator=generators, **call)
             images += output.images
         return images
 

@@ -2,10 +2,9 @@
 
 Any instruction-editing flow-matching pipeline of diffusers (Kontext type) that takes `image` and
 `prompt`; trained in phase 2 of arXiv 2602.19974 through a LoRA adapter. `edit` integrates the
-flow's ODE. `rollout` makes the same call, but on a window of steps the scheduler's `step` becomes
-`grpo.sde_step` (Flow-GRPO, arXiv 2505.05470; a window: MixGRPO, arXiv 2507.21802), and a hook
-keeps what the transformer was called with. `log_probs` calls it again with that: replay, with
-gradient. So no pipeline is copied, and what is replayed is what was run.
+flow's ODE. `rollout` makes the same call while `rollout.recorded` turns a window of its steps into
+those of an SDE and keeps what the transformer was called with. `log_probs` calls it again with
+that: replay, with gradient. So no pipeline is copied, and what is replayed is what was run.
 
 The adapter is off but inside `edit`, `rollout` and `adapter()`: a Diffuser that shares the
 pipeline never meets it.
@@ -14,33 +13,17 @@ pipeline never meets it.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass
 
-from grpo import sde_step
+from rollout import Rollout, recorded, replayed
 
 ADAPTER = "editor"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
-
-
-@dataclass
-class RecordedStep:
-    """One SDE step of a rollout of B pictures; all tensors fp32 but those in `call`."""
-
-    call: dict  # keyword arguments of the transformer
-    sample: object  # (B, tokens, channels) latents before the step
-    next_sample: object  # the same after it
-    sigma: float
-    sigma_next: float
-    noise_level: float
-    log_prob: object  # (B,) as sampled
-
-
-@dataclass
-class Rollout:
-    """Edited pictures, and the steps of the window that can be replayed."""
-
-    images: list
-    steps: list[RecordedStep]
+TARGETS += ("to_qkv_mlp_proj",)  # FLUX.2's single blocks, which have q, k and v in one
+# This one reads a list of pictures as a batch; all others get one picture a call, because most read
+# a list as references of one and the same edit.
+BATCHED = ("FluxKontextPipeline",)
+SCHEDULER = "FlowMatchEulerDiscreteScheduler"
+CACHED = ("Flux2KleinKVPipeline",)  # its steps share the picture's keys and values
 
 
 class Editor:
@@ -48,18 +31,47 @@ class Editor:
 
     Args:
         pipeline: as `load` gives it, or the Diffuser's; call: keyword arguments of its call;
-        batch_size: images a call.
+        batch_size: images a call; template: what it reads, {} standing for the instruction.
     """
 
-    def __init__(self, pipeline, call=None, batch_size=64):
+    def __init__(self, pipeline, call=None, batch_size=64, template="{}"):
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.transformer.requires_grad_(False)  # kernels differ where it is True
         self.call = call or {}
         self.batch_size = batch_size
+        self.template = template
+        self.arrive = lambda training=False: None  # `memory.take_turns` makes room with it
         self.has_adapter = False
         self.adapter_on = False  # but inside `adapter()`
         self.use_adapter = True  # whether `edit` and `rollout` turn it on
+
+    @staticmethod
+    def check(path):
+        """Raises ValueError for a pipeline that cannot be the Editor; reads its index alone."""
+        import inspect
+
+        import diffusers
+
+        index = diffusers.DiffusionPipeline.load_config(path)
+        name = index["_class_name"]
+        kind = getattr(diffusers, name, None)
+        if kind is None:
+            raise ValueError(f"diffusers {diffusers.__version__} has no {name}")
+        takes = inspect.signature(kind.__call__).parameters
+        scheduler = index.get("scheduler", [None, "no scheduler"])[1]
+        reasons = {
+            "it takes no picture": "image" not in takes or "prompt" not in takes,
+            "it starts from a noised picture and follows no instruction": "strength" in takes,
+            "it makes videos": "num_frames" in takes,
+            "it has no transformer": "transformer" not in index,
+            f"{scheduler} is not the Euler steps of a flow": scheduler != SCHEDULER,
+            "its steps share a cache, so that none can be replayed alone": name in CACHED,
+            "diffusers cannot load a LoRA into it": not hasattr(kind, "save_lora_weights"),
+        }
+        for reason, holds in reasons.items():
+            if holds:
+                raise ValueError(f"{name} cannot be trained as the Editor: {reason}")
 
     @classmethod
     def load(cls, path, device="auto", dtype="auto", **settings):
@@ -67,6 +79,7 @@ class Editor:
         import torch
         from diffusers import DiffusionPipeline
 
+        cls.check(path)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         if dtype == "auto":
@@ -88,6 +101,7 @@ class Editor:
         for parameter in trained:
             parameter.data = parameter.data.float()
         transformer.disable_adapters()
+        self.arrive(training=True)  # the optimizer's state will be where its parameters are now
         return trained
 
     def load_adapter(self, folder):
@@ -132,88 +146,64 @@ class Editor:
     def edit(self, images, instructions, seeds):
         """One edited PIL image per image, instruction and seed, whatever else is in the batch."""
         edited = []
-        for start in range(0, len(images), self.batch_size):
-            part = slice(start, start + self.batch_size)
+        batched = type(self.pipeline).__name__ in BATCHED
+        start = 0
+        while start < len(images):
+            stop = start + 1
+            while stop < min(start + self.batch_size, len(images)) and (
+                batched or _alike(images[start : stop + 1], instructions[start : stop + 1])
+            ):
+                stop += 1
+            part = slice(start, stop)
             edited += self._call(images[part], instructions[part], seeds[part])
+            start = stop
         return edited
 
     def _call(self, images, instructions, seeds):
         import torch
 
+        call = dict(self.call)
+        if _alike(images, instructions):  # read the picture and encode the text once
+            call["num_images_per_prompt"] = len(images)
+            images, instructions = images[0], instructions[:1]
+        elif type(self.pipeline).__name__ not in BATCHED:
+            raise ValueError(
+                f"{type(self.pipeline).__name__} edits one picture by one instruction a call: "
+                "give micro_batch the value of group_size, or less"
+            )
+        if isinstance(call.get("negative_prompt"), str):  # some pipelines want one for each prompt
+            call["negative_prompt"] = [call["negative_prompt"]] * len(instructions)
+        # A template may be JSON, which a quotation mark would end.
+        prompts = [self.template.replace("{}", text.replace('"', "'")) for text in instructions]
         # Noise drawn on the CPU is the same on every device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.arrive()
         with self.adapter(self.use_adapter):
-            output = self.pipeline(
-                image=images, prompt=instructions, generator=generators, **self.call
-            )
-        return output.images
+            return self.pipeline(image=images, prompt=prompts, generator=generators, **call).images
 
     def rollout(self, images, instructions, seeds, noise_seeds, window, noise_level):
         """Edits B pictures in one call, by the SDE on the steps in `window`, and records those.
 
         Args: seeds: of the initial latents, equal within a group, whose members then share the
         ODE prefix too; noise_seeds: of the window's noise, all distinct; window: a range of steps.
-        Raises ValueError for a pipeline that calls its transformer more than once a step.
+        Raises ValueError for a pipeline whose steps cannot be replayed.
         """
         import torch
 
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
-        scheduler = self.pipeline.scheduler
-        calls = []
-        steps = []
-        latents = None  # fp32, whatever the pipeline's dtype
-        done = 0
-
-        def keep(_, arguments, keywords):
-            calls.append(keywords)
-
-        def step(velocity, timestep, sample, **_):
-            nonlocal latents, done
-            if len(calls) != 1:
-                name = type(self.pipeline).__name__
-                raise ValueError(
-                    f"{name} calls its transformer {len(calls)} times a step: turn "
-                    "classifier-free guidance off, it cannot be trained"
-                )
-            latents = sample.float() if latents is None else latents
-            sigma, sigma_next = scheduler.sigmas[done : done + 2].tolist()
-            level = noise_level if done in window else 0.0
-            next_latents, log_prob, _, _ = sde_step(
-                velocity, latents, sigma, sigma_next, level, generator=generators
-            )
-            if log_prob is not None:
-                steps.append(
-                    RecordedStep(
-                        calls[0], latents, next_latents, sigma, sigma_next, level, log_prob
-                    )
-                )
-            calls.clear()
-            latents = next_latents
-            done += 1
-            return (next_latents.to(sample.dtype),)
-
-        hook = self.pipeline.transformer.register_forward_pre_hook(keep, with_kwargs=True)
-        scheduler.step = step
-        try:
+        with recorded(self.pipeline, generators, window, noise_level) as steps:
             edited = self._call(images, instructions, seeds)
-        finally:
-            hook.remove()
-            del scheduler.step
         return Rollout(edited, steps)
 
-    def log_probs(self, recorded):
+    def log_probs(self, recorded_step):
         """Replays one step of the window with gradient: (log_prob (B,), mean, std)."""
-        prediction = self.pipeline.transformer(**recorded.call)[0]
-        velocity = prediction[:, : recorded.sample.shape[1]]  # without the picture's own tokens
-        _, log_prob, mean, std = sde_step(
-            velocity,
-            recorded.sample,
-            recorded.sigma,
-            recorded.sigma_next,
-            recorded.noise_level,
-            next_sample=recorded.next_sample,
-        )
-        return log_prob, mean, std
+        self.arrive(training=True)
+        return replayed(self.pipeline.transformer, recorded_step)
+
+
+def _alike(images, instructions):
+    """Whether all rows are one edit."""
+    return all(image is images[0] for image in images) and len(set(instructions)) == 1
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from config import LoopConfig, load_config
 from loop import Step, Trajectory, build
-from report import table
+from report import record, table
 from sgiou import SceneGraph, load_laion_sg, sg_iou
 
 EXACT = ("sg_iou", "entity_iou", "relation_iou")
@@ -154,7 +154,7 @@ def best_of(loop, trajectories, n):
 
 
 def evaluate(loop, graphs, seed, exact, progress):
-    """All rows. Args: progress: called with a row's name before it runs."""
+    """(rows, trajectories of the last). Args: progress: called with a row's name before it runs."""
     seeds = [seed + number for number in range(len(graphs))]
     progress("Diffuser")
     with FlowMeter(loop) as generation:
@@ -184,11 +184,8 @@ def evaluate(loop, graphs, seed, exact, progress):
     with FlowMeter(loop) as again:
         sampled = best_of(loop, first, n)
     alone = row("Diffuser", loop, first, [generation], exact)
-    return [
-        alone,
-        row(f"best of {n}", loop, sampled, [generation, again], exact, "Diffuser"),
-        *loops,
-    ]
+    best = row(f"best of {n}", loop, sampled, [generation, again], exact, "Diffuser")
+    return [alone, best, *loops], trajectories
 
 
 def systems(loop):
@@ -235,7 +232,7 @@ def main():
         bar.set_postfix_str(name)
         bar.update()
 
-    rows = evaluate(loop, graphs, settings.seed, settings.exact, progress)
+    rows, trajectories = evaluate(loop, graphs, settings.seed, settings.exact, progress)
     bar.close()
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -243,7 +240,8 @@ def main():
     (folder / "table.md").write_text(text + "\n")
     results = json.dumps([vars(result) for result in rows])
     (folder / "results.json").write_text(results.replace("NaN", "null") + "\n")
-    print(f"{len(graphs)} prompts of {settings.data}\n\n{text}\n\n{folder / 'table.md'}")
+    path = record(folder, trajectories)
+    print(f"{len(graphs)} prompts of {settings.data}\n\n{text}\n\n{folder / 'table.md'}\n{path}")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import LoopConfig, load_config
-from report import story, strip, tell
+from memory import checkpoint_vlm, take_turns, waiting
+from report import record
 from sgiou import SceneGraph, load_laion_sg, parse_prompt
+from story import story, strip, tell
 
 
 @dataclass
@@ -118,8 +120,12 @@ def build(config):
     from diffuser import Diffuser
     from editor import Editor
 
+    _try("editor.model", config.editor.model, Editor.check, config.editor.model)
+    if config.offload:
+        config = waiting(config)
     diffuser_settings = {"call": config.diffuser.call, "batch_size": config.diffuser.batch_size}
     editor_settings = {"call": config.editor.call, "batch_size": config.editor.batch_size}
+    editor_settings["template"] = config.editor.template
     checker_settings = {"relations": config.relations, "batch_size": config.checker.batch_size}
     actor_settings = {
         "max_new_tokens": config.actor.max_new_tokens,
@@ -138,13 +144,13 @@ def build(config):
         actor = _load(Actor, "actor", config.actor, actor_settings)
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
-            try:
-                part.load_adapter(folder)
-            except (OSError, ValueError, KeyError, RuntimeError) as error:
-                reason = " ".join(str(error).split())[:300]
-                raise ValueError(
-                    f"key '{name}.adapter': cannot load {folder!r}: {reason}"
-                ) from None
+            _try(f"{name}.adapter", folder, part.load_adapter, folder)
+    if config.actor.checkpointing:
+        checkpoint_vlm(actor.model)
+    if config.editor.checkpointing:
+        editor.pipeline.transformer.enable_gradient_checkpointing()
+    if config.offload:
+        take_turns((diffuser, checker, actor, editor), "cuda")
     return Loop(diffuser, checker, actor, editor, config.rounds)
 
 
@@ -158,11 +164,15 @@ def _load(kind, name, part, settings):
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+    return _try(f"{name}.model", part.model, kind.load, *_weights(part), **settings)
+
+
+def _try(key, path, load, *arguments, **settings):
     try:
-        return kind.load(*_weights(part), **settings)
-    except (OSError, ValueError, ImportError, AttributeError, RuntimeError) as error:
+        return load(*arguments, **settings)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"key '{name}.model': cannot load {part.model!r}: {reason}") from None
+        raise ValueError(f"key '{key}': cannot load {path!r}: {reason}") from None
 
 
 def write(trajectory, folder):
@@ -185,9 +195,15 @@ def read_prompts(path, relations):
         lines = Path(path).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); check the path") from None
-    if not any(line.strip() for line in lines):
+    graphs = []
+    for number, line in enumerate(lines, 1):
+        try:
+            graphs += [parse_prompt(line, relations)] if line.strip() else []
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from None
+    if not graphs:
         raise ValueError(f"{path}: holds no prompt; write one a line")
-    return [parse_prompt(line, relations) for line in lines if line.strip()]
+    return graphs
 
 
 def main():
@@ -201,6 +217,8 @@ def main():
     arguments = parser.parse_args()
     if (arguments.prompt is None) == (arguments.prompts is None):
         parser.error("give either a prompt or --prompts FILE")
+    if arguments.rounds is not None and arguments.rounds < 0:
+        parser.error("--rounds: give 0 or more")
     try:
         config = load_config(arguments.config, LoopConfig)
         if arguments.prompts:
@@ -213,13 +231,15 @@ def main():
         for graph in graphs:
             if problem := loop.diffuser.problem(graph.prompt()):
                 raise ValueError(f"prompt {graph.prompt()!r}: {problem}")
-    except ValueError as error:
+        seeds = [arguments.seed + number for number in range(len(graphs))]
+        trajectories = loop.run(graphs, seeds)
+        for number, trajectory in enumerate(trajectories):
+            folder = Path(arguments.out) / (f"{number:04d}" if len(graphs) > 1 else "")
+            write(trajectory, folder)
+            print(story(trajectory), f"\n\n  {folder / 'strip.png'}\n")
+        print(f"  {record(arguments.out, trajectories)}")
+    except (ValueError, OSError) as error:
         sys.exit(f"loop.py: {error}")
-    seeds = [arguments.seed + number for number in range(len(graphs))]
-    for number, trajectory in enumerate(loop.run(graphs, seeds)):
-        folder = Path(arguments.out) / (f"{number:04d}" if len(graphs) > 1 else "")
-        write(trajectory, folder)
-        print(story(trajectory), f"\n\n  {folder / 'strip.png'}\n")
 
 
 if __name__ == "__main__":

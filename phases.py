@@ -18,6 +18,7 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from checker import reflect
 from sgiou import SceneGraph
 
 SECONDS = {}  # by stage, of the iteration under way
@@ -62,6 +63,15 @@ def propose(actor, states, n, seed):
         return actor.propose(images, graphs, reflections, n=n, seed=seed)
 
 
+def score(reflections, starts, seed, sampled=False):
+    """The reward: the Checker's score in P(yes), or (sampled) in one draw of yes or no each."""
+    if not sampled:
+        return [reflection.score for reflection in reflections]
+    rng = random.Random(seed)
+    drawn = [[float(rng.random() < prob) for prob in r.probs] for r in reflections]
+    return [reflect(start.graph, probs).score for start, probs in zip(starts, drawn)]
+
+
 class ActorPhase:
     """Phase 1: a sample is a completion, an action a token."""
 
@@ -70,23 +80,30 @@ class ActorPhase:
         self.config = config
         self.trained = loop.actor
 
+    def cost(self):
+        """What an iteration costs at most, in words."""
+        config = self.config
+        samples = config.groups * config.group_size * config.rounds
+        return f"at most {samples * config.actor.max_new_tokens:,} tokens and {samples} edits"
+
     def rollout(self, states, seed):
         """G completions a state; each distinct instruction of a group is edited once."""
         loop, size = self.loop, self.config.group_size
         proposals = propose(loop.actor, states, size, seed)
         starts = [state for state in states for _ in range(size)]
         groups = [number for number in range(len(states)) for _ in range(size)]
-        keys = list(zip(groups, proposals.instructions))
-        todo = [key for key in dict.fromkeys(keys) if key[1] not in (None, "none")]
         # One seed a group: it compares instructions, not luck.
+        seeds = [seed + (groups[i] if self.config.shared_noise else i) for i in range(len(starts))]
+        keys = list(zip(groups, proposals.instructions, seeds))
+        todo = [key for key in dict.fromkeys(keys) if key[1] not in (None, "none")]
         with clock("edit"):
             images = loop.editor.edit(
-                [states[group].image for group, _ in todo],
-                [instruction for _, instruction in todo],
-                [seed + group for group, _ in todo],
+                [states[group].image for group, _, _ in todo],
+                [instruction for _, instruction, _ in todo],
+                [noise for _, _, noise in todo],
             )
         with clock("check"):
-            checked = loop.checker.check(images, [states[group].graph for group, _ in todo])
+            checked = loop.checker.check(images, [states[group].graph for group, _, _ in todo])
         done = dict(zip(todo, zip(images, checked)))
         results = [
             done.get(key, (start.image, start.reflection)) for key, start in zip(keys, starts)
@@ -98,11 +115,9 @@ class ActorPhase:
             "truncated": sum(proposals.truncated),
             "length": proposals.mask.sum().item(),
         }
-        rewards = [
-            reflection.score - self.config.malformed * bad
-            for (_, reflection), bad in zip(results, malformed)
-        ]
         pictures, reflections = zip(*results)
+        scores = score(reflections, starts, seed, self.config.sampled_reward)
+        rewards = [s - self.config.malformed * bad for s, bad in zip(scores, malformed)]
         return Batch(rewards, groups, pictures, reflections, starts, proposals, stats)
 
     def pieces(self, batch):
@@ -131,6 +146,12 @@ class EditorPhase:
         self.config = config
         self.trained = loop.editor
 
+    def cost(self):
+        """What an iteration costs at most, in words."""
+        config = self.config
+        samples = config.groups * config.group_size * config.rounds
+        return f"at most {samples} edits, of which {samples * config.window:,} steps are trained"
+
     def rollout(self, states, seed):
         """G edits of each state by one instruction of the trained Actor."""
         loop, size = self.loop, self.config.group_size
@@ -156,7 +177,7 @@ class EditorPhase:
                     rollout = loop.editor.rollout(
                         [starts[row].image for row in rows],
                         [texts[row] for row in rows],
-                        [seed + groups[row] for row in rows],
+                        [seed + (groups[row] if self.config.shared_noise else row) for row in rows],
                         [seed + 500_000 + row for row in rows],
                         window,
                         self.config.noise_level,
@@ -165,7 +186,7 @@ class EditorPhase:
         images = [image for rollout in rollouts for image in rollout.images]
         with clock("check"):
             reflections = loop.checker.check(images, [state.graph for state in starts])
-        rewards = [reflection.score for reflection in reflections]
+        rewards = score(reflections, starts, seed, self.config.sampled_reward)
         stats = {"unedited": len(states) - len(pairs)}
         return Batch(rewards, groups, images, reflections, starts, rollouts, stats)
 

@@ -10,8 +10,8 @@ An iteration, the same in both phases:
 
 A random member of each group is the state of the next round, as long as the loop would edit it.
 Before the first update the recorded log-probs are compared with replayed ones: a rollout that the
-update cannot reproduce stops the run. All randomness is drawn from (seed, iteration, round), so a
-checkpoint is adapter, optimizer and iteration, and a resumed run continues bit for bit on the CPU.
+update cannot reproduce stops the run. All randomness is drawn from (seed, iteration, round): a
+resumed run continues bit for bit on the CPU.
 
     python train.py --phase 1 --config phase1.yaml
     python train.py --phase 2 --config phase2.yaml kl=0 --resume
@@ -19,17 +19,22 @@ checkpoint is adapter, optimizer and iteration, and a resumed run continues bit 
 
 import argparse
 import json
-import os
+import math
 import random
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
 
+from checkpoint import NAME, load_checkpoint, save_checkpoint
 from config import LoopConfig, load_config
 from phases import SECONDS, ActorPhase, EditorPhase, State, clock
+from report import record
 from sgiou import SceneGraph, load_laion_sg, sg_iou
+
+PATIENCE = 5  # iterations after which trouble is told
 
 
 @dataclass
@@ -56,6 +61,8 @@ class TrainConfig(LoopConfig):
     updates: int = 2  # optimizer steps on a rollout; at 1 the clip never acts
     micro_batch: int = 64  # completions (phase 1) or edits (phase 2) a backward pass
     malformed: float = 0.2  # what a malformed completion loses (phase 1)
+    shared_noise: bool = True  # within a group: of the edits (phase 1), initial latents (phase 2)
+    sampled_reward: bool = False  # sampled yes or no in place of P(yes): for comparison
     noise_level: float = 0.8  # a of the SDE (phase 2)
     window: int = 3  # SDE steps (phase 2)
     window_start: int = 2  # the window starts at a random step up to this (phase 2)
@@ -107,7 +114,7 @@ def update(phase, batches, optimizer, parameters, config):
 
     from grpo import clipped_loss, group_advantages
 
-    work = []  # (phase piece, advantages (R, 1), mask (R, T))
+    work = []  # (replay, recorded log-probs (R, T), advantages (R, 1), mask (R, T))
     flat = total = 0
     for batch in batches:
         advantages, kept = group_advantages(
@@ -120,47 +127,51 @@ def update(phase, batches, optimizer, parameters, config):
         total += len(set(batch.groups))
         for replay, recorded, mask, rows in phase.pieces(batch):
             mask = mask & kept[rows, None].to(mask.device)
-            work.append((replay, recorded, advantages[rows, None].to(recorded.device), mask))
+            if mask.any():
+                work.append((replay, recorded, advantages[rows, None].to(recorded.device), mask))
     count = sum(mask.sum().item() for *_, mask in work)
-    figures = {"flat_groups": flat / max(total, 1), "groups": total}
-    if count == 0:
-        return figures  # Adam moves even on a zero gradient
-    for number in range(config.updates):
+    figures = {"flat_groups": flat / max(total, 1), "groups": total, "skipped": 0}
+    references = []  # what the policy without its adapter says: the same for all updates
+    for number in range(config.updates if work else 0):  # Adam moves even on a zero gradient
         sums = {}
         optimizer.zero_grad()
-        for replay, recorded, advantages, mask in work:
+        for index, (replay, recorded, advantages, mask) in enumerate(work):
             with phase.trained.adapter():
                 now = replay()
                 if number == 0:
                     error = torch.where(mask, now[0].detach() - recorded, 0).abs().max().item()
                     figures["replay_error"] = max(figures.get("replay_error", 0.0), error)
+                    if not error <= config.tolerance:  # nor is it if it is no number
+                        raise ValueError(
+                            f"a replayed log-prob differs from the recorded one by {error:.1e}, "
+                            f"more than tolerance {config.tolerance:.0e}: the rollout is not what "
+                            "the update sees; look for dropout, other batch shapes or dtype"
+                        )
                 loss, stats = clipped_loss(
                     now[0], recorded, advantages, mask, count, config.clip_low, config.clip_high
                 )
                 if config.kl > 0:
-                    with torch.no_grad(), phase.trained.adapter(on=False):
-                        reference = replay()
-                    kl = torch.where(mask, phase.divergence(now, reference), 0).sum() / count
-                    loss = loss + config.kl * kl
-                    stats["kl"] = kl.item()
+                    if number == 0:
+                        with torch.no_grad(), phase.trained.adapter(on=False):
+                            references.append(replay())
+                    kl = torch.where(mask, phase.divergence(now, references[index]), 0).sum()
+                    loss = loss + config.kl * kl / count
+                    stats["kl"] = kl.item() / count
                 loss.backward()
             for name, value in stats.items():
                 highest = name == "ratio_error"
                 sums[name] = max(sums.get(name, 0), value) if highest else sums.get(name, 0) + value
-        if number == 0 and figures["replay_error"] > config.tolerance:
-            raise ValueError(
-                f"a replayed log-prob differs from the recorded one by "
-                f"{figures['replay_error']:.1e}, more than tolerance {config.tolerance:.0e}: the "
-                "rollout is not what the update sees; look for dropout, other batch shapes or dtype"
-            )
         norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
-        figures |= sums | {"grad_norm": norm}
-        optimizer.step()
+        if math.isfinite(norm):
+            figures |= sums | {"grad_norm": norm}
+            optimizer.step()
+        else:
+            figures["skipped"] += 1
     return figures
 
 
-def validate(loop, phase, start, config):
-    """Runs the loop with ODE edits from the same first pictures: Checker score and exact SG-IoU."""
+def validate(loop, start, config):
+    """The loop with ODE edits from the same first pictures: (Checker and exact score, its runs)."""
     from loop import Trajectory
 
     trajectories = [Trajectory(t.graph, t.seed, list(t.steps)) for t in start]
@@ -176,7 +187,7 @@ def validate(loop, phase, start, config):
         exact = [SceneGraph(*exact_graph(things, graph)) for things, graph in zip(found, graphs)]
         scores = [sg_iou(pred, gold)["sg_iou"] for pred, gold in zip(exact, graphs)]
         figures["val_sg_iou"] = mean(scores)
-    return figures
+    return figures, trajectories
 
 
 def mean(values):
@@ -200,46 +211,6 @@ def summary(batches, solved):
     return figures
 
 
-def save_checkpoint(folder, done, parameters, optimizer, config):
-    """Parameters and optimizer state in one safetensors file, written aside, then renamed."""
-    import torch
-    from safetensors.torch import save_file
-
-    tensors = {f"parameter.{i}": value.detach() for i, value in enumerate(parameters)}
-    for index, state in optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
-    tensors = {name: value.clone().contiguous() for name, value in tensors.items()}
-    metadata = {"iterations": str(done), "config": json.dumps(asdict(config))}
-    save_file(tensors, folder / "aside.safetensors", metadata)
-    os.replace(folder / "aside.safetensors", folder / "checkpoint.safetensors")
-
-
-def load_checkpoint(path, parameters, optimizer, config):
-    """Restores what `save_checkpoint` wrote; returns the iterations done."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); start without --resume") from None
-    saved, now = json.loads(metadata["config"]), asdict(config)
-    changed = [key for key in now if key != "iterations" and saved.get(key) != now[key]]
-    if changed:
-        raise ValueError(f"{path}: made with another config, in {', '.join(changed)}; undo that")
-    state = {}
-    for name, value in tensors.items():
-        kind, index, *rest = name.split(".")
-        if kind == "parameter":
-            parameters[int(index)].data.copy_(value)
-        else:
-            state.setdefault(int(index), {})[rest[0]] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    return int(metadata["iterations"])
-
-
 def show(iteration, figures):
     """One line a person can read."""
     names = {"reward": "reward", "before": "before", "flat_groups": "flat", "kl": "kl"}
@@ -250,8 +221,27 @@ def show(iteration, figures):
     return f"{iteration:4d}  " + "  ".join(parts)
 
 
-def train(loop, config, phase_class, resume):
-    """Runs all iterations; writes metrics.jsonl, seconds.jsonl, the adapter and the checkpoint."""
+def trouble(recent):
+    """What is wrong with a run, in one line ("" if nothing), told by its last iterations."""
+    if len(recent) < PATIENCE:
+        return ""
+    if all(figures["skipped"] for figures in recent):
+        raise FloatingPointError(
+            f"gradients were not finite in {PATIENCE} iterations in a row; the checkpoint is from "
+            "before any harm: lower learning_rate, or use a wider dtype"
+        )
+    if all(not figures["samples"] for figures in recent):
+        return "nothing to learn from: no picture fails the Checker, or the Actor wants no edit"
+    if all(figures["flat_groups"] > 0.95 for figures in recent):
+        unused = mean([figures.get("none", 0) + figures.get("malformed", 0) for figures in recent])
+        if unused > 0.9:
+            return f"{unused:.0%} of the completions name no edit: see max_new_tokens, the prompt"
+        return "all rewards of a group are alike: see the Checker, or raise temperature or noise"
+    return ""
+
+
+def train(loop, config, phase_class, resume=False, changed=False):
+    """Runs all iterations; writes all that the run's folder holds (README: what a run leaves)."""
     import torch
 
     torch.manual_seed(config.seed)
@@ -260,19 +250,31 @@ def train(loop, config, phase_class, resume):
     phase = phase_class(loop, config)
     parameters = phase.trained.add_adapter(config.rank)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
-    metrics = folder / "metrics.jsonl"
+    metrics, log = folder / "metrics.jsonl", folder / "log"
     first, rows = 0, []
     if resume:
-        first = load_checkpoint(folder / "checkpoint.safetensors", parameters, optimizer, config)
+        first = load_checkpoint(folder, parameters, optimizer, config, changed)
         rows = metrics.read_text().splitlines()[:first]
+    else:
+        save_checkpoint(folder, 0, parameters, optimizer, config)
     metrics.write_text("".join(row + "\n" for row in rows))
+    (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
+
+    def say(line):
+        print(line, flush=True)
+        with log.open("a") as file:
+            file.write(line + "\n")
+
     graphs = load_laion_sg(config.data)
     held_out = load_laion_sg(config.validation, config.validation_limit)
     start = loop.start(held_out, list(range(len(held_out))))
-    print(
-        f"{len(parameters)} LoRA tensors, {sum(p.numel() for p in parameters):,} parameters; "
-        f"{config.groups} states x {config.group_size} samples x up to {config.rounds} rounds"
+    if first == 0:
+        record(folder, validate(loop, start, config)[1])
+    samples = config.groups * config.group_size
+    say(
+        f"{sum(p.numel() for p in parameters):,} parameters of {len(parameters)} LoRA tensors; an "
+        f"iteration: {config.groups} states x {config.group_size} samples = {samples}, in each of "
+        f"up to {config.rounds} rounds; {phase.cost()}; {config.updates} updates"
     )
     for iteration in range(first, config.iterations):
         SECONDS.clear()
@@ -284,17 +286,25 @@ def train(loop, config, phase_class, resume):
             figures = summary(batches, solved) | update(
                 phase, batches, optimizer, parameters, config
             )
-        if (iteration + 1) % config.validate_every == 0 or iteration + 1 == config.iterations:
+        last = iteration + 1 == config.iterations
+        if (iteration + 1) % config.validate_every == 0 or last:
             with clock("validate"):
-                figures |= validate(loop, phase, start, config)
+                scores, trajectories = validate(loop, start, config)
+                figures |= scores
+        row = {"iteration": iteration + 1} | figures
+        rows.append(json.dumps(row))
         with metrics.open("a") as file:
-            file.write(json.dumps({"iteration": iteration + 1} | figures) + "\n")
+            file.write(rows[-1] + "\n")
         with (folder / "seconds.jsonl").open("a") as file:
             file.write(json.dumps({"iteration": iteration + 1} | SECONDS) + "\n")
+        say(f"{show(iteration + 1, figures)}  {sum(SECONDS.values()):.1f}s")
+        if warning := trouble([json.loads(line) for line in rows[-PATIENCE:]]):
+            say(f"warning: {warning}")
         save_checkpoint(folder, iteration + 1, parameters, optimizer, config)
-        print(show(iteration + 1, figures), f" {sum(SECONDS.values()):.1f}s", flush=True)
-    phase.trained.save_adapter(folder / "adapter")
-    print(f"adapter: {folder / 'adapter'}")
+        if "val_checker" in figures:
+            phase.trained.save_adapter(folder / "adapter")
+            record(folder, trajectories, iteration + 1)
+    say(f"adapter: {folder / 'adapter'}")
 
 
 def main():
@@ -303,20 +313,30 @@ def main():
     parser.add_argument("--phase", type=int, choices=(1, 2), required=True)
     parser.add_argument("--config", help="default: phase1.yaml or phase2.yaml")
     parser.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
+    parser.add_argument("--changed", action="store_true", help="resume with a changed config")
     arguments = parser.parse_args()
+    path = arguments.config or f"phase{arguments.phase}.yaml"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
     try:
-        path = arguments.config or f"phase{arguments.phase}.yaml"
         config = load_config(path, TrainConfig, arguments.overrides)
-        if arguments.resume and not (Path(config.run) / "checkpoint.safetensors").exists():
+        saved = (Path(config.run) / NAME).exists()
+        if arguments.resume and not saved:
             raise ValueError(f"{config.run}: holds no checkpoint; start without --resume")
+        if saved and not arguments.resume:
+            raise ValueError(
+                f"{config.run}: holds a run; go on with it by --resume, or give run=another/folder"
+            )
         from loop import build
 
         loop = build(config)
-        train(loop, config, (ActorPhase, EditorPhase)[arguments.phase - 1], arguments.resume)
-    except (ValueError, FloatingPointError) as error:
+        phase_class = (ActorPhase, EditorPhase)[arguments.phase - 1]
+        train(loop, config, phase_class, arguments.resume, arguments.changed)
+    except (ValueError, FloatingPointError, OSError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         words = [word for word in sys.argv if word != "--resume"]
+        if not (Path(config.run) / NAME).exists():
+            sys.exit("stopped before the first checkpoint")
         sys.exit(f"stopped; go on with: python {' '.join(words)} --resume")
 
 

@@ -137,6 +137,12 @@ def test_the_shipped_configs_load(monkeypatch, name, tmp_path):
         (("evaluation: {", "evaluation: {exact: 1, "), "'evaluation.exact'", "bool"),
         (("evaluation: {data", "evaluation: {data: 1} #"), "'evaluation.data'", "str"),
         (("editor: {model", "editor: {adapter: no, model"), "'editor.adapter'", "str"),
+        (("[left of, above]", "[on, above]"), "'relations'", "quote them"),
+        (("relations:", "rounds: -1\nrelations:"), "'rounds'", "at least 0"),
+        (("checker: {", "checker: {batch_size: 0, "), "'checker.batch_size'", "at least 1"),
+        (("temperature: 1e-6", "temperature: 0"), "'actor.temperature'", "at least"),
+        (("temperature: 1e-6", "temperature: .nan"), "'actor.temperature'", "at least"),
+        (("temperature: 1e-6", "temperature: .inf"), "'actor.temperature'", "at least"),
     ],
 )
 def test_a_bad_key_is_named(load, good, change, key, hint):
@@ -395,6 +401,18 @@ def test_a_prompts_file_without_prompts(run, configured, tmp_path, content):
     if content is not None:
         path.write_text(content)
     refused(run("loop.py", "--prompts", path, "--config", configured), "prompts.txt")
+
+
+def test_a_prompt_of_a_file_is_named_by_its_line(run, configured, tmp_path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a left of b\n\nabove b\n")
+    refused(run("loop.py", "--prompts", path, "--config", configured), "prompts.txt, line 3")
+
+
+def test_negative_rounds(run, configured):
+    process = run("loop.py", "a left of b", "--rounds", "-1", "--config", configured)
+    assert process.returncode != 0
+    assert "--rounds" in process.stderr
 
 
 BROKEN = '[{"img_id": 1, "items": [{"item_id": 0, "label": "sun"}], "relations": [{"item1": 0}]}]'

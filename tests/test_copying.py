@@ -13,12 +13,29 @@ MAY_IMPORT = {
     "sgiou": [],
     "grpo": [],
     "config": [],
-    "report": ["sgiou"],
+    "charts": [],
+    "story": [],
+    "report": ["charts", "story"],
     "diffuser": [],
     "checker": ["sgiou"],
     "actor": ["grpo", "sgiou"],
-    "editor": ["grpo"],
-    "loop": ["actor", "checker", "config", "diffuser", "editor", "grpo", "report", "sgiou"],
+    "rollout": ["grpo"],
+    "editor": ["grpo", "rollout"],
+    "memory": [],
+    "loop": [
+        "actor",
+        "charts",
+        "checker",
+        "config",
+        "diffuser",
+        "editor",
+        "grpo",
+        "memory",
+        "report",
+        "rollout",
+        "sgiou",
+        "story",
+    ],
 }
 HEAVY = {"transformers", "diffusers", "peft", "accelerate"}
 
@@ -69,7 +86,7 @@ def test_a_component_works_alone(component, tmp_path):
     assert not loaded & HEAVY
 
 
-@pytest.mark.parametrize("component", ["config", "report", "sgiou"])
+@pytest.mark.parametrize("component", ["charts", "config", "report", "sgiou", "story"])
 def test_what_needs_no_model_loads_no_torch(component):
     loaded, _ = run_alone(ROOT, component, [])
     assert not loaded & (HEAVY | {"torch"})

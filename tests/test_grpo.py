@@ -9,9 +9,9 @@ import statistics
 import pytest
 import torch
 from torch.distributions import Categorical, Normal, kl_divergence
-from torch.profiler import ProfilerActivity, profile
 
 import grpo
+from bench import naive_token_log_probs, peak_bytes
 from grpo import (
     clipped_loss,
     completion_mask,
@@ -175,22 +175,6 @@ def test_token_log_probs_refuse_a_shifted_shape():
     logits, ids = make_logits()
     with pytest.raises(ValueError, match="align"):
         token_log_probs(logits, ids[:, 1:])
-
-
-def peak_bytes(function):
-    """The highest sum of live CPU allocations that `function` makes, as the allocator saw them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
-        function()
-    events = profiler.profiler.kineto_results.events()  # events() lacks allocations inside an op
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes() if event.name() == "[memory]" else 0
-        peak = max(peak, live)
-    return peak
-
-
-def naive_token_log_probs(logits, ids):
-    return logits.float().log_softmax(2).gather(2, ids[:, :, None])[:, :, 0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -19,8 +19,9 @@ import loop
 from actor import parse_completion, request
 from checker import feedback, object_question, reflect
 from loop import Loop, Step, Trajectory
-from report import HEADINGS, bootstrap, story, strip, table, tell
+from report import HEADINGS, bootstrap, table
 from sgiou import SceneGraph, load_laion_sg
+from story import story, strip, tell
 from tiny.world import Thing, render
 
 GRAPH = SceneGraph(["red circle", "blue square"], [("red circle", "left of", "blue square")])
@@ -325,7 +326,9 @@ def test_one_prompt(program, capsys):
     out = program(loop, script, "red circle LEFT_OF blue square", "--seed", "4")
     told = json.loads((out / "story.json").read_text())
     assert told["seed"] == 4 and len(told["steps"]) == 3  # the config's two rounds
-    assert "image 2: score 0.30  <- best" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "image 2: score 0.30  <- best" in told and str(out / "report.html") in told
+    assert "--seed 4" in (out / "report.html").read_text()  # the command that made it
     assert script.made("check")[0][1][0].triples == (("red circle", "left of", "blue square"),)
 
 
@@ -341,6 +344,8 @@ def test_many_prompts(program, tmp_path):
     out = program(loop, Script({0: [0.7], 1: [0.8]}), "--prompts", str(path))
     prompts = [json.loads((out / n / "story.json").read_text())["prompt"] for n in ("0000", "0001")]
     assert prompts == ["sun above sea", "tree left of house; moon"]
+    page = (out / "report.html").read_text()
+    assert all(f"<h3>{prompt}</h3>" in page for prompt in prompts)
 
 
 def test_what_the_diffuser_cannot_read_is_told_before_anything_runs(program):
@@ -603,7 +608,8 @@ def evaluated(rounds):
     script = Script(SCORES, {13: [None, "none", MOVE]}, flow)
     composed = Loop(script, script, script, script, rounds)
     names = []
-    rows = eval.evaluate(composed, [GRAPH] * 4, 10, True, names.append)
+    rows, last = eval.evaluate(composed, [GRAPH] * 4, 10, True, names.append)
+    assert rows[-1].values["checker"] == [t.best.reflection.score for t in last]
     assert sorted(names) == sorted(row.name for row in rows)
     return {row.name: row for row in rows}
 
@@ -656,7 +662,7 @@ def test_trained_adapters_have_rows_of_their_own(actor_has, editor_has, suffixes
     actor, editor, others = (Script(SCORES, flow=flow) for _ in range(3))
     actor.has_adapter, editor.has_adapter = actor_has, editor_has
     composed = Loop(others, others, actor, editor, 2)
-    rows = eval.evaluate(composed, [GRAPH] * 4, 10, True, lambda name: None)
+    rows, _ = eval.evaluate(composed, [GRAPH] * 4, 10, True, lambda name: None)
     names = [f"{kind}{suffix}" for suffix in suffixes for kind in ("1 round", "loop")]
     assert [row.name for row in rows[2:]] == names
     bases = {row.name: row.builds_on for row in rows}
@@ -722,6 +728,8 @@ def test_eval_writes_its_table_and_results(program, tmp_path, capsys):
     out = program(eval, Script(scores, flow=Flow()))
     text = (out / "table.md").read_text()
     assert text.strip() in capsys.readouterr().out
+    page = (out / "report.html").read_text()
+    assert page.count("<th>loop</th>") == 2 and page.count("<article") == 3
     results = json.loads((out / "results.json").read_text(), parse_constant=no_constant)
     assert [result["name"] for result in results] == [
         "Diffuser",

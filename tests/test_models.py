@@ -270,6 +270,9 @@ def test_a_prompt_on_the_command_line(tmp_path):
         "strip.png",
         "story.json",
         "story.txt",
+        "report.html",
+        "command.txt",
+        "samples",
     }
     assert (tmp_path / "out" / "story.txt").read_text().strip() in process.stdout
     assert process.stdout.startswith("red circle left of blue square\n\n  image 0: score")

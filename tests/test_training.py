@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -162,10 +163,14 @@ def test_saved_editor_adapter_loads_in_diffusers(loop, start, tmp_path):
     assert [a.tobytes() for a in got] == [b.tobytes() for b in expected]
 
 
-def run(phase, folder, *more):
+def command(phase, folder, *more):
     settings = ["groups=2", "group_size=4", "rounds=2", "validation_limit=4", "validate_every=2"]
-    command = [sys.executable, "train.py", "--phase", str(phase), f"run={folder}", *settings, *more]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    return [sys.executable, "train.py", "--phase", str(phase), f"run={folder}", *settings, *more]
+
+
+def run(*arguments):
+    done = subprocess.run(command(*arguments), cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def contents(folder):
@@ -175,14 +180,14 @@ def contents(folder):
 
 
 @pytest.mark.parametrize("phase", (1, 2))
-def test_resumed_run_equals_an_uninterrupted_one(phase, tmp_path):
-    whole = run(phase, tmp_path / "whole", "iterations=3")
-    assert whole.returncode == 0, whole.stderr
-    parts = run(phase, tmp_path / "parts", "iterations=2")
-    assert parts.returncode == 0, parts.stderr
-    resumed = run(phase, tmp_path / "parts", "iterations=3", "--resume")
-    assert resumed.returncode == 0, resumed.stderr
+def test_killed_and_resumed_run_equals_an_uninterrupted_one(phase, tmp_path):
+    run(phase, tmp_path / "whole", "iterations=3")
     metrics = [tmp_path / name / "metrics.jsonl" for name in ("whole", "parts")]
+    with subprocess.Popen(command(phase, tmp_path / "parts", "iterations=3")) as process:
+        while process.poll() is None and not (metrics[1].exists() and metrics[1].stat().st_size):
+            time.sleep(0.02)
+        process.kill()  # between the first row of metrics and the end
+    run(phase, tmp_path / "parts", "iterations=3", "--resume")
     assert len(metrics[0].read_text().splitlines()) == 3
     assert metrics[0].read_bytes() == metrics[1].read_bytes()
     # Not by the file's bytes: safetensors writes its metadata's keys in any order.
@@ -190,12 +195,3 @@ def test_resumed_run_equals_an_uninterrupted_one(phase, tmp_path):
     assert whole[1] == parts[1]
     assert whole[0].keys() == parts[0].keys()
     assert all(torch.equal(whole[0][name], parts[0][name]) for name in whole[0])
-
-
-def test_resume_with_another_config_is_refused(tmp_path):
-    first = run(2, tmp_path, "iterations=1")
-    assert first.returncode == 0, first.stderr
-    other = run(2, tmp_path, "iterations=2", "learning_rate=0.1", "--resume")
-    assert other.returncode != 0
-    assert "learning_rate" in other.stderr
-    assert other.stderr.count("\n") == 1

@@ -16,22 +16,27 @@ from tqdm import tqdm
 
 WORK = Path(__file__).parent / "work"  # checkpoints; not shipped
 SEED = 0
-MUON = 8  # Muon's learning rate over AdamW's
 
 
-def optimizers(modules, learning_rate):
-    """Muon for the matrices inside the blocks, AdamW for embeddings, modulations and vectors."""
-    matrices, others = [], []
+def optimizers(modules):
+    """Muon for the matrices inside the blocks, AdamW for embeddings, modulations and vectors.
+
+    Each group's "scale" is its learning rate over the schedule's. Text encoders learn slowly: their
+    attention has no norm, and where its logits grow it stops learning (order of words comes last).
+    """
+    matrices, others, encoders = [], [], []
     for name, parameter in modules.named_parameters():
         inner = parameter.ndim == 2 and ("block" in name or "layers" in name)
         inner = inner and "norm" not in name and "bias" not in name
-        (matrices if inner else others).append(parameter)
-    found = [torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.0)]
+        encoder = name.startswith("text_encoder")
+        (encoders if encoder else matrices if inner else others).append(parameter)
+    groups = [{"params": others, "scale": 1.0}]
+    if encoders:
+        groups.append({"params": encoders, "scale": 0.2})
+    found = [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)]
     if matrices:
-        muon = torch.optim.Muon(
-            matrices, lr=learning_rate, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"
-        )
-        found.append(muon)
+        group = {"params": matrices, "scale": 8.0}
+        found.append(torch.optim.Muon([group], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     return found
 
 
@@ -72,14 +77,13 @@ def load_checkpoint(folder, modules, average, optimizers):
     return step
 
 
-def fit(stage, modules, loss_of, steps, learning_rate, save, early=None, last=1 / 3):
+def fit(stage, modules, loss_of, steps, learning_rate, save, last=1 / 3):
     """Minimises `loss_of(rng, step)`; saves the moving average of the weights with `save()`.
 
-    early: a step after which the average is kept beside, in early.safetensors;
     last: share of the steps, at the end, over which the learning rate falls to zero.
     """
     folder = WORK / stage
-    chosen = optimizers(modules, learning_rate)
+    chosen = optimizers(modules)
     average = {name: value.clone() for name, value in modules.state_dict().items()}
     first = load_checkpoint(folder, modules, average, chosen)
     bar = tqdm(range(first, steps), desc=stage, initial=first, total=steps, mininterval=5)
@@ -93,7 +97,7 @@ def fit(stage, modules, loss_of, steps, learning_rate, save, early=None, last=1 
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         for optimizer in chosen:
             for group in optimizer.param_groups:
-                group["lr"] = rate * (MUON if "ns_steps" in group else 1)
+                group["lr"] = rate * group["scale"]
             optimizer.step()
         modules.zero_grad(set_to_none=True)
         decay = min(0.998, (step + 1) / (step + 100))
@@ -105,7 +109,5 @@ def fit(stage, modules, loss_of, steps, learning_rate, save, early=None, last=1 
         if (step + 1) % 250 == 0 or step + 1 == steps:
             save_checkpoint(folder, step + 1, modules, average, chosen)
             tqdm.write(f"{stage} {step + 1} {shown}")
-        if step + 1 == early:
-            save_file(average, folder / "early.safetensors")
     modules.load_state_dict(average)
     save()

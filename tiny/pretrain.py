@@ -1,14 +1,13 @@
-"""Trains the embedded models from scratch on the CPU or a GPU: `python tiny/pretrain.py`.
+"""Trains the embedded models on the CPU: `python tiny/pretrain.py`.
 
-Five stages, each seeded and resumable (a run that was killed goes on from its last checkpoint):
+Four stages, each seeded and resumable (a run that was killed goes on from its last checkpoint):
 
     vae       autoencoder of 32 x 32 pictures
     flow      rectified-flow transformer with its text encoders: text-to-image and editing at once
-    vlm       LLaVA-type model, on drawn pictures: Checker and Actor
     pictures  what the flow model generates and edits for training prompts
-    polish    the VLM goes on, half on those
+    vlm       LLaVA-type model, Checker and Actor: half on drawn pictures, half on those
 
-About two hours on one CPU core. `python tiny/quality.py` measures the result.
+About two and a half hours on one CPU core. `python tiny/quality.py` measures the result.
 """
 
 import argparse
@@ -20,9 +19,8 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, FluxKontextPipeline
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import lessons
@@ -38,17 +36,17 @@ from sgiou import SceneGraph
 
 HERE = Path(__file__).parent
 SHIPPED = HERE / "models"
-DRAWN, EDITED = 72, 56  # lessons a step
-GARBLED = 0.3  # share of relation words that captions get wrong
+DRAWN, EDITED = 72, 40  # lessons a step
+GARBLED = 0.15  # share of relation words that captions get wrong
 FLOW_RATE = 1e-3
-EARLY = 1750  # step of the flow model whose pictures the VLM sees in `polish`
+CROWDS = (1, 6, 3, 2), (1, 3, 4, 4)  # weights of one to four things, before and after step 600
 VLM_RATE = 1e-3
+SEEING = 3000  # steps of the VLM on the drill alone
 
 
 def train_vae(steps=2500):
     """Mean absolute plus squared error, a little noise on the latents and a little KL."""
-    pipeline = models.build_pipeline(SEED)
-    vae = pipeline.vae.train()
+    vae = models.build_pipeline(SEED).vae.train()
 
     def loss_of(rng, step):
         images = to_tensor(np.stack([world.render(lessons.messy_scene(rng)) for _ in range(64)]))
@@ -72,7 +70,7 @@ def train_vae(steps=2500):
     fit("vae", vae, loss_of, steps, 2e-3, save)
 
 
-def train_flow(steps=2850):
+def train_flow(steps=4000):
     """Flow matching, v = noise - latents, on captions and on edits."""
     pipeline = models.build_pipeline(SEED)
     pipeline.vae = AutoencoderKL.from_pretrained(WORK / "vae" / "model")
@@ -115,7 +113,8 @@ def train_flow(steps=2850):
         return (prediction[:, : noisy.shape[1]] - (noise - latents)).square().mean()
 
     def loss_of(rng, step):
-        pictures = [lessons.captioned_picture(rng, GARBLED) for _ in range(DRAWN)]
+        crowds = CROWDS[step >= 600]
+        pictures = [lessons.captioned_picture(rng, GARBLED, crowds) for _ in range(DRAWN)]
         edits = [lessons.edit(rng) for _ in range(EDITED)]
         scenes = [things for things, _ in pictures]
         scenes += [things for things, _, _ in edits] + [things for _, _, things in edits]
@@ -130,53 +129,12 @@ def train_flow(steps=2850):
         vae.register_to_config(_name_or_path="")  # where it lay on this machine is of no use
         pipeline.to(dtype=torch.float16).save_pretrained(SHIPPED / "flow")
 
-    fit("flow", trained, loss_of, steps, FLOW_RATE, save, early=EARLY, last=0.2)
-
-
-def train_vlm(steps=2700):
-    """Seeing first (1,200 steps of lists, places and relations), then every question."""
-    model, processor = models.build_vlm(questions.vocabulary(), SEED)
-
-    def loss_of(rng, step):
-        pictures = [questions.faulty_picture(rng) for _ in range(24)]
-        return picture_loss(model, processor, rng, pictures, seeing=step < 1200)
-
-    def save():
-        model.save_pretrained(WORK / "vlm" / "model")
-        processor.save_pretrained(WORK / "vlm" / "model")
-
-    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0)
-
-
-def picture_loss(model, processor, rng, pictures, seeing=False):
-    """The VLM's loss on (picture, graph) pairs; `seeing`: without the system's questions."""
-    images = np.stack([image for image, _ in pictures])
-    conversations = []
-    # Drill and long answers come by turns: a batch of like lengths wastes little padding.
-    writing = rng.choice((["extract"], ["repair"], ["repair"], []))
-    drilled = seeing or not writing
-    for things, (_, graph) in zip(world.parse(images), pictures):
-        asked = list(questions.drill(rng, things)) if drilled else []
-        if not seeing:
-            asked += questions.questions(rng, things, graph, writing)
-        conversations.append(asked)
-    return vlm_loss(model, processor.tokenizer, images, conversations)
+    fit("flow", trained, loss_of, steps, FLOW_RATE, save, last=0.2)
 
 
 def make_pictures(prompts=3000):
-    """Pictures of the Diffuser, and of the Editor after model instructions, for training prompts.
-
-    They come from the flow model as it was at step EARLY, whose faults are those of the final one,
-    only more of them.
-    """
-    pipeline = models.build_pipeline(SEED)
-    pipeline.vae = AutoencoderKL.from_pretrained(WORK / "vae" / "model")
-    average = load_file(WORK / "flow" / "early.safetensors")
-    for name in ("transformer", "text_encoder", "text_encoder_2"):
-        part = {
-            k.removeprefix(f"{name}."): v for k, v in average.items() if k.startswith(f"{name}.")
-        }
-        getattr(pipeline, name).load_state_dict(part)
+    """What the Diffuser draws, and the Editor after model instructions, for training prompts."""
+    pipeline = FluxKontextPipeline.from_pretrained(SHIPPED / "flow", torch_dtype=torch.float32)
     config = yaml.safe_load((HERE.parent / "eval.yaml").read_text())
     rng = random.Random(SEED)
     graphs = []
@@ -196,7 +154,7 @@ def make_pictures(prompts=3000):
         [images[n] for n in flawed], [texts[n] for n in flawed], [n + prompts for n in flawed]
     )
     graphs += [graphs[n] for n in flawed]
-    (WORK / "pictures").mkdir(exist_ok=True)
+    (WORK / "pictures").mkdir(parents=True, exist_ok=True)
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
     save_file({"pixels": pixels}, WORK / "pictures" / "pixels.safetensors")
     triples = json.dumps([graph.triples for graph in graphs])
@@ -204,10 +162,9 @@ def make_pictures(prompts=3000):
     print(f"pictures: {prompts} generated, {len(flawed)} edited")
 
 
-def polish_vlm(steps=1550):
-    """Goes on with the VLM, half on drawn and half on generated pictures, and ships it."""
-    model = AutoModelForImageTextToText.from_pretrained(WORK / "vlm" / "model")
-    processor = AutoProcessor.from_pretrained(WORK / "vlm" / "model")
+def train_vlm(steps=9000):
+    """Seeing and copying first (the drill, 3,000 steps), then every question."""
+    model, processor = models.build_vlm(questions.vocabulary(), SEED)
     pixels = load_file(WORK / "pictures" / "pixels.safetensors")["pixels"].numpy()
     pool = []
     for image, triples in zip(pixels, json.loads((WORK / "pictures" / "triples.json").read_text())):
@@ -215,23 +172,27 @@ def polish_vlm(steps=1550):
         pool.append((image, SceneGraph(names, triples)))
 
     def loss_of(rng, step):
-        drawn = [questions.faulty_picture(rng) for _ in range(12)]
-        return picture_loss(model, processor, rng, drawn + rng.sample(pool, 12))
+        half = 12 if step < SEEING else 8
+        pictures = [questions.faulty_picture(rng) for _ in range(half)] + rng.sample(pool, half)
+        images = np.stack([image for image, _ in pictures])
+        # Drill and long answers come by turns: a batch of like lengths wastes little padding.
+        writing = rng.choice(("extract", "repair", "repair", None))
+        conversations = []
+        for things, (_, graph) in zip(world.parse(images), pictures):
+            if step < SEEING:
+                conversations.append(list(questions.drill(rng, things)))
+            else:
+                conversations.append(list(questions.questions(rng, things, graph, writing)))
+        return vlm_loss(model, processor.tokenizer, images, conversations)
 
     def save():
         model.half().save_pretrained(SHIPPED / "vlm")
         processor.save_pretrained(SHIPPED / "vlm")
 
-    fit("polish", model, loss_of, steps, VLM_RATE, save)
+    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.25)
 
 
-STAGES = {
-    "vae": train_vae,
-    "flow": train_flow,
-    "vlm": train_vlm,
-    "pictures": make_pictures,
-    "polish": polish_vlm,
-}
+STAGES = {"vae": train_vae, "flow": train_flow, "pictures": make_pictures, "vlm": train_vlm}
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(

@@ -76,7 +76,12 @@ def verdict(holds):
 
 
 def drill(rng, things):
-    """Questions the system never asks, which teach to see: list all, what is where, how related."""
+    """Questions the system never asks, which teach to see: list all, what is where, how related.
+
+    And to repeat what was said, where all writing begins: learnt first, it takes 200 steps; learnt
+    late, by a model already set in its ways, it takes thousands.
+    """
+    yield copying(rng)
     listed = " ; ".join(f"{thing.name} {world.cell_of(thing)}" for thing in things)
     yield "list what you see.", listed or "nothing", 0.5
     single = [thing for thing in things if count(things, thing.name) == 1]
@@ -90,28 +95,51 @@ def drill(rng, things):
         yield f"relate the {subject.name} and the {object.name}.", word, 1.0
 
 
-def questions(rng, things, graph, writing=("extract", "repair")):
-    """(user message, answer, weight) of all that is asked about one picture.
+def copying(rng):
+    """(user message, answer, weight): a prompt of up to six triples, to be repeated."""
+    pairs = [rng.sample(NAMES, 2) for _ in range(rng.randint(1, 6))]
+    text = "; ".join(f"{a} {rng.choice(RELATIONS)} {b}" for a, b in pairs)
+    return f"list the prompt: {text}.", text, 0.1
+
+
+def part_of(graph, rng):
+    """A graph of some of a graph's triples, one to all."""
+    triples = rng.sample(graph.triples, rng.randint(1, len(graph.triples)))
+    return SceneGraph(dict.fromkeys(name for a, _, b in triples for name in (a, b)), triples)
+
+
+def questions(rng, things, graph, writing=None):
+    """(user message, answer, weight) of what is asked about one picture.
+
+    Short graphs are asked about besides the whole one: what is learnt of one triple carries over.
 
     Args: things: as the exact parser finds them; graph: what the picture should show;
-    writing: which of the long answers are asked for too.
+    writing: "extract" or "repair" for long answers, None for the drill instead.
     """
     for name in [*graph.objects, rng.choice(NAMES)]:
         yield checker.object_question(name), verdict(count(things, name) == 1), 1.0
-    names = sorted({thing.name for thing in things})
+    names = sorted({thing.name for thing in things} | set(graph.objects))
     extra = []
-    for _ in range(3 if len(names) > 1 else 0):
+    for _ in range(3):
         subject, object = rng.sample(names, 2)
         extra.append((subject, rng.choice(RELATIONS), object))
-    for triple in [*graph.triples, *extra]:
+    triples = list(dict.fromkeys([*graph.triples, *extra]))
+    for triple in triples:
         yield checker.triple_question(triple), verdict(shows(things, triple)), 1.0
-    held = [shows(things, triple) for triple in graph.triples]
-    digit = round(9 * sum(held) / len(held))
-    yield checker.judge_request(graph.prompt()), str(digit), 1.0
-    if "extract" in writing:
-        yield checker.extract_request(graph, RELATIONS), extraction(things, graph), 0.3
-    if "repair" in writing:
-        yield actor.request(graph, verdicts(rng, things, graph)), repair(rng, things, graph), 0.4
+    part = part_of(SceneGraph(names, triples), rng)
+    for asked in (graph, part):
+        held = [shows(things, triple) for triple in asked.triples]
+        digit = round(9 * sum(held) / len(held))
+        yield checker.judge_request(asked.prompt()), str(digit), 1.0
+    if writing is None:
+        yield from drill(rng, things)
+    if writing == "extract":
+        for asked in (graph, part):
+            yield checker.extract_request(asked, RELATIONS), extraction(things, asked), 0.3
+    if writing == "repair":
+        for asked in (graph, part):
+            feedback = verdicts(rng, things, asked)
+            yield actor.request(asked, feedback), repair(rng, things, asked), 0.4
 
 
 def extraction(things, graph):
@@ -189,7 +217,8 @@ def vocabulary():
         things = world.random_scene(rng, 4)
         if rng.random() < 0.3:
             things = [world.place(rng, name, 0) for name in graph.objects * 2]
-        for asked in (drill(rng, things), questions(rng, things, graph)):
+        for writing in (None, "extract", "repair"):
+            asked = questions(rng, things, graph, writing)
             for text, answer, _ in asked:
                 words.update(re.findall(models.TOKEN, f"{text} {answer} nothing".lower()))
     return sorted(words - {"<image>", "<answer>"})
