@@ -79,7 +79,9 @@ class LoopConfig:
 LEAST = {  # of numbers that would otherwise fail late, or silently
     **dict.fromkeys(("batch_size", "max_new_tokens", "limit", "groups", "rank", "updates"), 1),
     **dict.fromkeys(("micro_batch", "window", "validate_every", "validation_limit"), 1),
-    **dict.fromkeys(("rounds", "seed", "iterations", "warmup", "window_start", "kl"), 0),
+    **dict.fromkeys(
+        ("rounds", "seed", "iterations", "data_limit", "warmup", "window_start", "kl"), 0
+    ),
     **dict.fromkeys(("clip_low", "clip_high", "flat_range", "malformed", "tolerance"), 0),
     "group_size": 2,
     **dict.fromkeys(("temperature", "learning_rate", "max_grad_norm", "noise_level"), 1e-9),

@@ -115,14 +115,18 @@ def build(config):
     # Without torchvision transformers warns at every import that it falls back to PIL: as planned.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    from transformers import AutoProcessor
+
     from actor import Actor
     from checker import Checker
     from diffuser import Diffuser
     from editor import Editor
 
-    _try("editor.model", config.editor.model, Editor.check, config.editor.model)
-    if config.offload:
-        config = waiting(config)
+    # What cannot be, is told before gigabytes are loaded: a processor may want torchvision.
+    _try("editor.model", config.editor.model, Editor.check)
+    _try("checker.model", config.checker.model, AutoProcessor.from_pretrained)
+    _try("actor.model", config.actor.model, AutoProcessor.from_pretrained)
+    config = waiting(config) if config.offload else config
     diffuser_settings = {"call": config.diffuser.call, "batch_size": config.diffuser.batch_size}
     editor_settings = {"call": config.editor.call, "batch_size": config.editor.batch_size}
     editor_settings["template"] = config.editor.template
@@ -144,7 +148,7 @@ def build(config):
         actor = _load(Actor, "actor", config.actor, actor_settings)
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
-            _try(f"{name}.adapter", folder, part.load_adapter, folder)
+            _try(f"{name}.adapter", folder, part.load_adapter)
     if config.actor.checkpointing:
         checkpoint_vlm(actor.model)
     if config.editor.checkpointing:
@@ -164,12 +168,12 @@ def _load(kind, name, part, settings):
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
-    return _try(f"{name}.model", part.model, kind.load, *_weights(part), **settings)
+    return _try(f"{name}.model", part.model, kind.load, part.device, part.dtype, **settings)
 
 
-def _try(key, path, load, *arguments, **settings):
+def _try(key, path, load, *more, **settings):
     try:
-        return load(*arguments, **settings)
+        return load(path, *more, **settings)
     except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"key '{key}': cannot load {path!r}: {reason}") from None

@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from checker import reflect
+from editor import BATCHED
 from sgiou import SceneGraph
 
 SECONDS = {}  # by stage, of the iteration under way
@@ -131,6 +132,10 @@ class ActorPhase:
 
             yield replay, proposals.sampled_log_probs[rows], proposals.mask[rows], rows
 
+    def disagreement(self, errors):
+        """Of replay and rollout: the mean, for in bf16 the sampler's cache rounds single tokens."""
+        return errors.mean().item()
+
     def divergence(self, now, reference):
         """k3 per token."""
         from grpo import k3_kl
@@ -166,7 +171,8 @@ class EditorPhase:
         groups = [number for number in range(len(pairs)) for _ in range(size)]
         first = random.Random(seed).randint(0, self.config.window_start)
         window = range(first, first + self.config.window)
-        chunk = max(self.config.micro_batch // size, 1) * size  # whole groups
+        batched = type(loop.editor.pipeline).__name__ in BATCHED
+        chunk = max(self.config.micro_batch // size, 1) * size if batched else size  # whole groups
         rollouts = []
         with clock("edit"):
             import torch
@@ -206,6 +212,10 @@ class EditorPhase:
 
                 recorded = step.log_prob[:, None]
                 yield replay, recorded, torch.ones_like(recorded, dtype=torch.bool), rows
+
+    def disagreement(self, errors):
+        """Of replay and rollout: the largest."""
+        return errors.max().item()
 
     def divergence(self, now, reference):
         """The Gaussians' exact KL per step."""

@@ -511,6 +511,22 @@ def test_a_pipeline_that_cannot_be_trained_is_refused_by_its_index(
         build(config)
 
 
+@pytest.mark.skipif(TORCHVISION, reason="torchvision is there")
+def test_a_processor_that_lacks_torchvision_is_told_before_any_weight_is_read(
+    tmp_path, monkeypatch
+):
+    monkeypatch.chdir(ROOT)
+    model, processor = architectures.qwen_vl("Qwen2_5_VLForConditionalGeneration", tiny=True)
+    model.config.save_pretrained(tmp_path)  # and no weights
+    processor.tokenizer.save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)
+    text = json.dumps({"processor_class": "Qwen2_5_VLProcessor"})
+    (tmp_path / "processor_config.json").write_text(text)
+    config = load_config(ROOT / "eval.yaml", LoopConfig, [f"actor.model={tmp_path}"])
+    with pytest.raises(ValueError, match="key 'actor.model': .*[Tt]orchvision"):
+        build(config)
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to take turns on")
 def test_turns_without_a_gpu_are_refused(monkeypatch):
     monkeypatch.chdir(ROOT)

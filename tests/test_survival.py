@@ -114,6 +114,7 @@ def sick_phase(parameter):
     ones = torch.ones(4, 1, dtype=torch.bool)
     return SimpleNamespace(
         trained=SimpleNamespace(adapter=contextlib.nullcontext),
+        disagreement=lambda errors: errors.max().item(),
         pieces=lambda batch: [(replay, torch.zeros(4, 1), ones, slice(0, 4))],
     )
 

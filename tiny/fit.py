@@ -18,7 +18,7 @@ WORK = Path(__file__).parent / "work"  # checkpoints; not shipped
 SEED = 0
 
 
-def optimizers(modules):
+def optimizers(modules, muon):
     """Muon for the matrices inside the blocks, AdamW for embeddings, modulations and vectors.
 
     Each group's "scale" is its learning rate over the schedule's. Text encoders learn slowly: their
@@ -35,7 +35,7 @@ def optimizers(modules):
         groups.append({"params": encoders, "scale": 0.2})
     found = [torch.optim.AdamW(groups, betas=(0.9, 0.98), weight_decay=0.0)]
     if matrices:
-        group = {"params": matrices, "scale": 8.0}
+        group = {"params": matrices, "scale": muon}
         found.append(torch.optim.Muon([group], weight_decay=0.1, adjust_lr_fn="match_rms_adamw"))
     return found
 
@@ -77,13 +77,14 @@ def load_checkpoint(folder, modules, average, optimizers):
     return step
 
 
-def fit(stage, modules, loss_of, steps, learning_rate, save, last=1 / 3):
+def fit(stage, modules, loss_of, steps, learning_rate, save, last, muon):
     """Minimises `loss_of(rng, step)`; saves the moving average of the weights with `save()`.
 
-    last: share of the steps, at the end, over which the learning rate falls to zero.
+    muon: Muon's learning rate over AdamW's; last: share of the steps, at the end, over which the
+    learning rate falls to zero.
     """
     folder = WORK / stage
-    chosen = optimizers(modules)
+    chosen = optimizers(modules, muon)
     average = {name: value.clone() for name, value in modules.state_dict().items()}
     first = load_checkpoint(folder, modules, average, chosen)
     bar = tqdm(range(first, steps), desc=stage, initial=first, total=steps, mininterval=5)

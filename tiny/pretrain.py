@@ -67,10 +67,10 @@ def train_vae(steps=2500):
         vae.register_to_config(shift_factor=shift, scaling_factor=scale)
         vae.save_pretrained(WORK / "vae" / "model")
 
-    fit("vae", vae, loss_of, steps, 2e-3, save)
+    fit("vae", vae, loss_of, steps, 2e-3, save, last=1 / 3, muon=8.0)
 
 
-def train_flow(steps=4000):
+def train_flow(steps=3250):
     """Flow matching, v = noise - latents, on captions and on edits."""
     pipeline = models.build_pipeline(SEED)
     pipeline.vae = AutoencoderKL.from_pretrained(WORK / "vae" / "model")
@@ -129,7 +129,7 @@ def train_flow(steps=4000):
         vae.register_to_config(_name_or_path="")  # where it lay on this machine is of no use
         pipeline.to(dtype=torch.float16).save_pretrained(SHIPPED / "flow")
 
-    fit("flow", trained, loss_of, steps, FLOW_RATE, save, last=0.2)
+    fit("flow", trained, loss_of, steps, FLOW_RATE, save, last=0.2, muon=8.0)
 
 
 def make_pictures(prompts=3000):
@@ -176,7 +176,7 @@ def train_vlm(steps=9000):
         pictures = [questions.faulty_picture(rng) for _ in range(half)] + rng.sample(pool, half)
         images = np.stack([image for image, _ in pictures])
         # Drill and long answers come by turns: a batch of like lengths wastes little padding.
-        writing = rng.choice(("extract", "repair", "repair", None))
+        writing = rng.choice(("extract", "repair", None, None))
         conversations = []
         for things, (_, graph) in zip(world.parse(images), pictures):
             if step < SEEING:
@@ -189,7 +189,7 @@ def train_vlm(steps=9000):
         model.half().save_pretrained(SHIPPED / "vlm")
         processor.save_pretrained(SHIPPED / "vlm")
 
-    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.25)
+    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.25, muon=3.0)
 
 
 STAGES = {"vae": train_vae, "flow": train_flow, "pictures": make_pictures, "vlm": train_vlm}

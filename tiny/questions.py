@@ -83,12 +83,12 @@ def drill(rng, things):
     """
     yield copying(rng)
     listed = " ; ".join(f"{thing.name} {world.cell_of(thing)}" for thing in things)
-    yield "list what you see.", listed or "nothing", 0.5
+    yield "list what you see.", listed or "nothing", 0.15
     single = [thing for thing in things if count(things, thing.name) == 1]
     for thing in single:
-        yield f"where is the {thing.name}?", str(world.cell_of(thing)), 1.0
+        yield f"where is the {thing.name}?", str(world.cell_of(thing)), 2.0
     for thing in rng.sample(things, min(2, len(things))):
-        yield f"what is at {world.cell_of(thing)}?", thing.name, 0.5
+        yield f"what is at {world.cell_of(thing)}?", thing.name, 0.3
     for _ in range(4 if len(single) > 1 else 0):
         subject, object = rng.sample(single, 2)
         word = world.relation(subject, object) or "nothing"
@@ -99,7 +99,7 @@ def copying(rng):
     """(user message, answer, weight): a prompt of up to six triples, to be repeated."""
     pairs = [rng.sample(NAMES, 2) for _ in range(rng.randint(1, 6))]
     text = "; ".join(f"{a} {rng.choice(RELATIONS)} {b}" for a, b in pairs)
-    return f"list the prompt: {text}.", text, 0.1
+    return f"list the prompt: {text}.", text, 0.05
 
 
 def part_of(graph, rng):

@@ -1,0 +1,69 @@
+"""What each decision of the training is worth: `python tiny/ablations.py 1` (or 2: the phase).
+
+Trains the phase with one thing changed at a time, on the same budget, and measures every adapter on
+the validation prompts by the exact parser. Finished runs are kept in runs/ablations and not
+repeated.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+from report import bootstrap
+
+VARIANTS = {
+    1: {
+        "as shipped": [],
+        "no KL": ["kl=0"],
+        "fresh edit noise": ["shared_noise=false"],
+        "sampled yes or no": ["sampled_reward=true"],
+        "states of round 1 only": ["rounds=1"],
+    },
+    2: {
+        "as shipped": [],
+        "no KL": ["kl=0"],
+        "fresh initial latents": ["shared_noise=false"],
+        "sampled yes or no": ["sampled_reward=true"],
+        "states of round 1 only": ["rounds=1"],
+        "all SDE steps": ["window=8", "window_start=0"],
+    },
+}
+
+
+def run(*arguments):
+    """Runs one of the programs; its failure is ours."""
+    subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, check=True)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("phase", type=int, choices=(1, 2))
+    parser.add_argument("overrides", nargs="*", help="key=value for all variants, such as a seed")
+    arguments = parser.parse_args()
+    part = ("actor", "editor")[arguments.phase - 1]
+    found = {}
+    for name, changes in VARIANTS[arguments.phase].items():
+        folder = ROOT / "runs" / "ablations" / f"phase{arguments.phase} {name}".replace(" ", "_")
+        if not (folder / "results.json").exists():
+            more = ["--resume"] if (folder / "checkpoint.safetensors").exists() else []
+            changes = [*arguments.overrides, *changes, f"run={folder}"]
+            run("train.py", "--phase", arguments.phase, *changes, *more)
+            adapters = [f"{part}.adapter={folder / 'adapter'}"]
+            adapters += [o for o in arguments.overrides if ".adapter=" in o]
+            run("eval.py", "evaluation.data=tiny/data/val.json", *adapters, "--out", folder)
+        rows = json.loads((folder / "results.json").read_text())
+        found[name] = rows[-1]["values"]["sg_iou"]
+    print("| variant | exact SG-IoU | against as shipped |\n|---|---|---|")
+    for name, values in found.items():
+        mean, low, high = bootstrap(values)
+        gain, least, most = bootstrap(values, found["as shipped"])
+        against = f"{gain:+.3f} [{least:+.3f}, {most:+.3f}]"
+        print(f"| {name} | {mean:.3f} [{low:.3f}, {high:.3f}] | {against} |")
+
+
+if __name__ == "__main__":
+    main()
