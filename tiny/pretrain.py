@@ -41,6 +41,7 @@ GARBLED = 0.15  # share of relation words that captions get wrong
 FLOW_RATE = 1e-3
 CROWDS = (1, 6, 3, 2), (1, 3, 4, 4)  # weights of one to four things, before and after step 600
 VLM_RATE = 1e-3
+FINDING = 7500
 SEEING = 3000  # steps of the VLM on the drill alone
 
 
@@ -162,7 +163,7 @@ def make_pictures(prompts=3000):
     print(f"pictures: {prompts} generated, {len(flawed)} edited")
 
 
-def train_vlm(steps=9000):
+def train_vlm(steps=11600):
     """Seeing and copying first (the drill, 3,000 steps), then every question."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
     pixels = load_file(WORK / "pictures" / "pixels.safetensors")["pixels"].numpy()
@@ -172,11 +173,16 @@ def train_vlm(steps=9000):
         pool.append((image, SceneGraph(names, triples)))
 
     def loss_of(rng, step):
+        if 6500 <= step < FINDING:
+            scenes = [world.random_scene(rng, 2) for _ in range(16)]
+            images = np.stack([world.render(things) for things in scenes])
+            asked = [list(questions.finding(rng, things)) for things in scenes]
+            return vlm_loss(model, processor.tokenizer, images, asked)
         half = 12 if step < SEEING else 8
         pictures = [questions.faulty_picture(rng) for _ in range(half)] + rng.sample(pool, half)
         images = np.stack([image for image, _ in pictures])
         # Drill and long answers come by turns: a batch of like lengths wastes little padding.
-        writing = rng.choice(("extract", "repair", None, None))
+        writing = rng.choice(("extract", "repair", "repair"))
         conversations = []
         for things, (_, graph) in zip(world.parse(images), pictures):
             if step < SEEING:
@@ -189,7 +195,7 @@ def train_vlm(steps=9000):
         model.half().save_pretrained(SHIPPED / "vlm")
         processor.save_pretrained(SHIPPED / "vlm")
 
-    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.25, muon=3.0)
+    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.095, muon=2.0)
 
 
 STAGES = {"vae": train_vae, "flow": train_flow, "pictures": make_pictures, "vlm": train_vlm}

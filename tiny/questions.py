@@ -75,24 +75,35 @@ def verdict(holds):
     return "yes" if holds else "no"
 
 
+def finding(rng, things):
+    """Where is it, and how do two relate? Learnt first on pictures of two things: among more, it
+    starts very slowly."""
+    # In no order: whoever knows a name has to look for its place.
+    shuffled = rng.sample(things, len(things))
+    listed = " ; ".join(f"{thing.name} {world.cell_of(thing)}" for thing in shuffled)
+    yield "list what you see.", listed or "nothing", 0.5
+    for thing in things:
+        if count(things, thing.name) == 1:
+            yield f"where is the {thing.name}?", str(world.cell_of(thing)), 1.0
+    single = [thing for thing in things if count(things, thing.name) == 1]
+    for _ in range(4 if len(single) > 1 else 0):
+        subject, object = rng.sample(single, 2)
+        word = world.relation(subject, object) or "nothing"
+        yield f"relate the {subject.name} and the {object.name}.", word, 1.0
+        triple = (subject.name, rng.choice(RELATIONS), object.name)
+        yield checker.triple_question(triple), verdict(shows(things, triple)), 1.0
+
+
 def drill(rng, things):
-    """Questions the system never asks, which teach to see: list all, what is where, how related.
+    """Questions the system never asks, which teach to see: what is where, how is it related.
 
     And to repeat what was said, where all writing begins: learnt first, it takes 200 steps; learnt
     late, by a model already set in its ways, it takes thousands.
     """
     yield copying(rng)
-    listed = " ; ".join(f"{thing.name} {world.cell_of(thing)}" for thing in things)
-    yield "list what you see.", listed or "nothing", 0.15
-    single = [thing for thing in things if count(things, thing.name) == 1]
-    for thing in single:
-        yield f"where is the {thing.name}?", str(world.cell_of(thing)), 2.0
+    yield from finding(rng, things)
     for thing in rng.sample(things, min(2, len(things))):
         yield f"what is at {world.cell_of(thing)}?", thing.name, 0.3
-    for _ in range(4 if len(single) > 1 else 0):
-        subject, object = rng.sample(single, 2)
-        word = world.relation(subject, object) or "nothing"
-        yield f"relate the {subject.name} and the {object.name}.", word, 1.0
 
 
 def copying(rng):
