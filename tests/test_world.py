@@ -452,7 +452,9 @@ def asked():
     for number in range(450):
         image, graph = questions.faulty_picture(rng, tuple(SPLITS)[number % 3])
         (things,) = world.parse([image])
-        texts = [*questions.drill(rng, things), *questions.questions(rng, things, graph)]
+        texts = list(questions.drill(rng, things))
+        for writing in ("extract", "repair"):
+            texts += questions.questions(rng, things, graph, writing)
         found.append((things, graph, texts))
     return found
 
@@ -568,8 +570,10 @@ def test_drills_tell_what_is_there(asked):
                 word = world.relation(one(things, match[1]), one(things, match[2]))
                 assert answer == (word or "nothing")
             elif text == "list what you see.":
-                listed = [f"{name} {cell}" for name, cell in zip(names, cells)]
-                assert answer == (" ; ".join(listed) or "nothing")
+                listed = sorted(f"{name} {cell}" for name, cell in zip(names, cells))
+                assert sorted(answer.split(" ; ")) == (listed or ["nothing"])
+            elif match := re.fullmatch(r"list the prompt: (.*)\.", text):
+                assert answer == match[1]
             else:
                 continue
             kinds.add(text.split()[0])

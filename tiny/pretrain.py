@@ -41,8 +41,8 @@ GARBLED = 0.15  # share of relation words that captions get wrong
 FLOW_RATE = 1e-3
 CROWDS = (1, 6, 3, 2), (1, 3, 4, 4)  # weights of one to four things, before and after step 600
 VLM_RATE = 1e-3
-FINDING = 7500
-SEEING = 3000  # steps of the VLM on the drill alone
+FINDING = 2000  # step up to which the VLM sees pictures of two things
+SEEING = 4000  # step up to which it does the drill alone
 
 
 def train_vae(steps=2500):
@@ -163,8 +163,8 @@ def make_pictures(prompts=3000):
     print(f"pictures: {prompts} generated, {len(flawed)} edited")
 
 
-def train_vlm(steps=11600):
-    """Seeing and copying first (the drill, 3,000 steps), then every question."""
+def train_vlm(steps=9000):
+    """Finding first, then the drill, then every question."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
     pixels = load_file(WORK / "pictures" / "pixels.safetensors")["pixels"].numpy()
     pool = []
@@ -173,7 +173,7 @@ def train_vlm(steps=11600):
         pool.append((image, SceneGraph(names, triples)))
 
     def loss_of(rng, step):
-        if 6500 <= step < FINDING:
+        if step < FINDING:
             scenes = [world.random_scene(rng, 2) for _ in range(16)]
             images = np.stack([world.render(things) for things in scenes])
             asked = [list(questions.finding(rng, things)) for things in scenes]
@@ -182,7 +182,7 @@ def train_vlm(steps=11600):
         pictures = [questions.faulty_picture(rng) for _ in range(half)] + rng.sample(pool, half)
         images = np.stack([image for image, _ in pictures])
         # Drill and long answers come by turns: a batch of like lengths wastes little padding.
-        writing = rng.choice(("extract", "repair", "repair"))
+        writing = rng.choice(("extract", "repair", "repair", None))
         conversations = []
         for things, (_, graph) in zip(world.parse(images), pictures):
             if step < SEEING:
@@ -195,7 +195,7 @@ def train_vlm(steps=11600):
         model.half().save_pretrained(SHIPPED / "vlm")
         processor.save_pretrained(SHIPPED / "vlm")
 
-    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.095, muon=2.0)
+    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.25, muon=2.0)
 
 
 STAGES = {"vae": train_vae, "flow": train_flow, "pictures": make_pictures, "vlm": train_vlm}
