@@ -164,7 +164,13 @@ def test_interrupted_run_says_how_to_resume(number, tmp_path):
     command = [sys.executable, "train.py", "--phase", "2", f"run={tmp_path}", "groups=2"]
     command += ["group_size=2", "rounds=1", "validation_limit=2", "micro_batch=4"]
     with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         while not (tmp_path / NAME).exists() and process.poll() is None:
             time.sleep(0.05)
