@@ -215,7 +215,7 @@ def test_an_override_of_an_empty_file_tells_of_the_file(load):
 
 
 @pytest.mark.parametrize(
-    "model", ["missing/folder/x", "./missing", "../not-there", "/not-there", "gpt2", "''", "x" * 5000]
+    "model", ["missing/folder/x", "./missing", "../gone", "/gone", "gpt2", "''", "x" * 5000]
 )
 def test_a_missing_model_folder_is_told(load, good, model):
     line = told(load, good, f"editor.model={model}")
