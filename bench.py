@@ -7,6 +7,7 @@ within one run less so.
 """
 
 import argparse
+import functools
 import time
 from contextlib import contextmanager
 
@@ -32,6 +33,7 @@ class Stopwatch:
     def wrap(self, owner, name):
         function = getattr(owner, name)
 
+        @functools.wraps(function)  # `generate` reads the signature of what it calls
         def timed(*arguments, **keywords):
             self.depth += 1
             began = time.perf_counter()
