@@ -7,7 +7,8 @@ Four stages, each seeded and resumable (a run that was killed goes on from its l
     pictures  what the flow model generates and edits for training prompts
     vlm       LLaVA-type model, Checker and Actor: half on drawn pictures, half on those
 
-About two and a half hours on one CPU core. `python tiny/quality.py` measures the result.
+About two hours on two CPU cores, reckoned from the pace of its parts. `python tiny/quality.py`
+measures the result.
 """
 
 import argparse

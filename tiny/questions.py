@@ -76,8 +76,10 @@ def verdict(holds):
 
 
 def finding(rng, things):
-    """Where is it, and how do two relate? Learnt first on pictures of two things: among more, it
-    starts very slowly."""
+    """Where is it, and how do two relate?
+
+    Learnt first on pictures of two things: among more, it starts very slowly.
+    """
     # In no order: whoever knows a name has to look for its place.
     shuffled = rng.sample(things, len(things))
     listed = " ; ".join(f"{thing.name} {world.cell_of(thing)}" for thing in shuffled)
