@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import yaml
+from safetensors import SafetensorError
 
 from checkpoint import NAME, load_checkpoint, save_checkpoint
 from config import LoopConfig, load_config
@@ -334,7 +335,7 @@ def main():
         loop = build(config)
         phase_class = (ActorPhase, EditorPhase)[arguments.phase - 1]
         train(loop, config, phase_class, arguments.resume, arguments.changed)
-    except (ValueError, FloatingPointError, OSError) as error:
+    except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
         sys.exit(f"train.py: {error}")
     except KeyboardInterrupt:
         words = [word for word in sys.argv if word != "--resume"]
