@@ -51,6 +51,12 @@ def row(iteration, **figures):
     return {"iteration": iteration, "reward": 0.4 + iteration / 100, "reward_std": 0.1} | figures
 
 
+@pytest.fixture(autouse=True)
+def command(monkeypatch):
+    """The page shows the command: with this one, not with whatever letters pytest's path holds."""
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+
+
 def training(folder, iterations=12, **figures):
     """A training run's folder with all that one holds."""
     folder.mkdir(parents=True)
