@@ -52,7 +52,7 @@ def row(iteration, **figures):
 
 
 @pytest.fixture(autouse=True)
-def command(monkeypatch):
+def called_by_its_name(monkeypatch):
     """The page shows the command: with this one, not with whatever letters pytest's path holds."""
     monkeypatch.setattr(sys, "argv", ["train.py"])
 
