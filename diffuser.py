@@ -7,6 +7,8 @@ guidance, text length) come from the YAML's `call:`, not from code.
     python diffuser.py "red circle left of blue square" picture.png
 """
 
+import sys
+
 
 def text_problem(pipeline, prompt, max_length=None):
     """Why a pipeline's text encoder cannot read a prompt (str), or None where it can.
@@ -70,8 +72,25 @@ class Diffuser:
         """Why the pipeline cannot read a prompt, as one clause, or None."""
         return text_problem(self.pipeline, prompt, self.call.get("max_sequence_length"))
 
+    def readable(self, graphs, path):
+        """The scene graphs whose prompts the pipeline reads; how many are left out is said aloud.
+
+        Raises ValueError, naming the file they came from, where none is left.
+        """
+        problems = [self.problem(graph.prompt()) for graph in graphs]
+        told = [problem for problem in problems if problem]
+        if told:
+            message = f"{path}: {len(told)} of {len(graphs)} prompts cannot be read ({told[0]})"
+            if len(told) == len(graphs):
+                raise ValueError(f"{message}; give other data or another Diffuser")
+            print(f"{message} and are left out", file=sys.stderr)
+        return [graph for graph, problem in zip(graphs, problems) if not problem]
+
     def generate(self, prompts, seeds):
-        """One PIL image per prompt and seed; it does not depend on what else is in the batch."""
+        """One PIL image per prompt and seed; it does not depend on what else is in the batch.
+
+        Raises ValueError where the pipeline gives nothing but black pictures.
+        """
         import torch
 
         images = []
@@ -84,13 +103,16 @@ class Diffuser:
                 call["negative_prompt"] = [call["negative_prompt"]] * len(prompts[part])
             self.arrive()
             output = self.pipeline(prompt=prompts[part], generator=generators, **call)
+            if all(image.getbbox() is None for image in output.images):  # as NaN becomes, too
+                raise ValueError(
+                    f"{type(self.pipeline).__name__} draws nothing but black: its numbers overflow "
+                    "(key 'diffuser.dtype': bfloat16 or float32), or its weights are damaged"
+                )
             images += output.images
         return images
 
 
 if __name__ == "__main__":
-    import sys
-
     call = {"height": 32, "width": 32, "max_area": 1024, "_auto_resize": False}
     call |= {"num_inference_steps": 8, "max_sequence_length": 12}
     diffuser = Diffuser.load("tiny/models/flow", call=call)

@@ -144,7 +144,10 @@ class Editor:
             self.adapter_on = on
 
     def edit(self, images, instructions, seeds):
-        """One edited PIL image per image, instruction and seed, whatever else is in the batch."""
+        """One edited PIL image per image, instruction and seed, whatever else is in the batch.
+
+        Raises ValueError where the pipeline gives nothing but black pictures.
+        """
         edited = []
         batched = type(self.pipeline).__name__ in BATCHED
         start = 0
@@ -179,7 +182,13 @@ class Editor:
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.arrive()
         with self.adapter(self.use_adapter):
-            return self.pipeline(image=images, prompt=prompts, generator=generators, **call).images
+            output = self.pipeline(image=images, prompt=prompts, generator=generators, **call)
+        if all(image.getbbox() is None for image in output.images):  # as NaN becomes, too
+            raise ValueError(
+                f"{type(self.pipeline).__name__} draws nothing but black: its numbers overflow "
+                "(key 'editor.dtype': bfloat16 or float32), or its weights are damaged"
+            )
+        return output.images
 
     def rollout(self, images, instructions, seeds, noise_seeds, window, noise_level):
         """Edits B pictures in one call, by the SDE on the steps in `window`, and records those.

@@ -27,8 +27,9 @@ from pathlib import Path
 
 from config import LoopConfig, load_config
 from loop import Step, Trajectory, build
-from report import record, table
+from report import record
 from sgiou import SceneGraph, load_laion_sg, sg_iou
+from table import table
 
 EXACT = ("sg_iou", "entity_iou", "relation_iou")
 
@@ -85,9 +86,8 @@ def measure(loop, graphs, images, exact):
         ]
         scores = [sg_iou(pred, gold) for pred, gold in zip(seen, graphs)]
         values |= {name: [score[name] for score in scores] for name in EXACT}
-    scores = [
-        sg_iou(pred, gold) for pred, gold in zip(loop.checker.extract(images, graphs), graphs)
-    ]
+    extracted = loop.checker.extract(images, graphs)
+    scores = [sg_iou(pred, gold) for pred, gold in zip(extracted, graphs)]
     values |= {f"vlm_{name}": [score[name] for score in scores] for name in EXACT}
     values["judge"] = loop.checker.judge(images, [graph.prompt() for graph in graphs])
     return values
@@ -126,14 +126,13 @@ def row(name, loop, trajectories, meters, exact, builds_on=None):
     values["edits"] = [
         sum(step.instruction not in (None, "none") for step in t.steps[:-1]) for t in trajectories
     ]
-    count = len(graphs)
     return Row(
         name=name,
         values=values,
         builds_on=builds_on,
-        evaluations=sum(meter.evaluations for meter in meters) / count,
-        tokens=sum(meter.tokens for meter in meters) / count,
-        seconds=sum(meter.seconds for meter in meters) / count,
+        evaluations=sum(meter.evaluations for meter in meters) / len(graphs),
+        tokens=sum(meter.tokens for meter in meters) / len(graphs),
+        seconds=sum(meter.seconds for meter in meters) / len(graphs),
     )
 
 
@@ -206,6 +205,34 @@ def first_pictures(trajectories):
     ]
 
 
+def run(arguments):
+    """Evaluates, writes, and returns what is to be printed."""
+    from tqdm import tqdm
+
+    config = load_config(arguments.config, LoopConfig, arguments.overrides)
+    settings = config.evaluation
+    if settings is None:
+        raise ValueError(f"{arguments.config}: key 'evaluation' is missing; add it")
+    graphs = load_laion_sg(settings.data, None if arguments.full else settings.limit)
+    loop = build(config)
+    graphs = loop.diffuser.readable(graphs, settings.data)
+    folder = Path(arguments.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    with tqdm(total=2 + 2 * len(systems(loop)), desc="evaluating", unit="row") as bar:
+
+        def progress(name):
+            bar.set_postfix_str(name)
+            bar.update()
+
+        rows, trajectories = evaluate(loop, graphs, settings.seed, settings.exact, progress)
+    text = table(rows)
+    (folder / "table.md").write_text(text + "\n")
+    results = json.dumps([vars(result) for result in rows])
+    (folder / "results.json").write_text(results.replace("NaN", "null") + "\n")
+    path = record(folder, trajectories)
+    return f"{len(graphs)} prompts of {settings.data}\n\n{text}\n\n{folder / 'table.md'}\n{path}"
+
+
 def main():
     parser = argparse.ArgumentParser(description="Evaluates the loop on held-out prompts.")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="over the YAML's values")
@@ -214,34 +241,9 @@ def main():
     parser.add_argument("--out", default="runs/eval", help="folder for table.md and results.json")
     arguments = parser.parse_args()
     try:
-        config = load_config(arguments.config, LoopConfig, arguments.overrides)
-        settings = config.evaluation
-        if settings is None:
-            raise ValueError(f"{arguments.config}: key 'evaluation' is missing; add it")
-        graphs = load_laion_sg(settings.data, None if arguments.full else settings.limit)
-        if not graphs:
-            raise ValueError(f"{settings.data}: holds no scene graph with relations")
-        loop = build(config)
-    except ValueError as error:
-        sys.exit(f"eval.py: {error}")
-    from tqdm import tqdm
-
-    bar = tqdm(total=2 + 2 * len(systems(loop)), desc="evaluating", unit="row")
-
-    def progress(name):
-        bar.set_postfix_str(name)
-        bar.update()
-
-    rows, trajectories = evaluate(loop, graphs, settings.seed, settings.exact, progress)
-    bar.close()
-    folder = Path(arguments.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    text = table(rows)
-    (folder / "table.md").write_text(text + "\n")
-    results = json.dumps([vars(result) for result in rows])
-    (folder / "results.json").write_text(results.replace("NaN", "null") + "\n")
-    path = record(folder, trajectories)
-    print(f"{len(graphs)} prompts of {settings.data}\n\n{text}\n\n{folder / 'table.md'}\n{path}")
+        print(run(arguments))
+    except (ValueError, OSError) as error:
+        sys.exit(" ".join(f"eval.py: {error}".split()))
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def main():
             print(story(trajectory), f"\n\n  {folder / 'strip.png'}\n")
         print(f"  {record(arguments.out, trajectories)}")
     except (ValueError, OSError) as error:
-        sys.exit(f"loop.py: {error}")
+        sys.exit(" ".join(f"loop.py: {error}".split()))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,6 @@ import json
 import math
 import operator
 import os
-import re
 import shlex
 import sys
 from dataclasses import dataclass
@@ -31,74 +30,11 @@ from types import SimpleNamespace
 
 import charts
 import story
+from table import grids, html, key_figures
 
-RESAMPLES = 2000  # of the bootstrap
 BUDGET = 8_000_000  # characters of trajectories in a page
 UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 INTERVALS = "<p>With 95% intervals of the paired bootstrap:</p>"
-HEADINGS = {
-    "sg_iou": "SG-IoU",
-    "entity_iou": "Entity-IoU",
-    "relation_iou": "Relation-IoU",
-    "vlm_sg_iou": "SG-IoU (VLM)",
-    "vlm_entity_iou": "Entity-IoU (VLM)",
-    "vlm_relation_iou": "Relation-IoU (VLM)",
-    "judge": "Judge",
-    "checker": "Checker",
-    "kept": "Kept",
-    "edits": "Edits",
-}
-
-
-def bootstrap(values, others=None):
-    """(mean, low, high): the mean and its 95% percentile-bootstrap interval.
-
-    With `others`, of the paired differences. Prompts that lack a value in either are left out.
-    """
-    import numpy as np
-
-    values = np.array(values) - (np.array(others) if others is not None else 0)
-    values = values[~np.isnan(values)]
-    if len(values) == 0:
-        return math.nan, math.nan, math.nan
-    draws = np.random.default_rng(0).integers(len(values), size=(RESAMPLES, len(values)))
-    low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
-    return float(values.mean()), float(low), float(high)
-
-
-def grids(rows):
-    """Two grids of cells, headings first: every column's mean; the main column with intervals."""
-    columns = [name for name in HEADINGS if name in rows[0].values]
-    means = [["", *(HEADINGS[name] for name in columns), "flow evals", "s/prompt"]]
-    for result in rows:
-        values = [bootstrap(result.values[name])[0] for name in columns]
-        cells = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
-        means.append([result.name, *cells, f"{result.evaluations:.1f}", f"{result.seconds:.2f}"])
-    main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
-    gains = [[HEADINGS[main], "mean", "against Diffuser", "against the row it builds on"]]
-    by_name = {result.name: result for result in rows}
-    for result in rows:
-        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(result.values[main]))]
-        for other in (rows[0] if result is not rows[0] else None, by_name.get(result.builds_on)):
-            if other is None:
-                cells.append("–")
-                continue
-            difference = bootstrap(result.values[main], other.values[main])
-            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
-        gains.append([result.name, *cells])
-    return means, gains
-
-
-def table(rows):
-    """The results in Markdown."""
-    means, gains = grids(rows)
-    title = f"{gains[0][0]}, with 95% intervals of the paired bootstrap:"
-    gains[0][0] = ""
-    texts = []
-    for cells in (means, gains):
-        lines = ["| " + " | ".join(row) + " |" for row in cells]
-        texts.append("\n".join([lines[0], "|---" * len(cells[0]) + "|", *lines[1:]]))
-    return f"{texts[0]}\n\n{title}\n\n{texts[1]}"
 
 
 @dataclass
@@ -143,7 +79,7 @@ def read_run(folder, name):
         for row in rows:
             for column, values in row["values"].items():
                 row["values"][column] = [math.nan if v is None else float(v) for v in values]
-        return [grid(cells) for cells in grids([SimpleNamespace(**row) for row in rows])]
+        return [html(cells) for cells in grids([SimpleNamespace(**row) for row in rows])]
 
     def trajectories(told):
         return [each for each in told if story.article(each)]  # told in full, or it raises
@@ -169,34 +105,6 @@ def section(title, content, about=""):
     return f"<section><h2>{title}{about}</h2>{content}</section>" if content else ""
 
 
-def grid(cells):
-    """An HTML table of strings: headings above and at the left."""
-    head, *rows = [[escape(cell) for cell in row] for row in cells]
-    body = "".join(f"<tr><th>{first}</th><td>{'</td><td>'.join(row)}</td>" for first, *row in rows)
-    return f'<div class="wide"><table><tr><th>{"</th><th>".join(head)}</th>{body}</table></div>'
-
-
-def overview(runs):
-    """A row of key figures, and one of seconds by stage, for every training run."""
-    runs = [run for run in runs if run.metrics]
-    stages = dict.fromkeys(name for run in runs for row in run.seconds for name in row)
-    stages.pop("iteration", None)
-    figures = {"reward": "reward", "val_checker": "validation: Checker"}
-    figures["val_sg_iou"] = "validation: exact SG-IoU"
-    first = [["", "iterations", *figures.values()]]
-    second = [["seconds an iteration", *stages, "all"]]
-    for run in runs:
-        planned = re.search(r"^iterations: (\d+)$", run.config, re.MULTILINE)
-        done = str(run.metrics[-1]["iteration"]) + (f" of {planned[1]}" if planned else "")
-        values = [[y for _, y in charts.points(run.metrics, name)] for name in figures]
-        first.append([run.name, done, *(f"{v[0]:.3f} → {v[-1]:.3f}" if v else "–" for v in values)])
-        spent = [sum(y for _, y in charts.points(run.seconds, stage)) for stage in stages]
-        means = [total / max(len(run.seconds), 1) for total in spent]
-        share = [f"{m:.2f} ({m / max(sum(means), 1e-9):.0%})" for m in means]
-        second.append([run.name, *share, f"{sum(means):.2f}"])
-    return section("Overview", grid(first) + grid(second) * bool(stages)) if runs else ""
-
-
 def origin(run, runs):
     """The command and the config that made a run; what other runs have otherwise is marked."""
     others = [set(other.config.splitlines()) for other in runs if other is not run and other.config]
@@ -216,7 +124,8 @@ def page(runs):
     title = escape(", ".join(run.name for run in runs))
     curves = charts.charts({run.name: run.metrics for run in runs if run.metrics})
     curves = f'<div class="charts">{curves}</div>' * bool(curves)
-    parts = [overview(runs), section("Curves", curves, "by iteration")]
+    overview = "".join(map(html, key_figures(runs)))
+    parts = [section("Overview", overview), section("Curves", curves, "by iteration")]
     for number, run in enumerate(runs):
         name = run.name * (len(runs) > 1)
         broken = f"<p>{', '.join(run.broken)}</p>" * bool(run.broken)
@@ -299,8 +208,7 @@ th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(
 th { font-weight: 500; color: var(--muted) }
 th:first-child { text-align: left; padding-left: 0 }
 tr:first-child th { white-space: normal; vertical-align: bottom }
-pre { white-space: pre-wrap; background: color-mix(in srgb, var(--rule) 35%, transparent) }
-pre { padding: .8rem 1rem; border-radius: 4px; font-size: 12.5px }
+pre { white-space: pre-wrap; padding: 1rem; border: 1px solid var(--rule); font-size: 12.5px }
 mark { background: color-mix(in srgb, var(--no) 22%, transparent); color: inherit }
 summary { cursor: pointer }
 @media print {
@@ -335,7 +243,7 @@ def main():
     try:
         print(report(parser.parse_args().runs))
     except (ValueError, OSError) as error:
-        sys.exit(f"report.py: {error}")
+        sys.exit(" ".join(f"report.py: {error}".split()))
 
 
 if __name__ == "__main__":

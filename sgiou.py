@@ -83,6 +83,8 @@ def load_laion_sg(path, limit=None):
         raise ValueError(f"{path}: is no JSON list; make it a list with one object per image")
     graphs = [_read_entry(entry, index, path) for index, entry in enumerate(entries)]
     kept = [graph for graph in graphs if graph.triples]
+    if not kept:
+        raise ValueError(f"{path}: holds no scene graph with relations; give other data")
     if len(kept) < len(graphs):
         print(f"{path}: {len(graphs) - len(kept)} entries dropped: no relations", file=sys.stderr)
     return kept[:limit]
@@ -225,11 +227,10 @@ def _find_triple(own_key, pairs):
 
 
 def _unquote(string):
-    body = string[1:-1]
     try:
-        return json.loads(f'"{body}"', strict=False).strip()
+        return json.loads(f'"{string[1:-1]}"', strict=False).strip()
     except ValueError:  # an escape or a quote that JSON does not know: 'man\'s "hat"'
-        return body.replace("\\", "").strip()
+        return string[1:-1].replace("\\", "").strip()
 
 
 def _spelling(allowed):

@@ -21,6 +21,7 @@ import argparse
 import json
 import math
 import random
+import shlex
 import signal
 import sys
 from dataclasses import asdict, dataclass
@@ -187,9 +188,8 @@ def validate(loop, start, config):
         from tiny.world import exact_graph, parse
 
         found = parse([step.image for step in best])
-        graphs = [trajectory.graph for trajectory in trajectories]
-        exact = [SceneGraph(*exact_graph(things, graph)) for things, graph in zip(found, graphs)]
-        scores = [sg_iou(pred, gold)["sg_iou"] for pred, gold in zip(exact, graphs)]
+        exact = [SceneGraph(*exact_graph(f, t.graph)) for f, t in zip(found, trajectories)]
+        scores = [sg_iou(seen, t.graph)["sg_iou"] for seen, t in zip(exact, trajectories)]
         figures["val_sg_iou"] = mean(scores)
     return figures, trajectories
 
@@ -217,11 +217,10 @@ def summary(batches, solved):
 
 def show(iteration, figures):
     """One line a person can read."""
-    names = {"reward": "reward", "before": "before", "flat_groups": "flat", "kl": "kl"}
-    names |= {"replay_error": "replay", "ratio_error": "max|rho-1|", "grad_norm": "grad"}
-    names |= {"clipped_low": "clip-", "clipped_high": "clip+", "malformed": "malformed"}
-    names |= {"val_checker": "val checker", "val_sg_iou": "val SG-IoU"}
-    parts = [f"{label} {figures[name]:.3g}" for name, label in names.items() if name in figures]
+    names = {"flat_groups": "flat", "replay_error": "replay", "ratio_error": "max|rho-1|"}
+    names |= {"grad_norm": "grad", "clipped_low": "clip-", "clipped_high": "clip+"}
+    shown = ["reward", "before", "kl", "malformed", *names, "val_checker", "val_sg_iou"]
+    parts = [f"{names.get(name, name)} {figures[name]:.3g}" for name in shown if name in figures]
     return f"{iteration:4d}  " + "  ".join(parts)
 
 
@@ -270,7 +269,9 @@ def train(loop, config, phase_class, resume=False, changed=False):
             file.write(line + "\n")
 
     graphs = load_laion_sg(config.data, config.data_limit or None)
+    graphs = loop.diffuser.readable(graphs, config.data)
     held_out = load_laion_sg(config.validation, config.validation_limit)
+    held_out = loop.diffuser.readable(held_out, config.validation)
     start = loop.start(held_out, list(range(len(held_out))))
     if first == 0:
         record(folder, validate(loop, start, config)[1])
@@ -290,8 +291,7 @@ def train(loop, config, phase_class, resume=False, changed=False):
             figures = summary(batches, solved) | update(
                 phase, batches, optimizer, parameters, config
             )
-        last = iteration + 1 == config.iterations
-        if (iteration + 1) % config.validate_every == 0 or last:
+        if (iteration + 1) % config.validate_every == 0 or iteration + 1 == config.iterations:
             with clock("validate"):
                 scores, trajectories = validate(loop, start, config)
                 figures |= scores
@@ -321,9 +321,11 @@ def main():
     arguments = parser.parse_args()
     path = arguments.config or f"phase{arguments.phase}.yaml"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+    checkpoint = None
     try:
         config = load_config(path, TrainConfig, arguments.overrides)
-        saved = (Path(config.run) / NAME).exists()
+        checkpoint = Path(config.run) / NAME
+        saved = checkpoint.exists()
         if arguments.resume and not saved:
             raise ValueError(f"{config.run}: holds no checkpoint; start without --resume")
         if saved and not arguments.resume:
@@ -336,12 +338,12 @@ def main():
         phase_class = (ActorPhase, EditorPhase)[arguments.phase - 1]
         train(loop, config, phase_class, arguments.resume, arguments.changed)
     except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
-        sys.exit(f"train.py: {error}")
+        sys.exit(" ".join(f"train.py: {error}".split()))
     except KeyboardInterrupt:
-        words = [word for word in sys.argv if word != "--resume"]
-        if not (Path(config.run) / NAME).exists():
+        if checkpoint is None or not checkpoint.exists():
             sys.exit("stopped before the first checkpoint")
-        sys.exit(f"stopped; go on with: python {' '.join(words)} --resume")
+        words = ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
+        sys.exit(f"stopped; go on with: {shlex.join(words)}")
 
 
 if __name__ == "__main__":

@@ -1,5 +1,10 @@
 """config.py and the command lines: what is wrong is told in one line, before any model loads."""
 
+import contextlib
+import importlib
+import io
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -439,3 +444,55 @@ def test_eval_needs_its_section(run, good, tmp_path):
     path = tmp_path / "bare.yaml"
     path.write_text(good[: good.index("evaluation")])
     refused(run("eval.py", "--config", path), "bare.yaml", "'evaluation'")
+
+
+# ---- command lines at random ----
+
+options = st.sampled_from(
+    "--phase --config --resume --changed --prompts --rounds --seed --out --full --help -h -- 1 2 "
+    "eval.yaml phase1.yaml phase2.yaml rounds=2 kl=1e-3 seed=-1 run= run=runs/x =".split()
+)
+words = st.text(st.characters(exclude_characters="\0"), max_size=12)
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    """A folder with the project's configs and data, in which building the models is refused."""
+
+    def refuse(_):
+        raise ValueError("no models here")
+
+    folder = tmp_path_factory.mktemp("bench")
+    for name in ("eval.yaml", "phase1.yaml", "phase2.yaml"):
+        shutil.copy(ROOT / name, folder)
+    (folder / "tiny").symlink_to(ROOT / "tiny")
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr("loop.build", refuse)
+        patch.setattr("eval.build", refuse)
+        yield patch
+    signal.signal(signal.SIGTERM, handler)  # train.py sets its own
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["loop", "eval", "train", "report"]), st.lists(options | words, max_size=6))
+def test_random_command_lines_end_in_one_line(bench, script, arguments):
+    bench.setattr(sys, "argv", [f"{script}.py", *arguments])
+    with pytest.raises(SystemExit) as ended, contextlib.redirect_stderr(io.StringIO()):
+        importlib.import_module(script).main()
+    code = ended.value.code
+    asked = any(a.startswith(("-h", "--h")) for a in arguments)
+    assert code not in (0, None) or asked
+    assert not isinstance(code, str) or len(code.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_fuzzing_with_twenty_more_seeds():
+    """Every test of random texts, figures, files and command lines, in all files."""
+    chosen = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "any or random"]
+    for seed in range(20):
+        process = subprocess.run(
+            [*chosen, f"--hypothesis-seed={seed}"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert process.returncode == 0, process.stdout

@@ -15,7 +15,8 @@ MAY_IMPORT = {
     "config": [],
     "charts": [],
     "story": [],
-    "report": ["charts", "story"],
+    "table": ["charts"],
+    "report": ["charts", "story", "table"],
     "diffuser": [],
     "checker": ["sgiou"],
     "actor": ["grpo", "sgiou"],
@@ -35,6 +36,7 @@ MAY_IMPORT = {
         "rollout",
         "sgiou",
         "story",
+        "table",
     ],
 }
 HEAVY = {"transformers", "diffusers", "peft", "accelerate"}
@@ -86,7 +88,7 @@ def test_a_component_works_alone(component, tmp_path):
     assert not loaded & HEAVY
 
 
-@pytest.mark.parametrize("component", ["charts", "config", "report", "sgiou", "story"])
+@pytest.mark.parametrize("component", ["charts", "config", "report", "sgiou", "story", "table"])
 def test_what_needs_no_model_loads_no_torch(component):
     loaded, _ = run_alone(ROOT, component, [])
     assert not loaded & (HEAVY | {"torch"})

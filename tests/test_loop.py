@@ -19,9 +19,9 @@ import loop
 from actor import parse_completion, request
 from checker import feedback, object_question, reflect
 from loop import Loop, Step, Trajectory
-from report import HEADINGS, bootstrap, table
 from sgiou import SceneGraph, load_laion_sg
 from story import story, strip, tell
+from table import HEADINGS, bootstrap, table
 from tiny.world import Thing, render
 
 GRAPH = SceneGraph(["red circle", "blue square"], [("red circle", "left of", "blue square")])
@@ -310,6 +310,7 @@ def program(monkeypatch, config_file, tmp_path):
             return Loop(script, script, script, script, config.rounds)
 
         script.problem = lambda prompt: "too hard" if "dog" in prompt else None
+        script.readable = lambda graphs, path: graphs
         monkeypatch.setattr(module, "build", build)
         out = tmp_path / "out"
         command = [f"{module.__name__}.py", *arguments]

@@ -15,8 +15,8 @@ from PIL import Image
 
 import loop as program
 from config import LoopConfig, load_config
-from report import HEADINGS
 from sgiou import SceneGraph, load_laion_sg, sg_iou
+from table import HEADINGS
 from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,6 +114,27 @@ def test_prompts_that_the_diffuser_cannot_read(loop, graphs):
     problem = loop.diffuser.problem("purple dog left of red circle")
     assert "'purple'" in problem and "'dog'" in problem and "red" not in problem
     assert "tokens" in loop.diffuser.problem("; ".join([PROMPT] * 3))
+
+
+def test_graphs_that_the_diffuser_cannot_read_are_counted_and_left_out(loop, graphs, capsys):
+    long = SceneGraph((), [(f"red circle {n}", "left of", "blue square") for n in range(200)])
+    assert loop.diffuser.readable([graphs[0], long, graphs[1]], "data.json") == graphs[:2]
+    told = capsys.readouterr().err
+    assert told.startswith("data.json: 1 of 3 prompts cannot be read") and told.count("\n") == 1
+    assert loop.diffuser.readable(graphs, "data.json") == graphs
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="data.json: 2 of 2 prompts .* other data"):
+        loop.diffuser.readable([long, long], "data.json")
+
+
+def test_a_model_that_draws_nothing_but_black_is_told(loop, drawn, monkeypatch):
+    bias = loop.diffuser.pipeline.vae.decoder.conv_out.bias
+    for broken in (torch.full_like(bias, torch.nan), torch.full_like(bias, -1e4)):
+        monkeypatch.setattr(bias, "data", broken)
+        with pytest.raises(ValueError, match="nothing but black.*diffuser.dtype"):
+            loop.diffuser.generate([PROMPT], [0])
+        with pytest.raises(ValueError, match="nothing but black.*editor.dtype"):
+            loop.editor.edit(drawn[1][:1], [MOVE], [0])
 
 
 # ---- Checker ----

@@ -1,5 +1,6 @@
 """Rollout and replay, adapters, training and resuming, on the shipped models."""
 
+import json
 import subprocess
 import sys
 import time
@@ -11,8 +12,9 @@ from safetensors import safe_open
 
 from config import load_config
 from loop import build
+from phases import ActorPhase
 from sgiou import load_laion_sg
-from train import TrainConfig
+from train import PATIENCE, TrainConfig, train
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
@@ -195,3 +197,18 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(phase, tmp_path):
     assert whole[1] == parts[1]
     assert whole[0].keys() == parts[0].keys()
     assert all(torch.equal(whole[0][name], parts[0][name]) for name in whole[0])
+
+
+def test_an_actor_that_never_writes_an_edit_is_told(loop, tmp_path, capsys):
+    """Completions without an end are malformed: nothing is edited, and all rewards are alike."""
+    config = load_config(
+        "phase1.yaml",
+        TrainConfig,
+        ["groups=2", "group_size=2", "rounds=1", "validation_limit=2", f"run={tmp_path}"]
+        + [f"iterations={PATIENCE}"],
+    )
+    loop.actor.max_new_tokens = 3
+    train(loop, config, ActorPhase)
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last["malformed"] == last["truncated"] == last["flat_groups"] == 1
+    assert "100% of the completions name no edit" in capsys.readouterr().out

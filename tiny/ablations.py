@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-from report import bootstrap
+from table import bootstrap
 
 VARIANTS = {
     1: {

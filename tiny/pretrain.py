@@ -5,7 +5,7 @@ Four stages, each seeded and resumable (a run that was killed goes on from its l
     vae       autoencoder of 32 x 32 pictures
     flow      rectified-flow transformer with its text encoders: text-to-image and editing at once
     pictures  what the flow model generates and edits for training prompts
-    vlm       LLaVA-type model, Checker and Actor: half on drawn pictures, half on those
+    vlm       LLaVA-type model, Checker and Actor: on drawn pictures first, then on those as well
 
 About two hours on two CPU cores, reckoned from the pace of its parts. `python tiny/quality.py`
 measures the result.
@@ -43,7 +43,7 @@ FLOW_RATE = 1e-3
 CROWDS = (1, 6, 3, 2), (1, 3, 4, 4)  # weights of one to four things, before and after step 600
 VLM_RATE = 1e-3
 FINDING = 2000  # step up to which the VLM sees pictures of two things
-SEEING = 4000  # step up to which it does the drill alone
+SEEING = 3000  # step up to which it does the drill alone
 
 
 def train_vae(steps=2500):
@@ -72,7 +72,7 @@ def train_vae(steps=2500):
     fit("vae", vae, loss_of, steps, 2e-3, save, last=1 / 3, muon=8.0)
 
 
-def train_flow(steps=3250):
+def train_flow(steps=2000):
     """Flow matching, v = noise - latents, on captions and on edits."""
     pipeline = models.build_pipeline(SEED)
     pipeline.vae = AutoencoderKL.from_pretrained(WORK / "vae" / "model")
@@ -164,7 +164,7 @@ def make_pictures(prompts=3000):
     print(f"pictures: {prompts} generated, {len(flawed)} edited")
 
 
-def train_vlm(steps=9000):
+def train_vlm(steps=7500):
     """Finding first, then the drill, then every question."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
     pixels = load_file(WORK / "pictures" / "pixels.safetensors")["pixels"].numpy()
@@ -179,8 +179,9 @@ def train_vlm(steps=9000):
             images = np.stack([world.render(things) for things in scenes])
             asked = [list(questions.finding(rng, things)) for things in scenes]
             return vlm_loss(model, processor.tokenizer, images, asked)
-        half = 12 if step < SEEING else 8
-        pictures = [questions.faulty_picture(rng) for _ in range(half)] + rng.sample(pool, half)
+        drawn, generated = (24, 0) if step < SEEING else (8, 8)
+        pictures = [questions.faulty_picture(rng) for _ in range(drawn)]
+        pictures += rng.sample(pool, generated)
         images = np.stack([image for image, _ in pictures])
         # Drill and long answers come by turns: a batch of like lengths wastes little padding.
         writing = rng.choice(("extract", "repair", "repair", None))

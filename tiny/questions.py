@@ -204,8 +204,9 @@ def sound_repair(rng, things, graph):
         subject, word, object = problem
         found = {thing.name: thing for thing in things}
         actual = world.relation(found[subject], found[object])
-        thought = f"the {subject} is {actual or 'not ' + word} the {object}"
-        if rng.random() < 0.15:
+        # First as the feedback has it, then what is seen, then what follows.
+        thought = f"{subject} {word} {object} is wrong; it is {actual or 'beside'} it"
+        if actual == OPPOSITE[word] and rng.random() < 0.3:
             return thought, f"swap the {subject} and the {object}"
         if rng.random() < 0.5:
             return thought, f"move the {subject} {word} the {object}"
