@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from PIL import Image
+from safetensors.torch import load_file
 
 import loop as program
 from config import LoopConfig, load_config
@@ -127,6 +129,7 @@ def test_graphs_that_the_diffuser_cannot_read_are_counted_and_left_out(loop, gra
         loop.diffuser.readable([long, long], "data.json")
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
 def test_a_model_that_draws_nothing_but_black_is_told(loop, drawn, monkeypatch):
     bias = loop.diffuser.pipeline.vae.decoder.conv_out.bias
     for broken in (torch.full_like(bias, torch.nan), torch.full_like(bias, -1e4)):
@@ -135,6 +138,27 @@ def test_a_model_that_draws_nothing_but_black_is_told(loop, drawn, monkeypatch):
             loop.diffuser.generate([PROMPT], [0])
         with pytest.raises(ValueError, match="nothing but black.*editor.dtype"):
             loop.editor.edit(drawn[1][:1], [MOVE], [0])
+
+
+@pytest.mark.parametrize(
+    ("part", "weights"),
+    [
+        ("checker", "vlm/model.safetensors"),
+        ("diffuser", "flow/transformer/diffusion_pytorch_model.safetensors"),
+    ],
+)
+def test_weights_that_are_pickled_are_refused_with_the_reason(part, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    model, inside = weights.split("/", 1)
+    folder = tmp_path / model
+    shutil.copytree(ROOT / "tiny" / "models" / model, folder)
+    pickled = {"vlm": "pytorch_model.bin", "flow": "diffusion_pytorch_model.bin"}[model]
+    torch.save(load_file(folder / inside), (folder / inside).with_name(pickled))
+    (folder / inside).unlink()
+    config = load_config("eval.yaml", LoopConfig, [f"{part}.model={folder}"])
+    with pytest.raises(ValueError, match=f"key '{part}.model'.*safetensors") as caught:
+        program.build(config)
+    assert len(str(caught.value).splitlines()) == 1
 
 
 # ---- Checker ----
