@@ -19,6 +19,8 @@ import re
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from grpo import completion_mask, token_log_probs
 
 INSTRUCT = (
@@ -42,7 +44,8 @@ def parse_completion(text):
     match = FORM.fullmatch(text)
     if match is None or not match[2].strip() or "<" in match[1] + match[2]:
         return text.strip(), None
-    return match[1].strip(), " ".join(match[2].split())
+    instruction = " ".join(match[2].split())
+    return match[1].strip(), "none" if instruction.lower() in ("none", "none.") else instruction
 
 
 @dataclass
@@ -101,7 +104,6 @@ class Actor:
     @classmethod
     def load(cls, path, device="auto", dtype="auto", **settings):
         """Loads a local folder or Hub id; auto is CUDA in bf16, else the CPU in fp32."""
-        import torch
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         if device == "auto":
@@ -178,14 +180,14 @@ class Actor:
 
         Returns `Proposals` of N = B * n. One generator serves all rows: the batch matters.
         """
-        import torch
         from torch.nn.functional import pad
 
         prompts = self.prompts(graphs, reflections)
-        # Model folders carry sampling defaults of their own, such as top-k: outdo them all.
+        # Outdoes the folder's defaults: what they cut, once log-probs are kept, shows in no replay.
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-        sampling |= {"repetition_penalty": 1.0, "max_new_tokens": self.max_new_tokens}
-        sampling["eos_token_id"] = self.end_ids
+        sampling |= {"min_p": None, "top_h": None, "typical_p": 1.0, "repetition_penalty": 1.0}
+        sampling |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "eos_token_id": self.end_ids}
+        sampling |= {"max_new_tokens": self.max_new_tokens, "num_return_sequences": n}
         ids, log_probs = [], []
         with self.adapter(self.use_adapter), torch.random.fork_rng(), torch.no_grad():
             torch.manual_seed(seed)
@@ -193,9 +195,7 @@ class Actor:
                 part = slice(start, start + self.batch_size)
                 inputs = self.inputs(images[part], prompts[part])
                 recorder = SampledLogProbs(self.temperature)
-                output = self.model.generate(
-                    **inputs, **sampling, num_return_sequences=n, logits_processor=[recorder]
-                )
+                output = self.model.generate(**inputs, **sampling, logits_processor=[recorder])
                 recorder.take(output[:, -1])
                 ids.append(output[:, inputs["input_ids"].shape[1] :])
                 log_probs.append(torch.cat(recorder.columns, 1))
@@ -218,8 +218,6 @@ class Actor:
 
     def log_probs(self, proposals, rows):
         """log pi of the completions in `rows` (a slice) again, with gradient: (R, T) fp32."""
-        import torch
-
         inputs = self.inputs(proposals.images[rows], proposals.prompts[rows])
         ids, mask = proposals.ids[rows], proposals.mask[rows]  # (R, T)
         shape = inputs["input_ids"].shape  # (R, prompt tokens)
@@ -242,6 +240,8 @@ if __name__ == "__main__":
 
     from sgiou import parse_prompt
 
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     graph = parse_prompt(sys.argv[2], ["left of", "right of", "above", "below"])
     told = SimpleNamespace(feedback=f"wrong: {graph.prompt()}")
     actor = Actor.load("tiny/models/vlm", max_new_tokens=40)

@@ -135,6 +135,8 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--iterations", type=int, default=3, help="of each phase")
     arguments = parser.parse_args()
+    if arguments.iterations < 1:
+        parser.error("--iterations: give 1 or more")
     for number in (1, 2):
         bench_phase(number, arguments.iterations)
     print(

@@ -19,7 +19,7 @@ signal than a sampled yes (the reward within a group is rarely flat).
 
 from dataclasses import dataclass
 
-from sgiou import SceneGraph, parse_scene_graph
+from sgiou import parse_scene_graph
 
 VERDICT = "You check pictures. Answer the question about the picture with one word: yes or no."
 EXTRACT = (
@@ -164,8 +164,8 @@ class Checker:
         )
         return batch.to(self.model.device, self.model.dtype)
 
-    def next_token_logits(self, system, images, texts):
-        """fp32 logits (B, V) of the first answer token to one question per image."""
+    def next_token_logits(self, system, images, texts, ids):
+        """fp32 logits (B, len(ids)) of the first answer token to one question per image."""
         import torch
 
         logits = []
@@ -175,7 +175,7 @@ class Checker:
                 output = self.model(
                     **self.inputs(system, images[part], texts[part]), logits_to_keep=1
                 )
-            logits.append(output.logits[:, -1].float())
+            logits.append(output.logits[:, -1, ids].float())
         return torch.cat(logits)
 
     def check(self, images, graphs):
@@ -193,10 +193,9 @@ class Checker:
             texts += questions
         if not texts:
             return []
-        logits = self.next_token_logits(VERDICT, asked, texts)
-        yes = logits[:, self.yes].logsumexp(-1)
-        no = logits[:, self.no].logsumexp(-1)
-        probs = (yes - no).sigmoid().tolist()
+        logits = self.next_token_logits(VERDICT, asked, texts, self.yes + self.no)
+        yes, no = logits.split((len(self.yes), len(self.no)), 1)
+        probs = (yes.logsumexp(-1) - no.logsumexp(-1)).sigmoid().tolist()
         reflections = []
         for graph in graphs:
             count = len(graph.objects) + len(graph.triples)
@@ -209,8 +208,8 @@ class Checker:
         import torch
 
         answers = []
-        words = [self.relations or list({r: 0 for _, r, _ in graph.triples}) for graph in graphs]
-        texts = [extract_request(graph, word) for graph, word in zip(graphs, words, strict=True)]
+        allowed = [self.relations or list({r: 0 for _, r, _ in graph.triples}) for graph in graphs]
+        texts = [extract_request(*asked) for asked in zip(graphs, allowed, strict=True)]
         for start in range(0, len(texts), self.batch_size):
             part = slice(start, start + self.batch_size)
             inputs = self.inputs(EXTRACT, images[part], texts[part])
@@ -219,17 +218,17 @@ class Checker:
             completions = ids[:, inputs["input_ids"].shape[1] :]
             answers += self.processor.batch_decode(completions, skip_special_tokens=True)
         return [
-            parse_scene_graph(answer, graph.objects, word)
-            for answer, graph, word in zip(answers, graphs, words)
+            parse_scene_graph(answer, graph.objects, relations)
+            for answer, graph, relations in zip(answers, graphs, allowed)
         ]
 
     def judge(self, images, prompts):
         """How well each picture fits its prompt, in [0, 1]: the expected digit over nine."""
         import torch
 
-        logits = self.next_token_logits(JUDGE, images, [judge_request(p) for p in prompts])
-        digits = torch.arange(10.0, device=logits.device)
-        return (logits[:, self.digits].softmax(-1) @ digits / 9).tolist()
+        texts = [judge_request(prompt) for prompt in prompts]
+        logits = self.next_token_logits(JUDGE, images, texts, self.digits)
+        return (logits.softmax(-1) @ torch.arange(10.0, device=logits.device) / 9).tolist()
 
 
 if __name__ == "__main__":
@@ -239,7 +238,9 @@ if __name__ == "__main__":
 
     from sgiou import parse_prompt
 
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
     relations = ["left of", "right of", "above", "below"]
-    graph: SceneGraph = parse_prompt(sys.argv[2], relations)
+    graph = parse_prompt(sys.argv[2], relations)
     checker = Checker.load("tiny/models/vlm", relations=relations)
     print(checker.check([Image.open(sys.argv[1])], [graph])[0])

@@ -9,16 +9,16 @@ import json
 import os
 from dataclasses import asdict
 
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
 NAME = "checkpoint.safetensors"
-MAY_CHANGE = ("iterations", "validate_every")  # between a checkpoint and its resumption
+MAY_CHANGE = ("iterations", "validate_every", "run")  # between a checkpoint and its resumption
 
 
 def save_checkpoint(folder, done, parameters, optimizer, config):
     """Writes `done` iterations' outcome. Raises OSError where the disk is full."""
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     tensors = {f"parameter.{i}": value.detach() for i, value in enumerate(parameters)}
     for index, state in optimizer.state_dict()["state"].items():
         for name, value in state.items():
@@ -39,8 +39,6 @@ def load_checkpoint(folder, parameters, optimizer, config, changed=False):
 
     Raises ValueError where the file is damaged, or, unless `changed`, made with another config.
     """
-    from safetensors import SafetensorError, safe_open
-
     path = folder / NAME
     try:
         with safe_open(path, "pt") as file:

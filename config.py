@@ -20,7 +20,7 @@ import yaml
 class ModelConfig:
     """One part of the loop: which model, and how it is run."""
 
-    model: str  # local folder or Hub id; parts that name the same one share its weights
+    model: str  # local folder or Hub id; parts alike in model, device and dtype share weights
     device: str = "auto"  # auto: cuda if there is one, else cpu
     dtype: str = "auto"  # auto: bfloat16 on cuda, float32 on cpu
     batch_size: int = 64  # questions, completions or images at a time
@@ -58,7 +58,7 @@ class EvaluationConfig:
 
     data: str  # LAION-SG JSON
     limit: int = 300  # graphs, the first ones of the file; --full takes all
-    seed: int = 0  # of pictures and bootstrap
+    seed: int = 0  # of the first prompt's picture; the others' follow
     exact: bool = False  # measure by the pixel parser too: for pictures of the embedded world
 
 
@@ -86,6 +86,10 @@ LEAST = {  # of numbers that would otherwise fail late, or silently
     "group_size": 2,
     **dict.fromkeys(("temperature", "learning_rate", "max_grad_norm", "noise_level"), 1e-9),
     "advantage_eps": 1e-9,
+}
+ONE_OF = {
+    "device": r"auto|cpu|mps|(cuda|xpu)(:\d+)?",
+    "dtype": "auto|float32|bfloat16|float16",
 }
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 
@@ -171,7 +175,10 @@ def _convert(kind, value, path, key):
         if plain is list and inner[0] is str:
             wanted += " (YAML takes on, off, yes and no for true or false: quote them)"
         raise ValueError(f"{path}: key '{key}' is {value!r}; make it {wanted}")
-    least = LEAST.get(key.split(".")[-1])
+    name = key.split(".")[-1]
+    if name in ONE_OF and not re.fullmatch(ONE_OF[name], value):
+        raise ValueError(f"{path}: key '{key}' is {value!r}; known: {ONE_OF[name]}")
+    least = LEAST.get(name)
     if least is not None and not least <= value < float("inf"):
         raise ValueError(f"{path}: key '{key}' is {value!r}; make it at least {least:g}")
     return value

@@ -7,15 +7,17 @@ guidance, text length) come from the YAML's `call:`, not from code.
     python diffuser.py "red circle left of blue square" picture.png
 """
 
+import inspect
 import sys
 
 
 def text_problem(pipeline, prompt, max_length=None):
     """Why a pipeline's text encoder cannot read a prompt (str), or None where it can.
 
-    Pipelines cut a prompt that is too long and read an unknown word as noise, both silently.
+    max_length: of the call; None takes the pipeline's default, or else the tokenizer's. Pipelines
+    cut a prompt that is too long and read an unknown word as noise, both silently.
     """
-    names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the last one reads the longest prompts
+    names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the highest-numbered reads most
     found = [getattr(pipeline, name) for name in names if getattr(pipeline, name, None)]
     if not found or not hasattr(found[0], "is_fast"):  # a processor of texts and pictures
         return None
@@ -29,7 +31,8 @@ def text_problem(pipeline, prompt, max_length=None):
     if unknown:
         return f"the text encoder does not know {', '.join(map(repr, unknown))}"
     length = len(encoded.input_ids)
-    limit = max_length or tokenizer.model_max_length
+    default = inspect.signature(type(pipeline).__call__).parameters.get("max_sequence_length")
+    limit = max_length or getattr(default, "default", None) or tokenizer.model_max_length
     if length > limit:
         return f"{length} tokens, and the text encoder takes {limit}"
     return None
@@ -113,7 +116,11 @@ class Diffuser:
 
 
 if __name__ == "__main__":
-    call = {"height": 32, "width": 32, "max_area": 1024, "_auto_resize": False}
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    call = {"height": 32, "width": 32, "max_area": 1024}
     call |= {"num_inference_steps": 8, "max_sequence_length": 12}
     diffuser = Diffuser.load("tiny/models/flow", call=call)
+    if problem := diffuser.problem(sys.argv[1]):
+        sys.exit(f"{sys.argv[1]!r}: {problem}")
     diffuser.generate([sys.argv[1]], [0])[0].save(sys.argv[2])

@@ -14,6 +14,8 @@ pipeline never meets it.
 
 from contextlib import contextmanager
 
+import torch
+
 from rollout import Rollout, recorded, replayed
 
 ADAPTER = "editor"
@@ -38,6 +40,7 @@ class Editor:
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.transformer.requires_grad_(False)  # kernels differ where it is True
+        self.batched = type(pipeline).__name__ in BATCHED
         self.call = call or {}
         self.batch_size = batch_size
         self.template = template
@@ -76,7 +79,6 @@ class Editor:
     @classmethod
     def load(cls, path, device="auto", dtype="auto", **settings):
         """Loads a local folder or Hub id; auto is CUDA in bf16, else the CPU in fp32."""
-        import torch
         from diffusers import DiffusionPipeline
 
         cls.check(path)
@@ -149,12 +151,11 @@ class Editor:
         Raises ValueError where the pipeline gives nothing but black pictures.
         """
         edited = []
-        batched = type(self.pipeline).__name__ in BATCHED
         start = 0
         while start < len(images):
             stop = start + 1
             while stop < min(start + self.batch_size, len(images)) and (
-                batched or _alike(images[start : stop + 1], instructions[start : stop + 1])
+                self.batched or _alike(images[start : stop + 1], instructions[start : stop + 1])
             ):
                 stop += 1
             part = slice(start, stop)
@@ -163,17 +164,13 @@ class Editor:
         return edited
 
     def _call(self, images, instructions, seeds):
-        import torch
-
         call = dict(self.call)
         if _alike(images, instructions):  # read the picture and encode the text once
             call["num_images_per_prompt"] = len(images)
             images, instructions = images[0], instructions[:1]
-        elif type(self.pipeline).__name__ not in BATCHED:
-            raise ValueError(
-                f"{type(self.pipeline).__name__} edits one picture by one instruction a call: "
-                "give micro_batch the value of group_size, or less"
-            )
+        elif not self.batched:
+            name = type(self.pipeline).__name__
+            raise ValueError(f"{name} edits one picture by one instruction a call")
         if isinstance(call.get("negative_prompt"), str):  # some pipelines want one for each prompt
             call["negative_prompt"] = [call["negative_prompt"]] * len(instructions)
         # A template may be JSON, which a quotation mark would end.
@@ -197,8 +194,6 @@ class Editor:
         ODE prefix too; noise_seeds: of the window's noise, all distinct; window: a range of steps.
         Raises ValueError for a pipeline whose steps cannot be replayed.
         """
-        import torch
-
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
         with recorded(self.pipeline, generators, window, noise_level) as steps:
             edited = self._call(images, instructions, seeds)
@@ -220,6 +215,8 @@ if __name__ == "__main__":
 
     from PIL import Image
 
+    if len(sys.argv) != 4:
+        sys.exit(__doc__)
     call = {"height": 32, "width": 32, "max_area": 1024, "_auto_resize": False}
     call |= {"num_inference_steps": 8, "max_sequence_length": 8}
     editor = Editor.load("tiny/models/flow", call=call)

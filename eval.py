@@ -53,7 +53,8 @@ class FlowMeter:
         self.evaluations = 0
         self.tokens = 0
         self.began = time.perf_counter()
-        self.models = {part.pipeline.transformer for part in (loop.diffuser, loop.editor)}
+        pipelines = (loop.diffuser.pipeline, loop.editor.pipeline)
+        self.models = {getattr(p, "transformer", None) or p.unet for p in pipelines}
 
     def __enter__(self):
         self.hooks = [
@@ -67,12 +68,12 @@ class FlowMeter:
         self.seconds = time.perf_counter() - self.began
 
     def count(self, _, arguments, keywords):
-        hidden = keywords.get("hidden_states", arguments[0] if arguments else None)
+        hidden = arguments[0] if arguments else keywords.get("hidden_states", keywords.get("x"))
         text = keywords.get("encoder_hidden_states")
-        self.evaluations += hidden.shape[0]
-        # Packed latents are (B, tokens, C), unpacked ones (B, C, H, W).
-        tokens = hidden.shape[1] if hidden.ndim == 3 else hidden.shape[2:].numel()
-        self.tokens += hidden.shape[0] * (tokens + (text.shape[1] if text is not None else 0))
+        self.evaluations += len(hidden)
+        for row in hidden:  # packed latents are (tokens, C), others (C, ..., H, W)
+            self.tokens += len(row) if row.ndim == 2 else row[0].numel()
+        self.tokens += len(hidden) * (text.shape[1] if text is not None else 0)
 
 
 def measure(loop, graphs, images, exact):
@@ -94,26 +95,20 @@ def measure(loop, graphs, images, exact):
 
 
 def kept_share(trajectory):
-    """Of the things that instructions did not name, the share still in place (2 px) after the edit.
+    """Of the things that instructions did not name, the share still in place after the edit.
 
     NaN where nothing was edited. By the pixel parser: embedded world only.
     """
-    from tiny.world import parse
+    from tiny.world import kept, parse
 
-    total, kept = 0, 0
     pictures = parse([step.image for step in trajectory.steps])
-    for step, before, after in zip(trajectory.steps, pictures, pictures[1:]):
-        if step.instruction in (None, "none"):
-            continue
-        for thing in before:
-            if thing.name not in step.instruction:
-                total += 1
-                kept += any(
-                    other.name == thing.name
-                    and max(abs(other.x - thing.x), abs(other.y - thing.y)) <= 2
-                    for other in after
-                )
-    return kept / total if total else math.nan
+    pairs = [
+        kept(before, after, step.instruction)
+        for step, before, after in zip(trajectory.steps, pictures, pictures[1:])
+        if step.instruction not in (None, "none")
+    ]
+    total = sum(whole for _, whole in pairs)
+    return sum(part for part, _ in pairs) / total if total else math.nan
 
 
 def row(name, loop, trajectories, meters, exact, builds_on=None):
@@ -193,7 +188,7 @@ def systems(loop):
     if loop.actor.has_adapter:
         found.append((" + phase 1", True, False))
     if loop.editor.has_adapter:
-        found.append((" + phase 1 + 2", True, True))
+        found.append((" + phase 1 + 2" if loop.actor.has_adapter else " + phase 2", True, True))
     return found
 
 
@@ -211,6 +206,8 @@ def run(arguments):
 
     config = load_config(arguments.config, LoopConfig, arguments.overrides)
     settings = config.evaluation
+    if config.rounds < 1:
+        raise ValueError(f"{arguments.config}: key 'rounds' is 0; make it 1 or more to evaluate")
     if settings is None:
         raise ValueError(f"{arguments.config}: key 'evaluation' is missing; add it")
     graphs = load_laion_sg(settings.data, None if arguments.full else settings.limit)

@@ -7,7 +7,7 @@ action is a token. Phase 2: a sample is the Editor's picture and an action is a 
     loss       -sum min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) / count
                rho = exp(log_prob - old_log_prob)               PPO, 1707.06347; DAPO, 2503.14476
     k3         exp(D) - D - 1, D = log pi_ref - log pi          Schulman 2020; GRPO
-    flow       x_sigma = (1 - sigma) x0 + sigma eps, v = eps - x0, dt = sigma_next - sigma < 0
+    flow       x_sigma = (1 - sigma) x0 + sigma e, v = e - x0, dt = sigma_next - sigma < 0
     SDE step   s = a sqrt(sigma / (1 - sigma))                  Flow-GRPO, arXiv 2505.05470
                mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt
                x' = mean + std z, std = s sqrt(-dt), z ~ N(0, I)
@@ -29,7 +29,7 @@ def group_advantages(rewards, groups, eps=1e-4, flat_range=0.02):
     """Rewards (N,) and integer group ids (N,) to (advantages (N,) fp32, kept (N,) bool).
 
     A_i = (r_i - mean_g) / (std_g + eps), population std, over a group g of samples of one
-    identical state (GRPO, arXiv 2402.03300). A flat group, max - min < flat_range, has A = 0 and
+    identical state (GRPO, arXiv 2402.03300). A flat group, max - min <= flat_range, has A = 0 and
     kept = False: leave it out of the mask and the count of `clipped_loss`, and skip a step that
     keeps none (Adam moves on zero gradients). Raises ValueError on a reward that is not finite
     and on a group of one.
@@ -44,7 +44,7 @@ def group_advantages(rewards, groups, eps=1e-4, flat_range=0.02):
         group_rewards = rewards[members]  # (G,)
         if len(group_rewards) == 1:
             raise ValueError(f"group {group.item()} has one sample; it needs others to compare to")
-        if group_rewards.max() - group_rewards.min() < flat_range:
+        if group_rewards.max() - group_rewards.min() <= flat_range:
             continue
         std = group_rewards.std(correction=0)
         advantages[members] = (group_rewards - group_rewards.mean()) / (std + eps)
@@ -201,7 +201,7 @@ def gaussian_kl(mean, mean_ref, std):
 
 
 def _learn(parameter, policy):
-    """Yields each iteration's mean reward; policy() samples, policy(actions) replays."""
+    """The demo (tensors: last lines): mean rewards. policy() samples, policy(actions) replays."""
     optimizer = torch.optim.Adam([parameter], lr=0.03)
     for _ in range(48):
         actions, old_log_probs, rewards = policy()  # ..., (128, S), (128,)

@@ -15,7 +15,7 @@ training and evaluation use it too.
 """
 
 import argparse
-import json
+import inspect
 import os
 import sys
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from config import LoopConfig, load_config
 from memory import checkpoint_vlm, take_turns, waiting
 from report import record
 from sgiou import SceneGraph, load_laion_sg, parse_prompt
-from story import story, strip, tell
+from story import story, write
 
 
 @dataclass
@@ -146,6 +146,10 @@ def build(config):
         actor = Actor(checker.model, checker.processor, **actor_settings)
     else:
         actor = _load(Actor, "actor", config.actor, actor_settings)
+    for name, part in (("diffuser", diffuser), ("editor", editor)):
+        kind = type(part.pipeline)
+        if unknown := set(part.call) - set(inspect.signature(kind.__call__).parameters):
+            raise ValueError(f"key '{name}.call': {kind.__name__} takes no {', '.join(unknown)}")
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
             _try(f"{name}.adapter", folder, part.load_adapter)
@@ -174,21 +178,9 @@ def _load(kind, name, part, settings):
 def _try(key, path, load, *more, **settings):
     try:
         return load(path, *more, **settings)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError, RuntimeError) as error:
+    except Exception as error:  # of any kind: it comes from the depths of three libraries
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"key '{key}': cannot load {path!r}: {reason}") from None
-
-
-def write(trajectory, folder):
-    """Writes every image, the strip, story.json and story.txt into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("image_*.png"):  # of an earlier, longer trajectory
-        old.unlink()
-    for number, step in enumerate(trajectory.steps):
-        step.image.save(folder / f"image_{number}.png")
-    strip(trajectory).save(folder / "strip.png")
-    (folder / "story.json").write_text(json.dumps(tell(trajectory), indent=1) + "\n")
-    (folder / "story.txt").write_text(story(trajectory) + "\n")
 
 
 def read_prompts(path, relations):

@@ -1,7 +1,8 @@
 """The two phases of Reflection-GRPO (arXiv 2602.19974): what is sampled, and how it is replayed.
 
 Both turn states (pictures that do not satisfy the Checker) into a `Batch` of samples in groups with
-a reward each, and then yield micro-batches whose log-probs can be computed again, with gradient.
+a reward each, and then yield micro-batches whose log-probs can be computed again, with gradient:
+`replay()` gives (log-probs (R, T), what the KL needs beside them).
 
     ActorPhase    a sample is a completion, an action a token; all completions of a group are
                   edited with the same seed, so that the group compares instructions, not luck
@@ -18,8 +19,10 @@ import time
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+
 from checker import reflect
-from editor import BATCHED
+from grpo import gaussian_kl, k3_kl
 from sgiou import SceneGraph
 
 SECONDS = {}  # by stage, of the iteration under way
@@ -54,7 +57,7 @@ class Batch:
     reflections: list
     states: list[State]  # (N) where each sample started
     record: object  # what the phase replays
-    stats: dict  # sums over samples
+    stats: dict  # sums over samples, by name
 
 
 def propose(actor, states, n, seed):
@@ -138,8 +141,6 @@ class ActorPhase:
 
     def divergence(self, now, reference):
         """k3 per token."""
-        from grpo import k3_kl
-
         return k3_kl(now[0], reference[0])
 
 
@@ -171,12 +172,10 @@ class EditorPhase:
         groups = [number for number in range(len(pairs)) for _ in range(size)]
         first = random.Random(seed).randint(0, self.config.window_start)
         window = range(first, first + self.config.window)
-        batched = type(loop.editor.pipeline).__name__ in BATCHED
-        chunk = max(self.config.micro_batch // size, 1) * size if batched else size  # whole groups
+        together = max(self.config.micro_batch // size, 1) if loop.editor.batched else 1
+        chunk = together * size  # whole groups
         rollouts = []
         with clock("edit"):
-            import torch
-
             for start in range(0, len(starts), chunk):
                 rows = range(start, min(start + chunk, len(starts)))
                 with torch.no_grad():
@@ -189,17 +188,17 @@ class EditorPhase:
                         self.config.noise_level,
                     )
                 rollouts.append(rollout)
+        if rollouts and not rollouts[0].steps:
+            raise ValueError("keys 'window', 'window_start': the window lies behind the last step")
         images = [image for rollout in rollouts for image in rollout.images]
         with clock("check"):
             reflections = loop.checker.check(images, [state.graph for state in starts])
         rewards = score(reflections, starts, seed, self.config.sampled_reward)
-        stats = {"unedited": len(states) - len(pairs)}
+        stats = {"unedited": (1 - len(pairs) / len(states)) * len(starts)}
         return Batch(rewards, groups, images, reflections, starts, rollouts, stats)
 
     def pieces(self, batch):
         """Micro-batches: one step of one rollout: (replay, recorded (R, 1), mask (R, 1), rows)."""
-        import torch
-
         start = 0
         for rollout in batch.record:
             rows = slice(start, start + len(rollout.images))
@@ -219,6 +218,5 @@ class EditorPhase:
 
     def divergence(self, now, reference):
         """The Gaussians' exact KL per step."""
-        from grpo import gaussian_kl
-
-        return gaussian_kl(now[1][0], reference[1][0], now[1][1])[:, None]
+        (_, (mean, std)), (_, (mean_ref, _)) = now, reference
+        return gaussian_kl(mean, mean_ref, std)[:, None]

@@ -5,8 +5,8 @@ answers, and the scheduler's `step` becomes `grpo.sde_step` (Flow-GRPO, arXiv 25
 window of steps (MixGRPO, arXiv 2507.21802). A pipeline that guides calls its transformer more
 than once a step, or on a batch several times as large, and mixes the answers o_k itself:
 
-    v = sum_k w_k o_k                   classifier-free guidance: w = (s, 1 - s)
-    v = c |o_0| / |c|, c as above       the same with the length, per token, of the guided answer
+    v = sum_k w_k o_k                      classifier-free guidance: w = (s, 1 - s)
+    v = c |o_0| / |c|, c = sum_k w_k o_k   the same with the length, per token, of the guided answer
 
 Which of the two, and w, is found from the answers and the v that the scheduler is given, and
 checked at every step; a pipeline that mixes otherwise is refused.
@@ -14,6 +14,8 @@ checked at every step; a pipeline that mixes otherwise is refused.
 
 from contextlib import contextmanager
 from dataclasses import dataclass
+
+import torch
 
 from grpo import sde_step
 
@@ -64,11 +66,9 @@ def find_mixture(outputs, velocity, tolerance):
 
     tolerance: of the root mean square, relative.
     """
-    import torch
-
     columns = torch.stack([output.double().flatten() for output in outputs])  # (K, N)
-    gram = torch.linalg.pinv(columns @ columns.T, hermitian=True)
-    weights = gram @ (columns @ velocity.double().flatten())  # least squares
+    inverse = torch.linalg.pinv(columns @ columns.T, hermitian=True)
+    weights = inverse @ (columns @ velocity.double().flatten())  # least squares
     candidates = [(weights, False)]
     if len(outputs) == 2:
         guided, other = (output.double() for output in outputs)
@@ -96,8 +96,6 @@ def recorded(pipeline, generators, window, noise_level):
 
     Args: generators: one for each picture, of the SDE's noise; window: a range of steps.
     """
-    import torch
-
     scheduler, transformer = pipeline.scheduler, pipeline.transformer
     calls, predictions, steps = [], [], []
     latents = None  # fp32, whatever the pipeline's dtype

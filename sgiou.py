@@ -154,9 +154,9 @@ def parse_prompt(text, relations):
 def _split_clause(clause, relations):
     for relation in sorted(relations, key=len, reverse=True):
         words = re.escape(normalise(relation)).replace(r"\ ", "[ _]")
-        parts = re.split(rf"(?<!\S){words}(?!\S)", clause, maxsplit=1, flags=re.IGNORECASE)
-        if not all(parts):
-            raise ValueError(f"prompt clause {clause!r}: {relation!r} needs an object on each side")
+        parts = re.split(rf"(?<!\S){words}(?!\S)", clause, flags=re.IGNORECASE)
+        if not all(parts) or len(parts) > 2:
+            raise ValueError(f"prompt clause {clause!r}: {relation!r} needs one object a side")
         if len(parts) == 2:
             return parts[0].strip(), relation, parts[1].strip()
     return (clause,)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import textwrap
 from html import escape
 
@@ -136,9 +137,22 @@ def strip(trajectory, side=224):
         verdict = f"score {words['score']:.2f}{', best' if best else ''}"
         draw.text((left, margin + side + 8), verdict, color, font)
         if number + 1 < len(told["steps"]):
-            text = textwrap.fill(words["instruction"] or "(malformed)", 30)
+            text = words["instruction"] or "(malformed)"
+            text = textwrap.fill(text, 30, max_lines=3, placeholder=" …")
             draw.text((left, margin + side + 28), text, "#202124", font)
     return canvas
+
+
+def write(trajectory, folder):
+    """Writes every image, the strip, story.json and story.txt into a folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in folder.glob("image_*.png"):  # of an earlier, longer trajectory
+        old.unlink()
+    for number, step in enumerate(trajectory.steps):
+        step.image.save(folder / f"image_{number}.png")
+    strip(trajectory).save(folder / "strip.png")
+    (folder / "story.json").write_text(json.dumps(tell(trajectory), indent=1) + "\n")
+    (folder / "story.txt").write_text(story(trajectory) + "\n")
 
 
 def kinds(told):

@@ -27,11 +27,13 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
 import yaml
 from safetensors import SafetensorError
 
 from checkpoint import NAME, load_checkpoint, save_checkpoint
 from config import LoopConfig, load_config
+from grpo import clipped_loss, group_advantages
 from phases import SECONDS, ActorPhase, EditorPhase, State, clock
 from report import record
 from sgiou import SceneGraph, load_laion_sg, sg_iou
@@ -60,9 +62,9 @@ class TrainConfig(LoopConfig):
     clip_high: float = 0.28
     kl: float = 0.01  # weight of the KL to the adapter switched off; 0 runs no reference pass
     advantage_eps: float = 0.05  # beside the std: keeps the Checker's noise from counting as signal
-    flat_range: float = 0.02  # rewards closer together than this make a flat group, left out
+    flat_range: float = 0.02  # rewards no further apart than this make a flat group, left out
     updates: int = 2  # optimizer steps on a rollout; at 1 the clip never acts
-    micro_batch: int = 64  # completions (phase 1) or edits (phase 2) a backward pass
+    micro_batch: int = 64  # completions (phase 1), or edits in whole groups (phase 2), a backward
     malformed: float = 0.2  # what a malformed completion loses (phase 1)
     shared_noise: bool = True  # within a group: of the edits (phase 1), initial latents (phase 2)
     sampled_reward: bool = False  # sampled yes or no in place of P(yes): for comparison
@@ -75,7 +77,7 @@ class TrainConfig(LoopConfig):
 
 
 def fresh_states(loop, graphs, config, iteration):
-    """`groups` pictures of the Diffuser that do not satisfy the Checker, and the share that did."""
+    """Up to `groups` pictures that do not satisfy the Checker; the share of those drawn that do."""
     rng = random.Random(f"{config.seed} states {iteration}")
     states, seen = [], 0
     while len(states) < config.groups and seen < 10 * config.groups:
@@ -113,10 +115,6 @@ def collect(phase, states, config, iteration):
 
 def update(phase, batches, optimizer, parameters, config):
     """`updates` optimizer steps on the batches; returns the logged figures."""
-    import torch
-
-    from grpo import clipped_loss, group_advantages
-
     work = []  # (replay, recorded log-probs (R, T), advantages (R, 1), mask (R, T))
     flat = total = 0
     for batch in batches:
@@ -245,8 +243,10 @@ def trouble(recent):
 
 def train(loop, config, phase_class, resume=False, changed=False):
     """Runs all iterations; writes all that the run's folder holds (README: what a run leaves)."""
-    import torch
-
+    graphs = load_laion_sg(config.data, config.data_limit or None)
+    graphs = loop.diffuser.readable(graphs, config.data)
+    held_out = load_laion_sg(config.validation, config.validation_limit)
+    held_out = loop.diffuser.readable(held_out, config.validation)
     torch.manual_seed(config.seed)
     folder = Path(config.run)
     folder.mkdir(parents=True, exist_ok=True)
@@ -254,12 +254,10 @@ def train(loop, config, phase_class, resume=False, changed=False):
     parameters = phase.trained.add_adapter(config.rank)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     metrics, log = folder / "metrics.jsonl", folder / "log"
-    first, rows = 0, []
-    if resume:
-        first = load_checkpoint(folder, parameters, optimizer, config, changed)
-        rows = metrics.read_text().splitlines()[:first]
-    else:
+    if not resume:
         save_checkpoint(folder, 0, parameters, optimizer, config)
+    first = load_checkpoint(folder, parameters, optimizer, config, changed)
+    rows = metrics.read_text().splitlines()[:first] if resume else []
     metrics.write_text("".join(row + "\n" for row in rows))
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
@@ -268,13 +266,11 @@ def train(loop, config, phase_class, resume=False, changed=False):
         with log.open("a") as file:
             file.write(line + "\n")
 
-    graphs = load_laion_sg(config.data, config.data_limit or None)
-    graphs = loop.diffuser.readable(graphs, config.data)
-    held_out = load_laion_sg(config.validation, config.validation_limit)
-    held_out = loop.diffuser.readable(held_out, config.validation)
     start = loop.start(held_out, list(range(len(held_out))))
     if first == 0:
-        record(folder, validate(loop, start, config)[1])
+        scores, trajectories = validate(loop, start, config)
+        say(show(0, scores))
+        record(folder, trajectories)
     samples = config.groups * config.group_size
     say(
         f"{sum(p.numel() for p in parameters):,} parameters of {len(parameters)} LoRA tensors; an "
@@ -304,10 +300,11 @@ def train(loop, config, phase_class, resume=False, changed=False):
         say(f"{show(iteration + 1, figures)}  {sum(SECONDS.values()):.1f}s")
         if warning := trouble([json.loads(line) for line in rows[-PATIENCE:]]):
             say(f"warning: {warning}")
-        save_checkpoint(folder, iteration + 1, parameters, optimizer, config)
         if "val_checker" in figures:
             phase.trained.save_adapter(folder / "adapter")
             record(folder, trajectories, iteration + 1)
+        save_checkpoint(folder, iteration + 1, parameters, optimizer, config)
+    phase.trained.save_adapter(folder / "adapter")  # of a run that was killed before it could
     say(f"adapter: {folder / 'adapter'}")
 
 
@@ -326,6 +323,9 @@ def main():
         config = load_config(path, TrainConfig, arguments.overrides)
         checkpoint = Path(config.run) / NAME
         saved = checkpoint.exists()
+        name = ("actor", "editor")[arguments.phase - 1]
+        if getattr(config, name).adapter:
+            raise ValueError(f"{path}: key '{name}.adapter': this phase trains a new one; drop it")
         if arguments.resume and not saved:
             raise ValueError(f"{config.run}: holds no checkpoint; start without --resume")
         if saved and not arguments.resume:

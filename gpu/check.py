@@ -110,7 +110,7 @@ def timed(run, device):
 
 
 def training_rate(phase, batch, device):
-    """FLOP/s of one backward pass of a phase, what is recomputed included."""
+    """FLOP/s of one forward and backward pass of a phase, what is recomputed included."""
     from torch.utils.flop_counter import FlopCounterMode
 
     replay = next(phase.pieces(batch))[0]
@@ -170,7 +170,7 @@ def measure(number, size, tiny, device, rate):
         "edits a second": f"{len(batch.rewards) / SECONDS['edit']:.3g}",
         "training pass, TFLOP/s": f"{reached / 1e12:.3g}",
         "share of the matrix rate": f"{reached / rate:.0%}",
-        "max abs(rho - 1) (tolerance)": f"{error:.1e} ({tolerance:.1e})",
+        "max abs(rho - 1) (tolerance; of the mean in phase 1)": f"{error:.1e} ({tolerance:.1e})",
     }
 
 

@@ -246,6 +246,13 @@ def test_only_what_is_trained_takes_an_adapter(load, good):
         assert f"'{part}.adapter'" in told(load, good, f"{part}.adapter=x")
 
 
+@pytest.mark.parametrize("override", ["checker.dtype=fp16", "actor.device=gpu", "editor.dtype=nn"])
+def test_dtype_and_device_are_known_ones(load, good, override):
+    key, value = override.split("=")
+    with pytest.raises(ValueError, match=f"key '{key}' is '{value}'; known: auto"):
+        load(good, override)
+
+
 def test_a_hub_id_passes(load, good):
     assert load(good, "actor.model=some-owner/some-model").actor.model == "some-owner/some-model"
 

@@ -20,7 +20,7 @@ from actor import parse_completion, request
 from checker import feedback, object_question, reflect
 from loop import Loop, Step, Trajectory
 from sgiou import SceneGraph, load_laion_sg
-from story import story, strip, tell
+from story import story, strip, tell, write
 from table import HEADINGS, bootstrap, table
 from tiny.world import Thing, render
 
@@ -272,7 +272,7 @@ def test_a_satisfied_picture_has_a_frame_of_another_colour():
 
 def test_write(trajectory, tmp_path):
     folder = tmp_path / "new" / "folder"
-    loop.write(trajectory, folder)
+    write(trajectory, folder)
     assert sorted(path.name for path in folder.iterdir()) == sorted(
         ["image_0.png", "image_1.png", "image_2.png", "image_3.png"]
         + ["strip.png", "story.json", "story.txt"]
@@ -419,6 +419,7 @@ def test_the_words_between_the_parts():
         (" <think> a\nb </think>\n\n<edit>\n move  the\tcup </edit>\n", "a\nb", "move the cup"),
         ("<think></think><edit>none</edit>", "", "none"),
         ("<think>a</think><edit> none </edit>", "a", "none"),
+        ("<think>a</think><edit>None.</edit>", "a", "none"),
     ],
 )
 def test_well_formed_completions(text, thought, instruction):
@@ -656,6 +657,7 @@ def test_compute_is_counted():
     [
         (True, False, ["", " + phase 1"]),
         (True, True, ["", " + phase 1", " + phase 1 + 2"]),
+        (False, True, ["", " + phase 2"]),
     ],
 )
 def test_trained_adapters_have_rows_of_their_own(actor_has, editor_has, suffixes):

@@ -161,6 +161,23 @@ def test_weights_that_are_pickled_are_refused_with_the_reason(part, weights, tmp
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_a_typo_in_a_call_is_told(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    config = load_config("eval.yaml", LoopConfig, ["editor.call.num_inference_step=8"])
+    with pytest.raises(ValueError, match="key 'editor.call'.*takes no num_inference_step"):
+        program.build(config)
+
+
+def test_weights_that_are_cut_off_are_told(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    folder = tmp_path / "vlm"
+    shutil.copytree(ROOT / "tiny" / "models" / "vlm", folder)
+    (folder / "model.safetensors").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    config = load_config("eval.yaml", LoopConfig, [f"checker.model={folder}"])
+    with pytest.raises(ValueError, match="key 'checker.model': cannot load"):
+        program.build(config)
+
+
 # ---- Checker ----
 
 

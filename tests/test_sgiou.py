@@ -353,6 +353,7 @@ def test_parse_prompt_takes_the_longest_relation_in_a_clause_and_literal_ones():
         ("left of blue square", "'left of blue square'"),
         ("sun; red circle left of", "'red circle left of'"),
         ("left of", "'left of'"),
+        ("sun left of sea left of moon", "one object a side"),
     ],
 )
 def test_parse_prompt_errors(text, problem):

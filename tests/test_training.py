@@ -12,7 +12,7 @@ from safetensors import safe_open
 
 from config import load_config
 from loop import build
-from phases import ActorPhase
+from phases import ActorPhase, EditorPhase, State
 from sgiou import load_laion_sg
 from train import PATIENCE, TrainConfig, train
 
@@ -76,6 +76,16 @@ def test_actor_replays_what_it_sampled(loop, start):
         recorded = proposals.sampled_log_probs[rows]
         assert (now - recorded)[mask].abs().max() < 1e-4
         assert (base - recorded)[mask].abs().max() > 1e-3
+
+
+def test_sampling_defaults_of_a_folder_are_outdone(loop, start):
+    """What they cut after the log-probs are kept would show in no replay."""
+    plain = propose(loop, start, 3).ids
+    defaults = {"min_p": 0.9, "typical_p": 0.1, "epsilon_cutoff": 0.1, "eta_cutoff": 0.1}
+    defaults |= {"top_k": 1, "top_p": 0.1, "top_h": 0.1, "repetition_penalty": 3.0}
+    for name, value in defaults.items():
+        setattr(loop.actor.model.generation_config, name, value)
+    assert torch.equal(propose(loop, start, 3).ids, plain)
 
 
 def test_editor_replays_what_it_sampled(loop, start):
@@ -212,3 +222,11 @@ def test_an_actor_that_never_writes_an_edit_is_told(loop, tmp_path, capsys):
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last["malformed"] == last["truncated"] == last["flat_groups"] == 1
     assert "100% of the completions name no edit" in capsys.readouterr().out
+
+
+def test_a_window_behind_the_last_step_is_told(loop, start):
+    config = load_config("phase2.yaml", TrainConfig, ["window_start=0", "window=1"])
+    config.window = 0
+    states = [State(t.graph, t.steps[0].image, t.steps[0].reflection) for t in start[:1]]
+    with pytest.raises(ValueError, match="behind the last step"):
+        EditorPhase(loop, config).rollout(states, 0)

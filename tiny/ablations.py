@@ -47,15 +47,17 @@ def main():
     part = ("actor", "editor")[arguments.phase - 1]
     found = {}
     for name, changes in VARIANTS[arguments.phase].items():
-        folder = ROOT / "runs" / "ablations" / f"phase{arguments.phase} {name}".replace(" ", "_")
-        if not (folder / "results.json").exists():
+        words = [f"phase{arguments.phase}", *arguments.overrides, name]
+        folder = ROOT / "runs" / "ablations" / "_".join(words).replace(" ", "_").replace("/", "-")
+        results = folder / "eval" / "results.json"
+        if not results.exists():
             more = ["--resume"] if (folder / "checkpoint.safetensors").exists() else []
             changes = [*arguments.overrides, *changes, f"run={folder}"]
             run("train.py", "--phase", arguments.phase, *changes, *more)
             adapters = [f"{part}.adapter={folder / 'adapter'}"]
             adapters += [o for o in arguments.overrides if ".adapter=" in o]
-            run("eval.py", "evaluation.data=tiny/data/val.json", *adapters, "--out", folder)
-        rows = json.loads((folder / "results.json").read_text())
+            run("eval.py", "evaluation.data=tiny/data/val.json", *adapters, "--out", results.parent)
+        rows = json.loads(results.read_text())
         found[name] = rows[-1]["values"]["sg_iou"]
     print("| variant | exact SG-IoU | against as shipped |\n|---|---|---|")
     for name, values in found.items():

@@ -87,6 +87,8 @@ def fit(stage, modules, loss_of, steps, learning_rate, save, last, muon):
     chosen = optimizers(modules, muon)
     average = {name: value.clone() for name, value in modules.state_dict().items()}
     first = load_checkpoint(folder, modules, average, chosen)
+    if first:
+        print(f"{stage}: goes on from step {first} of {steps}; delete {folder} to start anew")
     bar = tqdm(range(first, steps), desc=stage, initial=first, total=steps, mininterval=5)
     for step in bar:
         rate = learning_rate * min(1, (step + 1) / 200)

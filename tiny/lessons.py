@@ -36,8 +36,8 @@ def captioned_picture(rng, garble, crowds=(1, 3, 4, 4)):
     The picture is composed as pictures are, the first thing named near the middle and the others
     close by, so that a caption leaves little open.
 
-    Args: garble: share of relation words that the caption gets wrong (one caption in twenty names
-    no relation at all); crowds: weights of pictures of one, two, three and four things.
+    Args: garble: share of relation words drawn anew, at random (one caption in twenty names no
+    relation at all); crowds: weights of pictures of one, two, three and four things.
     """
     count = rng.choices((1, 2, 3, 4), crowds)[0]
     if count == 1:

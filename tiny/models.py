@@ -38,7 +38,8 @@ def word_tokenizer(words, max_length, ignore="", end=True):
     blank = [normalizers.Replace(character, " ") for character in ignore]
     tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *blank])
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(TOKEN), "removed", invert=True)
-    tokenizer.decoder = decoders.WordPiece(prefix="##", cleanup=False)
+    words_apart = decoders.WordPiece(prefix="##", cleanup=False)
+    tokenizer.decoder = decoders.Sequence([words_apart, decoders.Replace(" ;", ";")])
     if end:
         tokenizer.post_processor = processors.TemplateProcessing(
             single="$A </s>", special_tokens=[("</s>", vocabulary["</s>"])]

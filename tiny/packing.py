@@ -28,7 +28,6 @@ def pack(tokenizer, conversations):
         asked = tokenizer([text + " <answer>" for text, _, _ in conversation]).input_ids
         answered = tokenizer([answer + " </s>" for _, answer, _ in conversation]).input_ids
         for number, (question, answer) in enumerate(zip(asked, answered), 1):
-            # A verdict has one token that counts: its </s> is trivial.
             share = conversation[number - 1][2]
             length = len(question) + len(answer)
             ids += question + answer

@@ -38,7 +38,7 @@ from sgiou import SceneGraph
 HERE = Path(__file__).parent
 SHIPPED = HERE / "models"
 DRAWN, EDITED = 72, 40  # lessons a step
-GARBLED = 0.15  # share of relation words that captions get wrong
+GARBLED = 0.15  # share of relation words in captions that are drawn anew, at random
 FLOW_RATE = 1e-3
 CROWDS = (1, 6, 3, 2), (1, 3, 4, 4)  # weights of one to four things, before and after step 600
 VLM_RATE = 1e-3
@@ -164,7 +164,7 @@ def make_pictures(prompts=3000):
     print(f"pictures: {prompts} generated, {len(flawed)} edited")
 
 
-def train_vlm(steps=7500):
+def train_vlm(steps=6500):
     """Finding first, then the drill, then every question."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
     pixels = load_file(WORK / "pictures" / "pixels.safetensors")["pixels"].numpy()

@@ -15,6 +15,7 @@ import numpy as np
 import world
 from lessons import edit, perform
 from questions import count, shows
+from world import kept
 
 from config import LoopConfig, load_config
 from loop import build
@@ -50,16 +51,6 @@ def rank_correlation(a, b):
         return below + (equal - 1) / 2
 
     return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
-
-
-def kept(before, after, instruction):
-    """(kept, total) of the things that an instruction does not name: in place within 2 px."""
-    others = [thing for thing in before if thing.name not in instruction]
-    still = [
-        any(o.name == t.name and max(abs(o.x - t.x), abs(o.y - t.y)) <= 2 for o in after)
-        for t in others
-    ]
-    return sum(still), len(still)
 
 
 def share(pairs):

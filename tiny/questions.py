@@ -20,7 +20,7 @@ import actor
 import checker
 from sgiou import SceneGraph
 
-NOISE = 0.35  # share of the Actor's model answers with a fault of judgement in them
+NOISE = 0.35  # share of the Actor's model answers in which a word or thing is drawn anew
 
 
 def faulty_picture(rng, split="train"):
@@ -171,7 +171,7 @@ def verdicts(rng, things, graph):
 
 
 def repair(rng, things, graph):
-    """A model answer of the Actor, NOISE of them with a fault of judgement."""
+    """A model answer of the Actor; in NOISE of them a word or thing is drawn anew, mostly wrong."""
     thought, instruction = sound_repair(rng, things, graph)
     if rng.random() < NOISE:
         subject, word, object = rng.choice(graph.triples)

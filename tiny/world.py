@@ -80,6 +80,8 @@ def parse(images):
     import torch
 
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float()
+    if pixels.shape[1:] != (SIZE, SIZE, 3):
+        raise ValueError("key 'exact': pictures that are not of the embedded world; make it false")
     palette = torch.tensor([GROUND, *COLORS.values()], dtype=torch.float32)
     nearest = torch.cdist(pixels.flatten(1, 2), palette).argmin(-1)  # (N, 1024)
     nearest = nearest.view(-1, SIZE, SIZE)
@@ -101,6 +103,16 @@ def parse(images):
         if all(max(abs(other.x - x), abs(other.y - y)) >= 4 for other in found[image]):
             found[image].append(Thing(NAMES[name], x, y))
     return [sorted(things, key=lambda thing: (thing.y // CELL, thing.x)) for things in found]
+
+
+def kept(before, after, instruction):
+    """(kept, total) of the things that an instruction does not name: in place within 2 px."""
+    others = [thing for thing in before if thing.name not in instruction]
+    still = [
+        any(o.name == t.name and max(abs(o.x - t.x), abs(o.y - t.y)) <= 2 for o in after)
+        for t in others
+    ]
+    return sum(still), len(still)
 
 
 def relation(subject, object):
