@@ -88,6 +88,7 @@ def editor_lessons(editor, seed=3, total=400):
 
 def main():
     loop = build(load_config("eval.yaml", LoopConfig))
+    loop.actor.use_adapter = loop.editor.use_adapter = False  # the base, not what RL makes of it
     graphs = load_laion_sg("tiny/data/val.json")
     rng = random.Random(0)
 
