@@ -351,7 +351,7 @@ def test_evaluation_writes_the_whole_table(tmp_path):
         assert heading in text.splitlines()[0]
     results = json.loads((tmp_path / "results.json").read_text())
     names = [result["name"] for result in results]
-    assert {"Diffuser", "1 round", "loop"} < set(names)
+    assert {"Diffuser", "1 round", "loop", "loop + phase 1", "loop + phase 1 + 2"} < set(names)
     assert any(name.startswith("best of ") for name in names)
     for result in results:
         assert text.count(f"\n| {result['name']} |") == 2  # in both tables
