@@ -109,6 +109,7 @@ class Editor:
     def load_adapter(self, folder):
         """Loads a folder that `save_adapter` wrote; it is off until `adapter()`."""
         self.pipeline.load_lora_weights(folder, adapter_name=ADAPTER)
+        self.pipeline.transformer.eval()  # what is added comes in training mode: dropout
         self.pipeline.transformer.disable_adapters()
         self.has_adapter = True
 

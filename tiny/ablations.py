@@ -44,7 +44,7 @@ def main():
     parser.add_argument("phase", type=int, choices=(1, 2))
     parser.add_argument("overrides", nargs="*", help="key=value for all variants, such as a seed")
     arguments = parser.parse_args()
-    part = ("actor", "editor")[arguments.phase - 1]
+    part, trained = (("actor", "1"), ("editor", "1 + 2"))[arguments.phase - 1]
     found = {}
     for name, changes in VARIANTS[arguments.phase].items():
         words = [f"phase{arguments.phase}", *arguments.overrides, name]
@@ -57,8 +57,8 @@ def main():
             adapters = [f"{part}.adapter={folder / 'adapter'}"]
             adapters += [o for o in arguments.overrides if ".adapter=" in o]
             run("eval.py", "evaluation.data=tiny/data/val.json", *adapters, "--out", results.parent)
-        rows = json.loads(results.read_text())
-        found[name] = rows[-1]["values"]["sg_iou"]
+        rows = {row["name"]: row for row in json.loads(results.read_text())}
+        found[name] = rows[f"loop + phase {trained}"]["values"]["sg_iou"]
     print("| variant | exact SG-IoU | against as shipped |\n|---|---|---|")
     for name, values in found.items():
         mean, low, high = bootstrap(values)
