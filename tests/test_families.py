@@ -254,7 +254,7 @@ def test_editor(name, tmp_path, monkeypatch):
             assert (editor.log_probs(step)[0] - step.log_prob).abs().max() > 1e-4
     check_gradient(editor, rollout.steps[0], parameters)
     if "Kontext" not in name:
-        with pytest.raises(ValueError, match="one picture by one instruction .* group_size"):
+        with pytest.raises(ValueError, match="one picture by one instruction a call"):
             editor.rollout(images, TEXTS, [5, 5], [1, 2], range(1), 0.8)
 
     states = [State(GRAPH, images[0], None)] * 3
