@@ -495,10 +495,10 @@ def test_random_command_lines_end_in_one_line(bench, script, arguments):
 
 
 @pytest.mark.slow
-def test_fuzzing_with_twenty_more_seeds():
+def test_fuzzing_with_ten_more_seeds():
     """Every test of random texts, figures, files and command lines, in all files."""
     chosen = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "any or random"]
-    for seed in range(20):
+    for seed in range(10):
         process = subprocess.run(
             [*chosen, f"--hypothesis-seed={seed}"], cwd=ROOT, capture_output=True, text=True
         )
