@@ -1,6 +1,7 @@
 """One component, one file: each works in an empty folder with only what it may import."""
 
 import ast
+import os
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,40 @@ def test_a_component_works_alone(component, tmp_path):
 def test_what_needs_no_model_loads_no_torch(component):
     loaded, _ = run_alone(ROOT, component, [])
     assert not loaded & (HEAVY | {"torch"})
+
+
+PROMPT = "red circle left of blue square"
+DEMOS = {  # in this order: the picture that one makes is what the next ones take
+    "sgiou": [],
+    "grpo": [],
+    "diffuser": [PROMPT, "picture.png"],
+    "checker": ["picture.png", PROMPT],
+    "actor": ["picture.png", PROMPT],
+    "editor": ["picture.png", "move the red circle left of the blue square", "edited.png"],
+}
+
+
+def test_a_component_runs_its_demo_alone(tmp_path):
+    picture = None
+    for component, arguments in DEMOS.items():
+        folder = tmp_path / component
+        folder.mkdir()
+        (folder / "tiny").symlink_to(ROOT / "tiny")  # the weights
+        for name in [component, *MAY_IMPORT[component]]:
+            shutil.copy(ROOT / f"{name}.py", folder)
+        if picture:
+            shutil.copy(picture, folder)
+        process = subprocess.run(
+            [sys.executable, f"{component}.py", *arguments],
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "PYTHONPATH": ""},
+        )
+        assert process.returncode == 0, process.stderr
+        if component == "diffuser":
+            picture = folder / "picture.png"
+        assert process.stdout or any(folder.glob("*.png")), component
 
 
 def test_a_missing_file_is_noticed(tmp_path):
