@@ -67,8 +67,7 @@ class SampledLogProbs:
 
     def __init__(self, temperature):
         self.temperature = temperature
-        self.logits = None
-        self.columns = []
+        self.logits, self.columns = None, []
 
     def __call__(self, input_ids, logits):
         self.take(input_ids[:, -1])
@@ -78,8 +77,8 @@ class SampledLogProbs:
     def take(self, ids):
         """ids (N,): drawn from the logits seen last."""
         if self.logits is not None:
-            ids = ids[:, None]  # (N, 1)
-            self.columns.append(token_log_probs(self.logits[:, None], ids, self.temperature))
+            logits, ids = self.logits[:, None], ids[:, None]  # (N, 1, V), (N, 1)
+            self.columns.append(token_log_probs(logits, ids, self.temperature))
 
 
 class Actor:
@@ -200,9 +199,9 @@ class Actor:
                 ids.append(output[:, inputs["input_ids"].shape[1] :])
                 log_probs.append(torch.cat(recorder.columns, 1))
         longest = max(part.shape[1] for part in ids)
-        end = self.end_ids[0]
-        ids = torch.cat([pad(part, (0, longest - part.shape[1]), value=end) for part in ids])
-        log_probs = torch.cat([pad(part, (0, longest - part.shape[1])) for part in log_probs])
+        padding = [(0, longest - part.shape[1]) for part in ids]
+        ids = torch.cat([pad(*row, value=self.end_ids[0]) for row in zip(ids, padding)])
+        log_probs = torch.cat([pad(*row) for row in zip(log_probs, padding)])
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
         parsed = [parse_completion(text) for text in texts]
         return Proposals(

@@ -134,13 +134,8 @@ class Checker:
         """The ids of all spellings of a word that are one token. Raises ValueError if none is."""
         tokenizer = self.processor.tokenizer
         found = []
-        for spelling in (
-            word,
-            word.capitalize(),
-            word.upper(),
-            " " + word,
-            " " + word.capitalize(),
-        ):
+        spaced = (f" {word}", f" {word.capitalize()}")
+        for spelling in (word, word.capitalize(), word.upper(), *spaced):
             ids = tokenizer.encode(spelling, add_special_tokens=False)
             if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and ids[0] not in found:
                 found.append(ids[0])
@@ -181,7 +176,8 @@ class Checker:
     def check(self, images, graphs):
         """Reflects on each picture. Args: PIL images and one `SceneGraph` each.
 
-        All questions of all pictures are batched. Raises ValueError for a graph without objects.
+        All questions of all pictures are batched. Raises ValueError for a graph without objects,
+        and for a model that answers NaN.
         """
         asked, texts = [], []
         for image, graph in zip(images, graphs, strict=True):
@@ -195,7 +191,10 @@ class Checker:
             return []
         logits = self.next_token_logits(VERDICT, asked, texts, self.yes + self.no)
         yes, no = logits.split((len(self.yes), len(self.no)), 1)
-        probs = (yes.logsumexp(-1) - no.logsumexp(-1)).sigmoid().tolist()
+        probs = (yes.logsumexp(-1) - no.logsumexp(-1)).sigmoid()
+        if not probs.isfinite().all():
+            raise ValueError("the Checker answers NaN (key 'checker.dtype': bfloat16 or float32)")
+        probs = probs.tolist()
         reflections = []
         for graph in graphs:
             count = len(graph.objects) + len(graph.triples)
@@ -214,7 +213,9 @@ class Checker:
             part = slice(start, start + self.batch_size)
             inputs = self.inputs(EXTRACT, images[part], texts[part])
             with torch.no_grad():
-                ids = self.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+                ids = self.model.generate(
+                    **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0
+                )
             completions = ids[:, inputs["input_ids"].shape[1] :]
             answers += self.processor.batch_decode(completions, skip_special_tokens=True)
         return [

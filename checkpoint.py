@@ -8,6 +8,7 @@ full disk during a write leaves the last checkpoint as it was.
 import json
 import os
 from dataclasses import asdict
+from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -32,6 +33,23 @@ def save_checkpoint(folder, done, parameters, optimizer, config):
     except (OSError, SafetensorError) as error:
         aside.unlink(missing_ok=True)
         raise OSError(f"{folder / NAME}: cannot be written ({error}); the last one stays") from None
+
+
+def check_adapter(folder, part):
+    """Raises ValueError unless the LoRA that Actor or Editor just loaded is what the folder holds.
+
+    peft leaves what it does not find in a file untrained, and passes over what it does not know.
+    """
+    model = part.pipeline.transformer if hasattr(part, "pipeline") else part.model
+    path = next(Path(folder).glob("*.safetensors"))
+    with safe_open(path, "pt") as file:
+        held = [file.get_tensor(name) for name in file.keys()]
+    loaded = [p for name, p in model.named_parameters() if ".lora_" in name]
+    if not all(value.isfinite().all() for value in held):
+        raise ValueError(f"{path.name} holds NaN or infinite numbers")
+    used, given = (sum(bool(v.any()) for v in values) for values in (loaded, held))
+    if used != given:
+        raise ValueError(f"{path.name} is of another model: {given} tensors, {used} taken up")
 
 
 def load_checkpoint(folder, parameters, optimizer, config, changed=False):
@@ -60,7 +78,7 @@ def load_checkpoint(folder, parameters, optimizer, config, changed=False):
             "--changed to go on with the new one"
         )
     expected = {f"parameter.{i}": value.shape for i, value in enumerate(parameters)}
-    if expected != {name: v.shape for name, v in tensors.items() if name in expected}:
+    if expected != {name: v.shape for name, v in tensors.items() if name[0] == "p"}:
         raise ValueError(f"{path}: holds another adapter (model or rank); start anew")
     state = {}
     for name, value in tensors.items():

@@ -5,6 +5,7 @@ key is told at once.
 """
 
 import dataclasses
+import datetime
 import difflib
 import os
 import re
@@ -23,7 +24,7 @@ class ModelConfig:
     model: str  # local folder or Hub id; parts alike in model, device and dtype share weights
     device: str = "auto"  # auto: cuda if there is one, else cpu
     dtype: str = "auto"  # auto: bfloat16 on cuda, float32 on cpu
-    batch_size: int = 64  # questions, completions or images at a time
+    batch_size: int = 64  # questions or images at a time; in phase 1 of an Actor, times group_size
 
 
 @dataclass
@@ -87,6 +88,7 @@ LEAST = {  # of numbers that would otherwise fail late, or silently
     **dict.fromkeys(("temperature", "learning_rate", "max_grad_norm", "noise_level"), 1e-9),
     "advantage_eps": 1e-9,
 }
+OURS = ("prompt", "image", "generator", "output_type", "return_dict")  # of a pipeline's call
 ONE_OF = {
     "device": r"auto|cpu|mps|(cuda|xpu)(:\d+)?",
     "dtype": "auto|float32|bfloat16|float16",
@@ -120,6 +122,13 @@ def load_config(path, schema, overrides=()):
     config = _fill(schema, values, path, "")
     for name in ("diffuser", "checker", "actor", "editor"):
         _check_model(getattr(config, name).model, f"{path}: key '{name}.model'")
+    for name in ("diffuser", "editor"):
+        for key, value in getattr(config, name).call.items():
+            if key in OURS or type(key) is not str or isinstance(value, datetime.date):
+                problem = f"{key!r}: {value!r} cannot be given; drop it"
+                raise ValueError(f"{path}: key '{name}.call': {problem}")
+    if "{}" not in config.editor.template:
+        raise ValueError(f"{path}: key 'editor.template' lacks the {{}} of the instruction; add it")
     for name in ("actor", "editor"):
         adapter = getattr(config, name).adapter
         if adapter and not os.path.isdir(adapter):
@@ -127,9 +136,19 @@ def load_config(path, schema, overrides=()):
     return config
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML takes the last of equal keys, silently."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [key.value for key, _ in node.value]
+        if twice := [key for key in keys if keys.count(key) > 1]:
+            raise yaml.YAMLError(f"key {twice[0]!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
 def _read_yaml(text, where):
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, _Loader)
     except Exception as error:  # of any kind: PyYAML's constructors let everything through
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ValueError(f"{where}this is no YAML ({reason}); correct or quote it") from None
@@ -163,6 +182,8 @@ def _convert(kind, value, path, key):
     if dataclasses.is_dataclass(kind):
         return _fill(kind, value, path, f"{key}.")
     plain = typing.get_origin(kind) or kind
+    if plain is str and value is None:  # "key=" on the command line
+        value = ""
     # YAML 1.1 reads 1e-6 as a string and 1 as an integer; both are meant as numbers.
     if plain is float and type(value) in (str, int):
         try:

@@ -17,6 +17,8 @@ def text_problem(pipeline, prompt, max_length=None):
     max_length: of the call; None takes the pipeline's default, or else the tokenizer's. Pipelines
     cut a prompt that is too long and read an unknown word as noise, both silently.
     """
+    if prompt != prompt.encode(errors="replace").decode():
+        return "it holds half a character, a lone surrogate"
     names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the highest-numbered reads most
     found = [getattr(pipeline, name) for name in names if getattr(pipeline, name, None)]
     if not found or not hasattr(found[0], "is_fast"):  # a processor of texts and pictures

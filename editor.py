@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import torch
 
+from diffuser import text_problem
 from rollout import Rollout, recorded, replayed
 
 ADAPTER = "editor"
@@ -48,6 +49,7 @@ class Editor:
         self.has_adapter = False
         self.adapter_on = False  # but inside `adapter()`
         self.use_adapter = True  # whether `edit` and `rollout` turn it on
+        self.misread = 0  # instructions too long, or with unknown words: pipelines do not say so
 
     @staticmethod
     def check(path):
@@ -176,6 +178,8 @@ class Editor:
             call["negative_prompt"] = [call["negative_prompt"]] * len(instructions)
         # A template may be JSON, which a quotation mark would end.
         prompts = [self.template.replace("{}", text.replace('"', "'")) for text in instructions]
+        longest = call.get("max_sequence_length")
+        self.misread += sum(bool(text_problem(self.pipeline, p, longest)) for p in set(prompts))
         # Noise drawn on the CPU is the same on every device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
         self.arrive()

@@ -27,7 +27,7 @@ from pathlib import Path
 
 from config import LoopConfig, load_config
 from loop import Step, Trajectory, build
-from report import record
+from report import record, write
 from sgiou import SceneGraph, load_laion_sg, sg_iou
 from table import table
 
@@ -103,8 +103,8 @@ def kept_share(trajectory):
 
     pictures = parse([step.image for step in trajectory.steps])
     pairs = [
-        kept(before, after, step.instruction)
-        for step, before, after in zip(trajectory.steps, pictures, pictures[1:])
+        kept(pictures[trajectory.source(number)], pictures[number], step.instruction)
+        for number, step in enumerate(trajectory.steps[:-1], 1)
         if step.instruction not in (None, "none")
     ]
     total = sum(whole for _, whole in pairs)
@@ -132,13 +132,13 @@ def row(name, loop, trajectories, meters, exact, builds_on=None):
 
 
 def best_of(loop, trajectories, n):
-    """Up to n - 1 further pictures of the Diffuser for each prompt, until the Checker is satisfied.
+    """Up to n - 1 further pictures of the Diffuser for each prompt, until the best one satisfies.
 
     The pictures stand as steps of a trajectory, so that the best one is chosen as the loop's is.
     """
     trajectories = first_pictures(trajectories)
     for number in range(1, n):
-        active = [t for t in trajectories if not t.steps[-1].reflection.satisfied]
+        active = [t for t in trajectories if not t.best.reflection.satisfied]
         if not active:
             break
         seeds = [t.seed + 1_000_003 * number for t in active]
@@ -172,7 +172,8 @@ def evaluate(loop, graphs, seed, exact, progress):
 
     # The loop's dearest trajectory, one generation and `rounds` edits, in tokens.
     picture = generation.tokens / len(graphs)
-    edit = (loops[0].tokens - picture) * len(graphs) / max(sum(loops[0].values["edits"]), 1)
+    edits = sum(sum(result.values["edits"]) for result in loops) / len(graphs)
+    edit = sum(result.tokens - picture for result in loops) / max(edits, 1e-9)
     n = math.ceil((picture + loop.rounds * edit) / picture)
     progress(f"best of {n}")
     with FlowMeter(loop) as again:
@@ -223,11 +224,12 @@ def run(arguments):
 
         rows, trajectories = evaluate(loop, graphs, settings.seed, settings.exact, progress)
     text = table(rows)
-    (folder / "table.md").write_text(text + "\n")
+    write(folder / "table.md", text + "\n")
     results = json.dumps([vars(result) for result in rows])
-    (folder / "results.json").write_text(results.replace("NaN", "null") + "\n")
-    path = record(folder, trajectories)
-    return f"{len(graphs)} prompts of {settings.data}\n\n{text}\n\n{folder / 'table.md'}\n{path}"
+    write(folder / "results.json", results.replace("NaN", "null") + "\n")
+    text = f"{len(graphs)} prompts of {settings.data}\n\n{text}\n\n{folder / 'table.md'}\n"
+    unread = f"\n{loop.editor.misread} instructions were not read in full"
+    return f"{text}{record(folder, trajectories)}" + unread * bool(loop.editor.misread)
 
 
 def main():
@@ -239,8 +241,8 @@ def main():
     arguments = parser.parse_args()
     try:
         print(run(arguments))
-    except (ValueError, OSError) as error:
-        sys.exit(" ".join(f"eval.py: {error}".split()))
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        sys.exit(" ".join(f"eval.py: {str(error) or 'stopped'}".split()))
 
 
 if __name__ == "__main__":

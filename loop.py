@@ -2,14 +2,14 @@
 
     image = diffuser.generate(prompt)
     reflection = checker.check(image)
-    repeat up to `rounds` times, unless the Checker is satisfied:
+    repeat up to `rounds` times, unless the best image so far satisfies the Checker:
+        image, reflection = the best-scored so far
         thought, instruction = actor.propose(image, prompt, reflection)
         image = editor.edit(image, instruction)
         reflection = checker.check(image)
     the answer is the best-scored image of the whole trajectory, never simply the last
 
-`build` loads the parts that a config names (those that name the same model share its weights);
-training and evaluation use it too.
+`build` loads the parts, for training and evaluation too; those of the same model share its weights.
 
     python loop.py "red circle left of blue square; green triangle above red circle"
 """
@@ -30,7 +30,7 @@ from story import story, write
 
 @dataclass
 class Step:
-    """One picture of a trajectory, and what the Actor made of it (nothing, for the last one)."""
+    """One picture of a trajectory, and what the Actor then asked for (nothing, after the last)."""
 
     image: object  # PIL image
     reflection: object  # Checker's `Reflection`
@@ -48,8 +48,15 @@ class Trajectory:
 
     @property
     def best(self):
-        """The best-scored step, the earliest of equals."""
-        return max(self.steps, key=lambda step: step.reflection.score)
+        """The answer: the best-scored step, the earliest of equals."""
+        return self.steps[self.source(len(self.steps))]
+
+    def source(self, number):
+        """Index of the step whose picture was edited to make that of step `number` >= 1.
+
+        It is the best of those before it: an edit that does harm is not built upon.
+        """
+        return max(range(number), key=lambda index: self.steps[index].reflection.score)
 
 
 class Loop:
@@ -79,29 +86,29 @@ class Loop:
         ]
 
     def advance(self, trajectories):
-        """One round: edit and reflect on every trajectory whose last picture does not satisfy."""
-        active = [t for t in trajectories if not t.steps[-1].reflection.satisfied]
+        """One round: edit and reflect on every trajectory whose best picture does not satisfy."""
+        active = [t for t in trajectories if not t.best.reflection.satisfied]
         if not active:
             return
-        last = [t.steps[-1] for t in active]
+        sources = [t.best for t in active]
         proposals = self.actor.propose(
-            [step.image for step in last],
+            [step.image for step in sources],
             [t.graph for t in active],
-            [step.reflection for step in last],
+            [step.reflection for step in sources],
             seed=active[0].seed * 1000 + len(active[0].steps),
         )
         edited = []
-        for trajectory, step, thought, instruction in zip(
-            active, last, proposals.thoughts, proposals.instructions
+        for trajectory, source, thought, instruction in zip(
+            active, sources, proposals.thoughts, proposals.instructions
         ):
-            step.thought = thought
-            step.instruction = instruction
+            trajectory.steps[-1].thought = thought
+            trajectory.steps[-1].instruction = instruction
             if instruction in (None, "none"):
-                trajectory.steps.append(Step(step.image, step.reflection))  # nothing was edited
+                trajectory.steps.append(Step(source.image, source.reflection))  # nothing was edited
             else:
                 edited.append(trajectory)
         images = self.editor.edit(
-            [t.steps[-1].image for t in edited],
+            [t.best.image for t in edited],
             [t.steps[-1].instruction for t in edited],
             [t.seed + 1_000_003 * len(t.steps) for t in edited],
         )
@@ -119,6 +126,7 @@ def build(config):
 
     from actor import Actor
     from checker import Checker
+    from checkpoint import check_adapter
     from diffuser import Diffuser
     from editor import Editor
 
@@ -127,25 +135,20 @@ def build(config):
     _try("checker.model", config.checker.model, AutoProcessor.from_pretrained)
     _try("actor.model", config.actor.model, AutoProcessor.from_pretrained)
     config = waiting(config) if config.offload else config
-    diffuser_settings = {"call": config.diffuser.call, "batch_size": config.diffuser.batch_size}
-    editor_settings = {"call": config.editor.call, "batch_size": config.editor.batch_size}
-    editor_settings["template"] = config.editor.template
-    checker_settings = {"relations": config.relations, "batch_size": config.checker.batch_size}
-    actor_settings = {
-        "max_new_tokens": config.actor.max_new_tokens,
-        "temperature": config.actor.temperature,
-        "batch_size": config.actor.batch_size,
-    }
-    diffuser = _load(Diffuser, "diffuser", config.diffuser, diffuser_settings)
+    for_diffuser = _settings(config.diffuser, "call")
+    for_editor = _settings(config.editor, "call", "template")
+    for_checker = _settings(config.checker) | {"relations": config.relations}
+    for_actor = _settings(config.actor, "max_new_tokens", "temperature")
+    diffuser = _load(Diffuser, "diffuser", config.diffuser, for_diffuser)
     if _weights(config.editor) == _weights(config.diffuser):
-        editor = Editor(diffuser.pipeline, **editor_settings)
+        editor = Editor(diffuser.pipeline, **for_editor)
     else:
-        editor = _load(Editor, "editor", config.editor, editor_settings)
-    checker = _load(Checker, "checker", config.checker, checker_settings)
+        editor = _load(Editor, "editor", config.editor, for_editor)
+    checker = _load(Checker, "checker", config.checker, for_checker)
     if _weights(config.actor) == _weights(config.checker):
-        actor = Actor(checker.model, checker.processor, **actor_settings)
+        actor = Actor(checker.model, checker.processor, **for_actor)
     else:
-        actor = _load(Actor, "actor", config.actor, actor_settings)
+        actor = _load(Actor, "actor", config.actor, for_actor)
     for name, part in (("diffuser", diffuser), ("editor", editor)):
         kind = type(part.pipeline)
         if unknown := set(part.call) - set(inspect.signature(kind.__call__).parameters):
@@ -153,6 +156,7 @@ def build(config):
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
             _try(f"{name}.adapter", folder, part.load_adapter)
+            _try(f"{name}.adapter", folder, check_adapter, part)
     if config.actor.checkpointing:
         checkpoint_vlm(actor.model)
     if config.editor.checkpointing:
@@ -164,6 +168,10 @@ def build(config):
 
 def _weights(part):
     return (part.model, part.device, part.dtype)
+
+
+def _settings(part, *names):
+    return {name: getattr(part, name) for name in (*names, "batch_size")}
 
 
 def _load(kind, name, part, settings):
@@ -213,29 +221,28 @@ def main():
     arguments = parser.parse_args()
     if (arguments.prompt is None) == (arguments.prompts is None):
         parser.error("give either a prompt or --prompts FILE")
-    if arguments.rounds is not None and arguments.rounds < 0:
-        parser.error("--rounds: give 0 or more")
+    rounds = [] if arguments.rounds is None else [f"rounds={arguments.rounds}"]
     try:
-        config = load_config(arguments.config, LoopConfig)
+        config = load_config(arguments.config, LoopConfig, rounds)
         if arguments.prompts:
             graphs = read_prompts(arguments.prompts, config.relations)
         else:
             graphs = [parse_prompt(arguments.prompt, config.relations)]
-        if arguments.rounds is not None:
-            config.rounds = arguments.rounds
         loop = build(config)
         for graph in graphs:
             if problem := loop.diffuser.problem(graph.prompt()):
                 raise ValueError(f"prompt {graph.prompt()!r}: {problem}")
-        seeds = [arguments.seed + number for number in range(len(graphs))]
-        trajectories = loop.run(graphs, seeds)
+        Path(arguments.out).mkdir(parents=True, exist_ok=True)
+        trajectories = loop.run(graphs, [arguments.seed + n for n in range(len(graphs))])
         for number, trajectory in enumerate(trajectories):
             folder = Path(arguments.out) / (f"{number:04d}" if len(graphs) > 1 else "")
             write(trajectory, folder)
             print(story(trajectory), f"\n\n  {folder / 'strip.png'}\n")
         print(f"  {record(arguments.out, trajectories)}")
-    except (ValueError, OSError) as error:
-        sys.exit(" ".join(f"loop.py: {error}".split()))
+        if loop.editor.misread:
+            print(f"  {loop.editor.misread} instructions were not read in full", file=sys.stderr)
+    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
+        sys.exit(" ".join(f"loop.py: {str(error) or 'stopped'}".split()))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ Reward: the Checker's score of the edited picture against the original graph. A 
 completion earns the score before minus a penalty, an explicit "none" the score before.
 """
 
+import math
 import random
 import time
 from contextlib import contextmanager
@@ -26,6 +27,7 @@ from grpo import gaussian_kl, k3_kl
 from sgiou import SceneGraph
 
 SECONDS = {}  # by stage, of the iteration under way
+EDITS, NOISE = 2_000_000, 1_000_000  # added to a rollout's seed: of initial latents, of SDE steps
 
 
 @contextmanager
@@ -57,7 +59,7 @@ class Batch:
     reflections: list
     states: list[State]  # (N) where each sample started
     record: object  # what the phase replays
-    stats: dict  # sums over samples, by name
+    stats: dict  # name -> (sum, how many it is a sum of)
 
 
 def propose(actor, states, n, seed):
@@ -71,7 +73,7 @@ def score(reflections, starts, seed, sampled=False):
     """The reward: the Checker's score in P(yes), or (sampled) in one draw of yes or no each."""
     if not sampled:
         return [reflection.score for reflection in reflections]
-    rng = random.Random(seed)
+    rng = random.Random(f"{seed} verdicts")
     drawn = [[float(rng.random() < prob) for prob in r.probs] for r in reflections]
     return [reflect(start.graph, probs).score for start, probs in zip(starts, drawn)]
 
@@ -97,7 +99,8 @@ class ActorPhase:
         starts = [state for state in states for _ in range(size)]
         groups = [number for number in range(len(states)) for _ in range(size)]
         # One seed a group: it compares instructions, not luck.
-        seeds = [seed + (groups[i] if self.config.shared_noise else i) for i in range(len(starts))]
+        numbers = groups if self.config.shared_noise else range(len(starts))
+        seeds = [seed + EDITS + number for number in numbers]
         keys = list(zip(groups, proposals.instructions, seeds))
         todo = [key for key in dict.fromkeys(keys) if key[1] not in (None, "none")]
         with clock("edit"):
@@ -114,10 +117,10 @@ class ActorPhase:
         ]
         malformed = [instruction is None for instruction in proposals.instructions]
         stats = {
-            "malformed": sum(malformed),
-            "none": proposals.instructions.count("none"),
-            "truncated": sum(proposals.truncated),
-            "length": proposals.mask.sum().item(),
+            "malformed": (sum(malformed), len(starts)),
+            "none": (proposals.instructions.count("none"), len(starts)),
+            "truncated": (sum(proposals.truncated), len(starts)),
+            "length": (proposals.mask.sum().item(), len(starts)),
         }
         pictures, reflections = zip(*results)
         scores = score(reflections, starts, seed, self.config.sampled_reward)
@@ -148,6 +151,12 @@ class EditorPhase:
     """Phase 2: a sample is an edited picture, an action a denoising step of the window."""
 
     def __init__(self, loop, config):
+        steps = loop.editor.call.get("num_inference_steps", math.inf)
+        if config.window_start + config.window >= steps:  # the last step is the ODE's
+            raise ValueError(
+                f"keys 'window_start', 'window': the window may reach step {config.window_start} + "
+                f"{config.window} of {steps}; make it end before the last step"
+            )
         self.loop = loop
         self.config = config
         self.trained = loop.editor
@@ -159,7 +168,7 @@ class EditorPhase:
         return f"at most {samples} edits, of which {samples * config.window:,} steps are trained"
 
     def rollout(self, states, seed):
-        """G edits of each state by one instruction of the trained Actor."""
+        """G edits of each state by one instruction of the trained Actor, if it wrote one."""
         loop, size = self.loop, self.config.group_size
         proposals = propose(loop.actor, states, 1, seed)
         pairs = [
@@ -170,7 +179,8 @@ class EditorPhase:
         starts = [state for state, _ in pairs for _ in range(size)]
         texts = [instruction for _, instruction in pairs for _ in range(size)]
         groups = [number for number in range(len(pairs)) for _ in range(size)]
-        first = random.Random(seed).randint(0, self.config.window_start)
+        numbers = groups if self.config.shared_noise else range(len(starts))
+        first = random.Random(f"{seed} window").randint(0, self.config.window_start)
         window = range(first, first + self.config.window)
         together = max(self.config.micro_batch // size, 1) if loop.editor.batched else 1
         chunk = together * size  # whole groups
@@ -182,19 +192,17 @@ class EditorPhase:
                     rollout = loop.editor.rollout(
                         [starts[row].image for row in rows],
                         [texts[row] for row in rows],
-                        [seed + (groups[row] if self.config.shared_noise else row) for row in rows],
-                        [seed + 500_000 + row for row in rows],
+                        [seed + EDITS + numbers[row] for row in rows],
+                        [seed + NOISE + row for row in rows],
                         window,
                         self.config.noise_level,
                     )
                 rollouts.append(rollout)
-        if rollouts and not rollouts[0].steps:
-            raise ValueError("keys 'window', 'window_start': the window lies behind the last step")
         images = [image for rollout in rollouts for image in rollout.images]
         with clock("check"):
             reflections = loop.checker.check(images, [state.graph for state in starts])
         rewards = score(reflections, starts, seed, self.config.sampled_reward)
-        stats = {"unedited": (1 - len(pairs) / len(states)) * len(starts)}
+        stats = {"unedited": (len(states) - len(pairs), len(states))}
         return Batch(rewards, groups, images, reflections, starts, rollouts, stats)
 
     def pieces(self, batch):

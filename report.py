@@ -3,16 +3,16 @@
     python report.py runs/phase1                  # writes runs/phase1/report.html
     python report.py runs/phase1 runs/phase2      # writes runs/report.html: both, compared
 
-`train.py`, `eval.py` and `loop.py` make it by `record`. A run's folder holds any of these; what is
-missing is left out, what cannot be read is named:
+Made by `record` of `train.py`, `eval.py`, `loop.py`, too. A run may lack any of these:
 
     metrics.jsonl           a line an iteration: {"iteration": 1, "reward": 0.5, ...}
     seconds.jsonl           a line an iteration: {"iteration": 1, "generate": 0.2, ...}
     results.json            the rows of eval.py
     samples/<number>.json   trajectories after so many iterations, as `story.album` gives them:
                             [{"prompt", "seed", "best": index of the answer, "steps": [{"score",
-                            "verdicts": [[text, P(yes)]], "thought", "instruction", "image": data
-                            URI}]}]; the page shows the first set and the last
+                            "verdicts": [[text, P(yes)]], "thought", "instruction", "source":
+                            index of the picture it edits, "image": data URI}]}]; the first set
+                            and the last are shown
     config.yaml, command.txt
 """
 
@@ -70,7 +70,7 @@ def read_run(folder, name):
 
     def lines(path):
         pairs = [
-            decode(path, line, lambda row: (operator.index(row["iteration"]), row))
+            decode(path, line, lambda row: (float(operator.index(row["iteration"])), row))
             for line in text(path).splitlines()
         ]
         return [row for _, row in sorted(dict(filter(None, pairs)).items())]

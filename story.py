@@ -11,60 +11,51 @@ THUMBNAIL_SIDE = 224  # larger ones are shrunk to this
 ALIKE = 0.005  # scores closer than this are alike
 STYLE = """
 .filter { display: flex; flex-wrap: wrap; gap: .5rem; margin: 0 0 1.5rem }
-.filter label { border: 1px solid var(--rule); border-radius: 2rem; padding: .3rem .9rem }
-.filter label { cursor: pointer }
+.filter label { border: 1px solid var(--rule); border-radius: 2rem; cursor: pointer }
+.filter label { padding: .3rem .9rem }
 .filter label:has(:checked) { background: var(--ink); color: var(--paper) }
 .filter label:has(:focus-visible) { outline: 2px solid var(--yes); outline-offset: 2px }
-.filter input { position: absolute; opacity: 0 }
-section > form + p { color: var(--muted) }
+.filter input { position: absolute; opacity: 0 } section > form + p { color: var(--muted) }
 section:has([value=solved]:checked) article:not(.solved),
 section:has([value=unsolved]:checked) article:not(.unsolved),
 section:has([value=worse]:checked) article:not(.worse) { display: none }
 article { border-top: 1px solid var(--rule); padding: 1rem 0 1.5rem }
 article header { display: flex; flex-wrap: wrap; gap: 0 1rem; justify-content: space-between }
-article header p { margin: 0; color: var(--muted) }
+article header p { margin: 0; color: var(--muted) } article li { break-inside: avoid }
 article ol { list-style: none; margin: 1rem 0 0; padding: 0; display: grid; gap: 1.5rem }
 article ol { grid-template-columns: repeat(auto-fill, minmax(230px, 1fr)) }
-article li { break-inside: avoid }
 main img { width: 100%; aspect-ratio: auto 1; display: block; border-radius: 3px }
 main img[src^="data:image/png"] { image-rendering: pixelated }
 .best img { outline: 3px solid var(--ink); outline-offset: 2px }
 .score { margin: .6rem 0 .3rem; display: flex; justify-content: space-between }
-.verdicts { list-style: none; margin: 0; padding: 0 }
+.verdicts { list-style: none; margin: 0; padding: 0 } .verdicts span { flex: 1 }
 .verdicts li { display: flex; flex-wrap: wrap; gap: 0 .5rem; padding: .15rem 0 }
-.verdicts span { flex: 1 }
 .verdicts i { flex: 100%; height: 3px; margin-top: .15rem; background:
   linear-gradient(var(--paper) 0 0) 50% / 2px 100% no-repeat,
   linear-gradient(var(--c) 0 0) 0 / var(--p) 100% no-repeat var(--rule) }
-.yes { --c: var(--yes) }
-.no { --c: var(--no); color: var(--no) }
-.edit { margin-top: .6rem }
-.edit p { margin: 0 }
-.edit p + p::before { content: "→ "; color: var(--muted) }
+.yes { --c: var(--yes) } .no { --c: var(--no); color: var(--no) } .edit { margin-top: .6rem }
+.edit p { margin: 0 } .edit p + p::before { content: "→ "; color: var(--muted) }
 .thought { color: var(--muted); font-style: italic }
 .pairs { list-style: none; padding: 0; display: grid; gap: 1.5rem }
 .pairs { grid-template-columns: repeat(auto-fill, minmax(160px, 1fr)) }
 .pairs li { display: grid; grid-template-columns: 1fr 1fr; gap: .4rem; align-content: start }
-.pairs li { break-inside: avoid }
 .pairs p { grid-column: 1 / 3; margin: 0; color: var(--muted) }
-.pairs b { display: block; color: var(--ink) }
+.pairs b { display: block; color: var(--ink) } .pairs li { break-inside: avoid }
 @media (max-width: 40rem) {
   article ol { grid-template-columns: 1fr }
   article li { display: grid; grid-template-columns: 2fr 3fr; gap: 0 1rem; align-items: start }
-  .score { margin-top: 0 }
-  .edit { grid-column: 1 / 3 }
+  .score { margin-top: 0 } .edit { grid-column: 1 / 3 }
 }
 @media print {
-  .filter { display: none }
+  .filter { display: none } article img { width: 60% }
   article { break-inside: avoid; line-height: 1.25; padding: .5rem 0 }
   article ol { grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); font-size: 7pt }
-  article img { width: 60% }
 }
 """
 
 
 def tell(trajectory):
-    """A trajectory as data for JSON: every step's verdicts, thought and instruction."""
+    """A trajectory for JSON; "source": number of the picture that the instruction is for."""
     graph = trajectory.graph
     asked = [*graph.objects, *(" ".join(triple) for triple in graph.triples)]
     steps = [
@@ -73,10 +64,11 @@ def tell(trajectory):
             "verdicts": [[text, round(p, 4)] for text, p in zip(asked, step.reflection.probs)],
             "thought": step.thought,
             "instruction": step.instruction,
+            "source": trajectory.source(number),
         }
-        for step in trajectory.steps
+        for number, step in enumerate(trajectory.steps, 1)
     ]
-    best = next(i for i, step in enumerate(trajectory.steps) if step is trajectory.best)
+    best = trajectory.source(len(steps))
     return {"prompt": graph.prompt(), "seed": trajectory.seed, "best": best, "steps": steps}
 
 
@@ -91,8 +83,7 @@ def album(trajectories):
 
 def data_uri(image):
     """A small picture as PNG, exact; a larger one as a WebP thumbnail of a few kilobytes."""
-    file = io.BytesIO()
-    image = image.convert("RGB")
+    file, image = io.BytesIO(), image.convert("RGB")
     kind = "png" if max(image.size) <= EXACT_SIDE else "webp"
     if kind == "webp":
         image.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
@@ -111,16 +102,22 @@ def story(trajectory):
             lines.append(f"    {'yes' if prob >= 0.5 else ' no'} {prob:4.0%}  {text}")
         if number + 1 < len(told["steps"]):
             lines.append(f"    thinks: {step['thought']}")
-            lines.append(f"    edits:  {step['instruction'] or '(malformed: nothing is edited)'}")
+            instruction = step["instruction"] or "(malformed: nothing is edited)"
+            lines.append(f"    edits:  {instruction}{elsewhere(step, number)}")
     return "\n".join(lines)
+
+
+def elsewhere(step, number):
+    """Which picture was edited after image `number`, where it is another one."""
+    source = step.get("source", number)
+    return f" (image {source})" * (source != number and step["instruction"] not in (None, "none"))
 
 
 def strip(trajectory, side=224):
     """All pictures of a trajectory in a row with score and instruction below; a PIL image."""
     from PIL import Image, ImageDraw, ImageFont
 
-    told = tell(trajectory)
-    margin, below = 12, 72
+    told, margin, below = tell(trajectory), 12, 72
     width = len(told["steps"]) * (side + margin) + margin
     canvas = Image.new("RGB", (width, side + below + 2 * margin), "white")
     draw = ImageDraw.Draw(canvas)
@@ -137,7 +134,7 @@ def strip(trajectory, side=224):
         verdict = f"score {words['score']:.2f}{', best' if best else ''}"
         draw.text((left, margin + side + 8), verdict, color, font)
         if number + 1 < len(told["steps"]):
-            text = words["instruction"] or "(malformed)"
+            text = (words["instruction"] or "(malformed)") + elsewhere(words, number)
             text = textwrap.fill(text, 30, max_lines=3, placeholder=" …")
             draw.text((left, margin + side + 28), text, "#202124", font)
     return canvas
@@ -146,8 +143,9 @@ def strip(trajectory, side=224):
 def write(trajectory, folder):
     """Writes every image, the strip, story.json and story.txt into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    for old in folder.glob("image_*.png"):  # of an earlier, longer trajectory
-        old.unlink()
+    if (folder / "story.json").exists():  # of an earlier, longer trajectory
+        for number in range(len(trajectory.steps), 100):
+            (folder / f"image_{number}.png").unlink(missing_ok=True)
     for number, step in enumerate(trajectory.steps):
         step.image.save(folder / f"image_{number}.png")
     strip(trajectory).save(folder / "strip.png")
@@ -156,10 +154,11 @@ def write(trajectory, folder):
 
 
 def kinds(told):
-    """Of an album's trajectory: "solved" or "unsolved", and "worse" if its edits lost score."""
+    """Of an album's trajectory: "solved" or "unsolved", and "worse" if an edit lost score."""
     steps = told["steps"]
     solved = all(prob >= 0.5 for _, prob in steps[told["best"]]["verdicts"])
-    worse = steps[-1]["score"] < steps[0]["score"]
+    sources = [steps[step.get("source", number)] for number, step in enumerate(steps)]
+    worse = any(after["score"] < source["score"] for source, after in zip(sources, steps[1:]))
     return ["solved" if solved else "unsolved"] + ["worse"] * worse
 
 
@@ -186,6 +185,7 @@ def article(told):
         if number + 1 < len(steps):
             unedited = {None: "(malformed: nothing is edited)", "none": "(none: no edit is wanted)"}
             words = unedited.get(step["instruction"], step["instruction"])
+            words += elsewhere(step, number)
             edit = f'<p class="thought">{escape(step["thought"])}</p><p>{escape(words)}</p>'
         mark, answer = (' class="best"', ", the answer") if number == best else ("", "")
         items.append(
@@ -222,7 +222,7 @@ def gallery(album, group, budget):
     )
     html = ""
     if len(articles) > 1:
-        note = "Made worse: the last image scores below the first. The answer is the best of all."
+        note = "Made worse: an edit lost score; the next one starts from the best image again."
         html = f'<form class="filter">{radios}</form><p>{note}</p>'
     if len(articles) < len(album):
         html += f"<p>The first {len(articles)} of {len(album)}: the page is full.</p>"

@@ -8,7 +8,7 @@ An iteration, the same in both phases:
     reward   the Checker's score of the edited picture against the original scene graph
     update   group-relative advantages, clipped loss, KL to the adapter switched off: `grpo.py`
 
-A random member of each group is the state of the next round, as long as the loop would edit it.
+As in the loop, a state or a random member of its group, the better, is a state of the next round.
 Before the first update the recorded log-probs are compared with replayed ones: a rollout that the
 update cannot reproduce stops the run. All randomness is drawn from (seed, iteration, round): a
 resumed run continues bit for bit on the CPU.
@@ -34,8 +34,9 @@ from safetensors import SafetensorError
 from checkpoint import NAME, load_checkpoint, save_checkpoint
 from config import LoopConfig, load_config
 from grpo import clipped_loss, group_advantages
+from loop import Trajectory, build
 from phases import SECONDS, ActorPhase, EditorPhase, State, clock
-from report import record
+from report import record, write
 from sgiou import SceneGraph, load_laion_sg, sg_iou
 
 PATIENCE = 5  # iterations after which trouble is told
@@ -94,22 +95,22 @@ def fresh_states(loop, graphs, config, iteration):
 
 
 def collect(phase, states, config, iteration):
-    """One batch a round; after each, a random member of every group may go on to the next."""
+    """One batch a round; as in the loop, the best picture so far goes on, unless it satisfies."""
     batches = []
     for number in range(config.rounds):
         if not states:
             break
         rng = random.Random(f"{config.seed} round {iteration} {number}")
         batch = phase.rollout(states, rng.randrange(1 << 30))
-        if not batch.rewards:
-            break
         batches.append(batch)
         states = []
         for start in range(0, len(batch.rewards), config.group_size):
             member = start + rng.randrange(config.group_size)
-            if not batch.reflections[member].satisfied:
-                graph = batch.states[member].graph
-                states.append(State(graph, batch.images[member], batch.reflections[member]))
+            before = batch.states[member]
+            after = State(before.graph, batch.images[member], batch.reflections[member])
+            better = after if after.reflection.score > before.reflection.score else before
+            if not better.reflection.satisfied:
+                states.append(better)
     return batches
 
 
@@ -175,8 +176,6 @@ def update(phase, batches, optimizer, parameters, config):
 
 def validate(loop, start, config):
     """The loop with ODE edits from the same first pictures: (Checker and exact score, its runs)."""
-    from loop import Trajectory
-
     trajectories = [Trajectory(t.graph, t.seed, list(t.steps)) for t in start]
     for _ in range(config.rounds):
         loop.advance(trajectories)
@@ -197,7 +196,7 @@ def mean(values):
 
 
 def summary(batches, solved):
-    """Reward figures and the phase's own, as shares of the samples."""
+    """Reward figures and the phase's own."""
     rewards = [reward for batch in batches for reward in batch.rewards]
     before = [state.reflection.score for batch in batches for state in batch.states]
     average = mean(rewards)
@@ -209,7 +208,8 @@ def summary(batches, solved):
         "samples": len(rewards),
     }
     for name in batches[0].stats if batches else ():
-        figures[name] = sum(batch.stats[name] for batch in batches) / len(rewards)
+        sums, counts = zip(*(batch.stats[name] for batch in batches))
+        figures[name] = sum(sums) / sum(counts)
     return figures
 
 
@@ -249,7 +249,7 @@ def train(loop, config, phase_class, resume=False, changed=False):
     held_out = loop.diffuser.readable(held_out, config.validation)
     torch.manual_seed(config.seed)
     folder = Path(config.run)
-    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "adapter").mkdir(parents=True, exist_ok=True)
     phase = phase_class(loop, config)
     parameters = phase.trained.add_adapter(config.rank)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
@@ -257,8 +257,10 @@ def train(loop, config, phase_class, resume=False, changed=False):
     if not resume:
         save_checkpoint(folder, 0, parameters, optimizer, config)
     first = load_checkpoint(folder, parameters, optimizer, config, changed)
-    rows = metrics.read_text().splitlines()[:first] if resume else []
-    metrics.write_text("".join(row + "\n" for row in rows))
+    rows = metrics.read_text().splitlines()[: first + 1] if first else []
+    if first and (len(rows) <= first or not rows[first].endswith("}")):
+        raise ValueError(f"{metrics}: lacks iterations of the checkpoint; start anew elsewhere")
+    write(metrics, "".join(row + "\n" for row in rows))
     (folder / "config.yaml").write_text(yaml.safe_dump(asdict(config), sort_keys=False))
 
     def say(line):
@@ -269,36 +271,36 @@ def train(loop, config, phase_class, resume=False, changed=False):
     start = loop.start(held_out, list(range(len(held_out))))
     if first == 0:
         scores, trajectories = validate(loop, start, config)
+        rows = [json.dumps({"iteration": 0} | scores)]
+        write(metrics, rows[0] + "\n")
         say(show(0, scores))
         record(folder, trajectories)
-    samples = config.groups * config.group_size
     say(
         f"{sum(p.numel() for p in parameters):,} parameters of {len(parameters)} LoRA tensors; an "
-        f"iteration: {config.groups} states x {config.group_size} samples = {samples}, in each of "
-        f"up to {config.rounds} rounds; {phase.cost()}; {config.updates} updates"
+        f"iteration: up to {config.groups} states x {config.group_size} samples in each of "
+        f"{config.rounds} rounds; {phase.cost()}; {config.updates} updates"
     )
     for iteration in range(first, config.iterations):
         SECONDS.clear()
+        loop.editor.misread = 0
         states, solved = fresh_states(loop, graphs, config, iteration)
         batches = collect(phase, states, config, iteration)
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate * min(1, (iteration + 1) / max(config.warmup, 1))
+        warmth = min(1, (iteration + 1) / max(config.warmup, 1))
+        optimizer.param_groups[0]["lr"] = config.learning_rate * warmth
         with clock("update"):
-            figures = summary(batches, solved) | update(
-                phase, batches, optimizer, parameters, config
-            )
+            figures = summary(batches, solved) | {"misread": loop.editor.misread}
+            figures |= update(phase, batches, optimizer, parameters, config)
         if (iteration + 1) % config.validate_every == 0 or iteration + 1 == config.iterations:
             with clock("validate"):
                 scores, trajectories = validate(loop, start, config)
                 figures |= scores
-        row = {"iteration": iteration + 1} | figures
-        rows.append(json.dumps(row))
+        rows.append(json.dumps({"iteration": iteration + 1} | figures))
         with metrics.open("a") as file:
             file.write(rows[-1] + "\n")
         with (folder / "seconds.jsonl").open("a") as file:
             file.write(json.dumps({"iteration": iteration + 1} | SECONDS) + "\n")
         say(f"{show(iteration + 1, figures)}  {sum(SECONDS.values()):.1f}s")
-        if warning := trouble([json.loads(line) for line in rows[-PATIENCE:]]):
+        if warning := trouble([json.loads(line) for line in rows[1:][-PATIENCE:]]):
             say(f"warning: {warning}")
         if "val_checker" in figures:
             phase.trained.save_adapter(folder / "adapter")
@@ -322,23 +324,21 @@ def main():
     try:
         config = load_config(path, TrainConfig, arguments.overrides)
         checkpoint = Path(config.run) / NAME
-        saved = checkpoint.exists()
         name = ("actor", "editor")[arguments.phase - 1]
         if getattr(config, name).adapter:
             raise ValueError(f"{path}: key '{name}.adapter': this phase trains a new one; drop it")
-        if arguments.resume and not saved:
+        if arguments.resume and not checkpoint.exists():
             raise ValueError(f"{config.run}: holds no checkpoint; start without --resume")
-        if saved and not arguments.resume:
+        if checkpoint.exists() and not arguments.resume:
             raise ValueError(
                 f"{config.run}: holds a run; go on with it by --resume, or give run=another/folder"
             )
-        from loop import build
-
-        loop = build(config)
         phase_class = (ActorPhase, EditorPhase)[arguments.phase - 1]
-        train(loop, config, phase_class, arguments.resume, arguments.changed)
-    except (ValueError, FloatingPointError, OSError, SafetensorError) as error:
+        train(build(config), config, phase_class, arguments.resume, arguments.changed)
+    except (ValueError, FloatingPointError, RuntimeError) as error:
         sys.exit(" ".join(f"train.py: {error}".split()))
+    except (OSError, SafetensorError) as error:  # of a full disk, the latter names no file
+        sys.exit(" ".join(f"train.py: {checkpoint and checkpoint.parent}: {error}".split()))
     except KeyboardInterrupt:
         if checkpoint is None or not checkpoint.exists():
             sys.exit("stopped before the first checkpoint")

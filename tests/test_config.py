@@ -89,6 +89,26 @@ def test_a_value_may_hold_an_equals_sign(load, good):
     assert load(good, "evaluation.data=a=b.json").evaluation.data == "a=b.json"
 
 
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("editor.template=mend it", "editor.template"),
+        ("diffuser.call.generator=1", "diffuser.call"),
+        ("editor.call.prompt=x", "editor.call"),
+        ("diffuser.call={1: 2}", "diffuser.call"),
+        ("diffuser.call.height=2024-01-01", "diffuser.call"),
+        ("evaluation={limit: 1, limit: 2, data: x}", "'limit' stands twice"),
+    ],
+)
+def test_what_would_fail_later_is_told_at_once(load, good, override, told):
+    with pytest.raises(ValueError, match=told):
+        load(good, override)
+
+
+def test_an_empty_value_is_an_empty_string(load, good):
+    assert load(good, "actor.adapter=nowhere", "actor.adapter=").actor.adapter == ""
+
+
 def test_an_optional_section_may_be_missing_or_null(load, good):
     text = good[: good.index("evaluation")]
     assert load(text).evaluation is None
@@ -424,7 +444,7 @@ def test_a_prompt_of_a_file_is_named_by_its_line(run, configured, tmp_path):
 def test_negative_rounds(run, configured):
     process = run("loop.py", "a left of b", "--rounds", "-1", "--config", configured)
     assert process.returncode != 0
-    assert "--rounds" in process.stderr
+    assert "rounds" in process.stderr
 
 
 BROKEN = '[{"img_id": 1, "items": [{"item_id": 0, "label": "sun"}], "relations": [{"item1": 0}]}]'

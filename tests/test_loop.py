@@ -35,13 +35,14 @@ class Script:
 
     Args:
         scores: seed -> the Checker's verdict (on all questions) on the generated picture, then on
-            each edit of it; answers: seed -> the Actor's instructions, one a round.
+            each round's edit; answers: seed -> the Actor's instructions, one a round.
     """
 
     def __init__(self, scores, answers=None, flow=None):
         self.scores = scores
         self.answers = answers or {}
         self.pipeline = SimpleNamespace(transformer=flow)
+        self.misread = 0
         self.calls = []
         self.has_adapter = False
         self.use_adapter = True
@@ -87,7 +88,8 @@ class Script:
                 torch.zeros(len(seeds), 32, 4),
                 encoder_hidden_states=torch.zeros(len(seeds), 10, 4),
             )
-        return [self.picture(image.key[0], image.key[1] + 1) for image in images]
+        first = [image.key[0] for image in images]
+        return [self.picture(f, (seed - f) // 1_000_003) for f, seed in zip(first, seeds)]
 
     def extract(self, images, graphs):
         return [g if i.score >= 0.5 else SceneGraph((), ()) for i, g in zip(images, graphs)]
@@ -148,25 +150,29 @@ def test_the_answer_is_the_best_and_the_earliest_of_equals(scores, best):
     assert tell(trajectory)["best"] == best
 
 
-def test_every_part_gets_the_last_picture_and_the_original_graph():
-    (trajectory,), script = run({1: [0.1, 0.4, 0.3]}, rounds=2)
+def test_every_part_gets_the_best_picture_so_far_and_the_original_graph():
+    (trajectory,), script = run({1: [0.1, 0.4, 0.3, 0.45, 0.2]}, rounds=4)
     steps = trajectory.steps
-    for number, (images, graphs, reflections, _) in enumerate(script.made("propose")):
+    best_so_far = [0, 1, 1, 3]
+    assert [trajectory.source(number) for number in (1, 2, 3, 4)] == best_so_far
+    for number, (images, graphs, reflections, _) in zip(best_so_far, script.made("propose")):
         assert images == [steps[number].image] and graphs == [GRAPH]
         assert reflections == [steps[number].reflection]
-    for number, (images, instructions, _) in enumerate(script.made("edit")):
+    for number, (images, instructions, _) in zip(best_so_far, script.made("edit")):
         assert images == [steps[number].image] and instructions == [MOVE]
-    assert [call[0][0].key[1] for call in script.made("check")] == [0, 1, 2]
+    assert [call[0][0].key[1] for call in script.made("check")] == [0, 1, 2, 3, 4]
     assert all(call[1] == [GRAPH] for call in script.made("check"))
-    assert [step.instruction for step in steps] == [MOVE, MOVE, None]
-    assert [step.thought for step in steps] == ["a thought", "a thought", ""]
+    assert [step.instruction for step in steps] == [MOVE] * 4 + [None]
+    assert [step.thought for step in steps] == ["a thought"] * 4 + [""]
+    assert [step["source"] for step in tell(trajectory)["steps"][:-1]] == best_so_far
+    assert re.findall(r"edits: +(.*)", story(trajectory)) == [MOVE, MOVE, f"{MOVE} (image 1)", MOVE]
 
 
 def test_malformed_and_none_edit_nothing():
     answers = {1: [None, "none", MOVE], 2: [MOVE, None, "none"]}
-    (first, second), script = run({1: [0.1, 0.2], 2: [0.3, 0.2]}, answers=answers)
+    (first, second), script = run({1: [0.1] * 4, 2: [0.3, 0.4]}, answers=answers)
     assert [step.instruction for step in first.steps] == [None, "none", MOVE, None]
-    assert shown(first) == [0, 0, 0, 1] and shown(second) == [0, 1, 1, 1]
+    assert shown(first) == [0, 0, 0, 3] and shown(second) == [0, 1, 1, 1]
     for before, after in ((first.steps[0], first.steps[2]), (second.steps[1], second.steps[3])):
         assert after.image is before.image and after.reflection is before.reflection
     edited = [[image.key for image in call[0]] for call in script.made("edit")]
@@ -211,7 +217,7 @@ def test_no_prompts_no_pictures():
 @pytest.fixture
 def trajectory():
     answers = {1: [None, MOVE, "none"]}
-    (made,), _ = run({1: [0.1, 0.4, 0.3]}, answers=answers)
+    (made,), _ = run({1: [0.1, 0.1, 0.4, 0.3]}, answers=answers)
     return made
 
 
@@ -233,7 +239,8 @@ def test_story(trajectory):
     marked = [line for line in text.splitlines() if "best" in line]
     assert len(marked) == 1 and "image 2" in marked[0] and "0.40" in marked[0]
     assert text.count("thinks: a thought") == 3
-    assert re.findall(r"edits: +(.*)", text) == ["(malformed: nothing is edited)", MOVE, "none"]
+    edits = ["(malformed: nothing is edited)", f"{MOVE} (image 0)", "none"]
+    assert re.findall(r"edits: +(.*)", text) == edits
     assert text.splitlines()[0] == "red circle left of blue square"
 
 
@@ -286,6 +293,18 @@ def test_write(trajectory, tmp_path):
     assert (folder / "story.txt").read_text() == story(trajectory) + "\n"
     with Image.open(folder / "strip.png") as image:
         assert image.size == strip(trajectory).size
+
+
+def test_write_leaves_other_files_alone(trajectory, tmp_path):
+    """Pictures of a longer story that stood there go; what nobody here wrote stays."""
+    (tmp_path / "image_7.png").write_bytes(b"mine")
+    write(trajectory, tmp_path)
+    assert (tmp_path / "image_7.png").exists()
+    (tmp_path / "image_holiday.png").write_bytes(b"mine")
+    trajectory.steps = trajectory.steps[:2]
+    write(trajectory, tmp_path)
+    left = sorted(path.name for path in tmp_path.glob("image_*.png"))
+    assert left == ["image_0.png", "image_1.png", "image_holiday.png"]
 
 
 @pytest.fixture
@@ -551,8 +570,8 @@ def test_flow_meter_counts_both_models_and_lets_go_on_an_error():
 def edited(*scenes, instruction=MOVE):
     """A trajectory of drawn pictures, one edit between each."""
     steps = [
-        Step(Image.fromarray(render(things)), reflect(GRAPH, [0.1] * 3), "", instruction)
-        for things in scenes
+        Step(Image.fromarray(render(things)), reflect(GRAPH, [number / 10] * 3), "", instruction)
+        for number, things in enumerate(scenes)
     ]
     steps[-1].instruction = None
     return Trajectory(GRAPH, 0, steps)
@@ -569,6 +588,10 @@ def test_kept_share_by_hand():
     assert eval.kept_share(edited(scene, [*RIGHT, owl._replace(name="red square"), fox])) == 0.5
     assert eval.kept_share(edited(scene, RIGHT)) == 0
     assert eval.kept_share(edited(scene, [*RIGHT, owl, fox], [*RIGHT, fox])) == 0.75
+    # An edit that did harm is not built upon: the third picture is compared with the first.
+    back = edited(scene, [*RIGHT, fox], [*RIGHT, owl, fox])
+    back.steps[1].reflection = reflect(GRAPH, [0.0] * 3)
+    assert eval.kept_share(back) == 0.75
 
 
 def test_kept_share_needs_an_edit():
@@ -578,6 +601,22 @@ def test_kept_share_needs_an_edit():
         assert math.isnan(eval.kept_share(same))
     assert math.isnan(eval.kept_share(edited(WRONG)))
     assert math.isnan(eval.kept_share(edited(WRONG, RIGHT)))  # both things are named
+
+
+def test_best_of_stops_as_the_loop_does():
+    """A picture that satisfies and scores lower than one that does not ends neither."""
+
+    def uneven(image, graph):
+        return reflect(graph, [1.0, 1.0, 0.4] if image.key[0] == 1 else [image.score] * 3)
+
+    script = Script({1: [0.8, 0.6, 0.6, 0.6], **{1 + n * 1_000_003: [0.6] for n in range(1, 4)}})
+    script.check = lambda images, graphs: [uneven(*pair) for pair in zip(images, graphs)]
+    composed = Loop(script, script, script, script)
+    first = composed.start([GRAPH], [1])
+    assert not first[0].best.reflection.satisfied
+    assert len(eval.best_of(composed, first, 4)[0].steps) == 4
+    (trajectory,) = composed.run([GRAPH], [1])
+    assert len(trajectory.steps) == 4
 
 
 def test_best_of_stops_early_and_leaves_the_start_alone():

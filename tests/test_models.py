@@ -116,6 +116,7 @@ def test_prompts_that_the_diffuser_cannot_read(loop, graphs):
     problem = loop.diffuser.problem("purple dog left of red circle")
     assert "'purple'" in problem and "'dog'" in problem and "red" not in problem
     assert "tokens" in loop.diffuser.problem("; ".join([PROMPT] * 3))
+    assert "surrogate" in loop.diffuser.problem("red \udcff circle")
 
 
 def test_graphs_that_the_diffuser_cannot_read_are_counted_and_left_out(loop, graphs, capsys):
@@ -127,6 +128,20 @@ def test_graphs_that_the_diffuser_cannot_read_are_counted_and_left_out(loop, gra
     assert capsys.readouterr().err == ""
     with pytest.raises(ValueError, match="data.json: 2 of 2 prompts .* other data"):
         loop.diffuser.readable([long, long], "data.json")
+
+
+def test_instructions_that_the_editor_cannot_read_in_full_are_counted(loop, drawn):
+    images = drawn[1][:1] * 3
+    before = loop.editor.misread
+    loop.editor.edit(images, [MOVE, f"{MOVE} and {MOVE}", "paint it purple"], [0, 1, 2])
+    assert loop.editor.misread == before + 2
+
+
+def test_a_checker_that_answers_nan_is_told(loop, drawn, graphs, monkeypatch):
+    head = loop.checker.model.lm_head.weight
+    monkeypatch.setattr(head, "data", torch.full_like(head, torch.nan))
+    with pytest.raises(ValueError, match="answers NaN.*checker.dtype"):
+        loop.checker.check(drawn[1][:1], graphs[:1])
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")

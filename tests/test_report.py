@@ -138,7 +138,7 @@ def test_verdicts_bars_and_the_answer():
     classes = [item.get("class") for item in page.all("li")]
     assert classes == [None, *["no"] * 3, "best", *["yes"] * 3, None, *["yes"] * 3]
     assert page.text.count("the answer") == 1 and "image 1, the answer" in page.text
-    assert "solved · 0.25 → 0.75 · seed 7" in page.text
+    assert "solved, made worse · 0.25 → 0.75 · seed 7" in page.text
 
 
 @pytest.mark.parametrize(
@@ -155,8 +155,9 @@ def test_every_kind_of_instruction(instruction, told):
         ([0.5], ["solved"]),
         ([0.2, 0.9], ["solved"]),
         ([0.2, 0.2], ["unsolved"]),
-        ([0.2, 0.4, 0.3], ["unsolved"]),
-        ([0.2, 0.4, 0.1], ["unsolved", "worse"]),
+        ([0.2, 0.4, 0.5], ["solved"]),
+        ([0.2, 0.4, 0.3], ["unsolved", "worse"]),
+        ([0.4, 0.2, 0.3], ["unsolved", "worse"]),
     ],
 )
 def test_kinds(scores, kinds):

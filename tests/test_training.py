@@ -5,16 +5,19 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from checkpoint import check_adapter
 from config import load_config
 from loop import build
 from phases import ActorPhase, EditorPhase, State
 from sgiou import load_laion_sg
-from train import PATIENCE, TrainConfig, train
+from train import PATIENCE, TrainConfig, summary, train, update
 
 ROOT = Path(__file__).parent.parent
 pytestmark = pytest.mark.skipif(
@@ -200,7 +203,7 @@ def test_killed_and_resumed_run_equals_an_uninterrupted_one(phase, tmp_path):
             time.sleep(0.02)
         process.kill()  # between the first row of metrics and the end
     run(phase, tmp_path / "parts", "iterations=3", "--resume")
-    assert len(metrics[0].read_text().splitlines()) == 3
+    assert len(metrics[0].read_text().splitlines()) == 4  # before the first, and each
     assert metrics[0].read_bytes() == metrics[1].read_bytes()
     # Not by the file's bytes: safetensors writes its metadata's keys in any order.
     whole, parts = (contents(tmp_path / name / "adapter") for name in ("whole", "parts"))
@@ -224,9 +227,55 @@ def test_an_actor_that_never_writes_an_edit_is_told(loop, tmp_path, capsys):
     assert "100% of the completions name no edit" in capsys.readouterr().out
 
 
-def test_a_window_behind_the_last_step_is_told(loop, start):
-    config = load_config("phase2.yaml", TrainConfig, ["window_start=0", "window=1"])
-    config.window = 0
-    states = [State(t.graph, t.steps[0].image, t.steps[0].reflection) for t in start[:1]]
-    with pytest.raises(ValueError, match="behind the last step"):
-        EditorPhase(loop, config).rollout(states, 0)
+def test_a_window_that_may_reach_the_last_step_is_told_at_once(loop):
+    for first, length in ((7, 1), (0, 8), (4, 4)):
+        settings = [f"window_start={first}", f"window={length}"]
+        with pytest.raises(ValueError, match="before the last step"):
+            EditorPhase(loop, load_config("phase2.yaml", TrainConfig, settings))
+    config = load_config("phase2.yaml", TrainConfig, ["window_start=0", "window=7"])
+    EditorPhase(loop, config)
+
+
+def test_states_that_the_actor_leaves_unedited_are_counted(loop, start, monkeypatch):
+    config = load_config("phase2.yaml", TrainConfig, ["group_size=2", "groups=3", "micro_batch=4"])
+    states = [State(t.graph, t.steps[0].image, t.steps[0].reflection) for t in start[:3]]
+    phase = EditorPhase(loop, config)
+    told = iter((["none", "remove the red circle", None], [None, "none", None]))
+    monkeypatch.setattr(
+        loop.actor, "propose", lambda *_, **__: SimpleNamespace(instructions=next(told))
+    )
+    some, nothing = phase.rollout(states, 0), phase.rollout(states, 0)
+    assert len(some.rewards) == 2 and len(nothing.rewards) == 0
+    assert summary([some, nothing], 0.0)["unedited"] == pytest.approx(5 / 6)
+    assert update(phase, [nothing], None, [], config)["groups"] == 0
+
+
+def test_an_adapter_of_another_model_is_told(loop, tmp_path):
+    loop.actor.add_adapter(4)
+    loop.editor.add_adapter(4)
+    for part in (loop.actor, loop.editor):
+        model = part.pipeline.transformer if hasattr(part, "pipeline") else part.model
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                torch.nn.init.normal_(parameter, std=0.01)
+        folder = tmp_path / type(part).__name__
+        part.save_adapter(folder)
+        check_adapter(folder, part)
+        path = next(folder.glob("*.safetensors"))
+        tensors = {k: v for k, v in load_file(path).items()}
+        save_file(dict(list(tensors.items())[:4]), path)
+        with pytest.raises(ValueError, match="of another model"):
+            check_adapter(folder, part)
+        save_file({name: tensor * torch.nan for name, tensor in tensors.items()}, path)
+        with pytest.raises(ValueError, match="NaN"):
+            check_adapter(folder, part)
+
+
+def test_metrics_that_lack_iterations_are_told(tmp_path):
+    run(2, tmp_path, "iterations=2")
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text()[:-20])
+    arguments = command(2, tmp_path, "iterations=3", "--resume")
+    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0 and "Traceback" not in done.stderr
+    assert str(metrics) in done.stderr and done.stderr.count("\n") == 1

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 from table import bootstrap
 
+ROWS = ("1 round", "loop")  # of eval.py, with the phase that is trained
 VARIANTS = {
     1: {
         "as shipped": [],
@@ -29,7 +30,7 @@ VARIANTS = {
         "fresh initial latents": ["shared_noise=false"],
         "sampled yes or no": ["sampled_reward=true"],
         "states of round 1 only": ["rounds=1"],
-        "all SDE steps": ["window=8", "window_start=0"],
+        "all SDE steps": ["window=7", "window_start=0"],
     },
 }
 
@@ -58,13 +59,15 @@ def main():
             adapters += [o for o in arguments.overrides if ".adapter=" in o]
             run("eval.py", "evaluation.data=tiny/data/val.json", *adapters, "--out", results.parent)
         rows = {row["name"]: row for row in json.loads(results.read_text())}
-        found[name] = rows[f"loop + phase {trained}"]["values"]["sg_iou"]
-    print("| variant | exact SG-IoU | against as shipped |\n|---|---|---|")
-    for name, values in found.items():
-        mean, low, high = bootstrap(values)
-        gain, least, most = bootstrap(values, found["as shipped"])
-        against = f"{gain:+.3f} [{least:+.3f}, {most:+.3f}]"
-        print(f"| {name} | {mean:.3f} [{low:.3f}, {high:.3f}] | {against} |")
+        found[name] = [rows[f"{row} + phase {trained}"]["values"]["sg_iou"] for row in ROWS]
+    print(f"| variant | {' | '.join(f'{row} | against as shipped' for row in ROWS)} |")
+    print("|---" * (1 + 2 * len(ROWS)) + "|")
+    for name, columns in found.items():
+        cells = [name]
+        for values, shipped in zip(columns, found["as shipped"]):
+            cells.append(f"{bootstrap(values)[0]:.3f}")
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*bootstrap(values, shipped)))
+        print(f"| {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
