@@ -1,7 +1,7 @@
 """Tables, as grids of cells: of an evaluation, with bootstrap intervals, and of training runs.
 
 An evaluation's row has a name, "values" (column -> a value a prompt, NaN where there is none), the
-name of the row it builds on, and flow-model evaluations and seconds a prompt: `eval.Row`.
+name of the row it builds on, and flow-model evaluations, tokens and seconds a prompt: `eval.Row`.
 """
 
 import math
@@ -44,18 +44,22 @@ def bootstrap(values, others=None):
 def grids(rows):
     """Two grids of cells, headings first: every column's mean; the main column with intervals."""
     columns = [name for name in HEADINGS if name in rows[0].values]
-    means = [["", *(HEADINGS[name] for name in columns), "flow evals", "s/prompt"]]
+    costs = ["flow evals", "flow tokens", "s/prompt"]
+    means = [["", *(HEADINGS[name] for name in columns), *costs]]
     for result in rows:
         values = [bootstrap(result.values[name])[0] for name in columns]
         cells = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
-        means.append([result.name, *cells, f"{result.evaluations:.1f}", f"{result.seconds:.2f}"])
+        cells += [f"{result.evaluations:.1f}", f"{result.tokens:,.0f}", f"{result.seconds:.2f}"]
+        means.append([result.name, *cells])
     main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
-    gains = [[HEADINGS[main], "mean", "against Diffuser", "against the row it builds on"]]
     by_name = {result.name: result for result in rows}
+    yardsticks = [rows[0], *(result for result in rows if result.name.startswith("best of"))]
+    against = [f"against {result.name}" for result in yardsticks]
+    gains = [[HEADINGS[main], "mean", *against, "against the row it builds on"]]
     for result in rows:
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(result.values[main]))]
-        for other in (rows[0] if result is not rows[0] else None, by_name.get(result.builds_on)):
-            if other is None:
+        for other in (*yardsticks, by_name.get(result.builds_on)):
+            if other is None or other is result:
                 cells.append("–")
                 continue
             difference = bootstrap(result.values[main], other.values[main])

@@ -746,14 +746,25 @@ def test_table():
         600,
         2.5,
     )
-    lines = table([base, better]).splitlines()
-    assert cells(lines[0]) == ["", "SG-IoU (VLM)", "Kept", "flow evals", "s/prompt"]
-    assert lines[1].count("---") == 5 and lines[1].count("|") == lines[0].count("|")
-    assert cells(lines[2]) == ["Diffuser", "0.250", "–", "8.0", "1.00"]
-    assert cells(lines[3]) == ["1 round", "0.750", "0.750", "16.0", "2.50"]
-    assert cells(lines[-2]) == ["Diffuser", "0.250 [0.250, 0.250]", "–", "–"]
-    gain = "+0.500 [+0.500, +0.500]"
-    assert cells(lines[-1]) == ["1 round", "0.750 [0.750, 0.750]", gain, gain]
+    values = {"vlm_sg_iou": [1.0] * 4, "kept": [math.nan] * 4}
+    best = eval.Row("best of 3", values, "Diffuser", 24, 864, 3)
+    lines = table([base, best, better]).splitlines()
+    costs = ["flow evals", "flow tokens", "s/prompt"]
+    assert cells(lines[0]) == ["", "SG-IoU (VLM)", "Kept", *costs]
+    assert lines[1].count("---") == 6 and lines[1].count("|") == lines[0].count("|")
+    assert cells(lines[2]) == ["Diffuser", "0.250", "–", "8.0", "288", "1.00"]
+    assert cells(lines[4]) == ["1 round", "0.750", "0.750", "16.0", "600", "2.50"]
+    heads = ["against Diffuser", "against best of 3", "against the row it builds on"]
+    assert cells(lines[-5]) == ["", "mean", *heads]
+    assert cells(lines[-3]) == [
+        "Diffuser",
+        "0.250 [0.250, 0.250]",
+        "–",
+        "-0.750 [-0.750, -0.750]",
+        "–",
+    ]
+    gain, loss = "+0.500 [+0.500, +0.500]", "-0.250 [-0.250, -0.250]"
+    assert cells(lines[-1]) == ["1 round", "0.750 [0.750, 0.750]", gain, loss, gain]
 
 
 def no_constant(name):

@@ -272,10 +272,10 @@ def test_an_adapter_of_another_model_is_told(loop, tmp_path):
 
 
 def test_metrics_that_lack_iterations_are_told(tmp_path):
-    run(2, tmp_path, "iterations=2")
+    run(2, tmp_path, "iterations=1", "rounds=1", "validation_limit=1")
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-20])
-    arguments = command(2, tmp_path, "iterations=3", "--resume")
+    arguments = command(2, tmp_path, "iterations=2", "rounds=1", "validation_limit=1", "--resume")
     done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode != 0 and "Traceback" not in done.stderr
     assert str(metrics) in done.stderr and done.stderr.count("\n") == 1
