@@ -11,12 +11,13 @@
 
 `build` loads the parts, for training and evaluation too; those of the same model share its weights.
 
-    python loop.py "red circle left of blue square; green triangle above red circle"
+    python loop.py "red circle left of blue square; green triangle above red circle" rounds=2
 """
 
 import argparse
 import inspect
 import os
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -212,22 +213,23 @@ def read_prompts(path, relations):
 
 def main():
     parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, pictures out.")
-    parser.add_argument("prompt", nargs="?", help='"red circle left of blue square; ..."')
+    parser.add_argument("prompt", nargs="*", help='"red circle left of blue square; ..."')
     parser.add_argument("--prompts", help="a file instead: a prompt a line, or LAION-SG JSON")
     parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
     parser.add_argument("--rounds", type=int, help="most edits of a picture")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out", help="folder for pictures and stories")
     arguments = parser.parse_args()
-    if (arguments.prompt is None) == (arguments.prompts is None):
+    overrides = [word for word in arguments.prompt if re.match(r"[a-z_.]+=", word)]
+    prompts = [word for word in arguments.prompt if word not in overrides]
+    if len(prompts) != (arguments.prompts is None):
         parser.error("give either a prompt or --prompts FILE")
-    rounds = [] if arguments.rounds is None else [f"rounds={arguments.rounds}"]
+    if arguments.rounds is not None:
+        overrides.append(f"rounds={arguments.rounds}")
     try:
-        config = load_config(arguments.config, LoopConfig, rounds)
-        if arguments.prompts:
-            graphs = read_prompts(arguments.prompts, config.relations)
-        else:
-            graphs = [parse_prompt(arguments.prompt, config.relations)]
+        config = load_config(arguments.config, LoopConfig, overrides)
+        graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
+        graphs = graphs or read_prompts(arguments.prompts, config.relations)
         loop = build(config)
         for graph in graphs:
             if problem := loop.diffuser.problem(graph.prompt()):
@@ -238,9 +240,8 @@ def main():
             folder = Path(arguments.out) / (f"{number:04d}" if len(graphs) > 1 else "")
             write(trajectory, folder)
             print(story(trajectory), f"\n\n  {folder / 'strip.png'}\n")
-        print(f"  {record(arguments.out, trajectories)}")
-        if loop.editor.misread:
-            print(f"  {loop.editor.misread} instructions were not read in full", file=sys.stderr)
+        unread = f"\n  {loop.editor.misread} instructions were not read in full"
+        print(f"  {record(arguments.out, trajectories)}" + unread * bool(loop.editor.misread))
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         sys.exit(" ".join(f"loop.py: {str(error) or 'stopped'}".split()))
 

@@ -354,8 +354,9 @@ def test_one_prompt(program, capsys):
 
 def test_rounds_on_the_command_line(program):
     for rounds in (0, 1):
-        out = program(loop, Script({0: [0.1] * 4}), "sun above sea", "--rounds", str(rounds))
-        assert len(json.loads((out / "story.json").read_text())["steps"]) == rounds + 1
+        for words in (["--rounds", str(rounds)], [f"rounds={rounds}"]):
+            out = program(loop, Script({0: [0.1] * 4}), "sun above sea", *words)
+            assert len(json.loads((out / "story.json").read_text())["steps"]) == rounds + 1
 
 
 def test_many_prompts(program, tmp_path):
