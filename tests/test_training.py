@@ -271,11 +271,12 @@ def test_an_adapter_of_another_model_is_told(loop, tmp_path):
             check_adapter(folder, part)
 
 
-def test_metrics_that_lack_iterations_are_told(tmp_path):
-    run(2, tmp_path, "iterations=1", "rounds=1", "validation_limit=1")
+def test_metrics_that_lack_iterations_are_told(loop, tmp_path):
+    settings = ["groups=2", "group_size=2", "micro_batch=4", "rounds=1", "validation_limit=1"]
+    settings += [f"run={tmp_path}", "iterations=1"]
+    config = load_config("phase2.yaml", TrainConfig, settings)
+    train(loop, config, EditorPhase)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(metrics.read_text()[:-20])
-    arguments = command(2, tmp_path, "iterations=2", "rounds=1", "validation_limit=1", "--resume")
-    done = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode != 0 and "Traceback" not in done.stderr
-    assert str(metrics) in done.stderr and done.stderr.count("\n") == 1
+    with pytest.raises(ValueError, match="metrics.jsonl: lacks iterations"):
+        train(build(config), config, EditorPhase, resume=True)
