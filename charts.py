@@ -39,6 +39,11 @@ CHARTS = [  # title, note, figure -> label
     ("Gradient norm", "Before it is cut to its maximum.", {"grad_norm": "norm"}),
     ("Flat groups", "Share of groups with nothing to learn from.", {"flat_groups": "flat"}),
     ("No edit", "Share of completions.", {"malformed": "malformed", "none": "“none”"}),
+    (
+        "Seconds",
+        "Of an iteration, by stage.",
+        {name: name for name in ("generate", "act", "edit", "check", "update")},
+    ),
 ]
 BANDS = {"reward": "reward_std"}
 LOGARITHMIC = ("ratio_error", "replay_error")

@@ -122,7 +122,11 @@ def origin(run, runs):
 def page(runs):
     """The HTML of some runs."""
     title = escape(", ".join(run.name for run in runs))
-    curves = charts.charts({run.name: run.metrics for run in runs if run.metrics})
+    figures = {run.name: run.metrics for run in runs if run.metrics}
+    if len(runs) == 1:  # of several, colours tell the runs apart, not the stages
+        seconds = {row["iteration"]: row for row in runs[0].seconds}
+        figures = {n: [r | seconds.get(r["iteration"], {}) for r in m] for n, m in figures.items()}
+    curves = charts.charts(figures)
     curves = f'<div class="charts">{curves}</div>' * bool(curves)
     overview = "".join(map(html, key_figures(runs)))
     parts = [section("Overview", overview), section("Curves", curves, "by iteration")]
@@ -195,14 +199,12 @@ h1, h2, h3 {
   font-family: "Iowan Old Style", Palatino, "Palatino Linotype", Georgia, serif; font-weight: 500;
   line-height: 1.25; margin: 0;
 }
-h1 { font-size: 2.6rem }
+h1 { font-size: 2.6rem } h3 { font-size: 1.1rem }
 h2 { font-size: 1.6rem; margin: 0 0 1.25rem }
-h3 { font-size: 1.1rem }
 small { color: var(--muted); font-size: .9rem; margin-left: .5rem }
-b { font-weight: 600; white-space: nowrap }
+b { font-weight: 600; white-space: nowrap } summary { cursor: pointer }
 body > header p { color: var(--muted); margin: 0; letter-spacing: .04em }
-section { margin-top: 3.5rem }
-.wide { overflow-x: auto; margin: 0 0 1.5rem }
+section { margin-top: 3.5rem } .wide { overflow-x: auto; margin: 0 0 1.5rem }
 table { border-collapse: collapse; white-space: nowrap; overflow-wrap: normal }
 th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--rule) }
 th { font-weight: 500; color: var(--muted) }
@@ -210,11 +212,9 @@ th:first-child { text-align: left; padding-left: 0 }
 tr:first-child th { white-space: normal; vertical-align: bottom }
 pre { white-space: pre-wrap; padding: 1rem; border: 1px solid var(--rule); font-size: 12.5px }
 mark { background: color-mix(in srgb, var(--no) 22%, transparent); color: inherit }
-summary { cursor: pointer }
 @media print {
   :root { color-scheme: light; --paper: #fff }
-  body { padding: 0 5px; font-size: 8pt }
-  h2 { break-after: avoid }
+  body { padding: 0 5px; font-size: 8pt } h2 { break-after: avoid }
   details::details-content { content-visibility: visible; block-size: auto }
 }
 """

@@ -182,7 +182,7 @@ def test_runs_are_compared(tmp_path):
     assert report.report([one, two]) == tmp_path / "report.html"
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     page = Page(text)
-    assert len(page.all("svg")) == len(charts.CHARTS)
+    assert len(page.all("svg")) == len(charts.CHARTS) - 1  # not the seconds
     assert "phase1: reward 0.52" in page.text and "phase2: reward 0.45" in page.text
     assert "<mark>kl: 0</mark>" in text and "<mark>iterations: 20</mark>" not in text
     assert len({radio["name"] for radio in page.all("input")}) == 2  # a filter of its own each
