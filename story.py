@@ -42,9 +42,8 @@ main img[src^="data:image/png"] { image-rendering: pixelated }
 .pairs p { grid-column: 1 / 3; margin: 0; color: var(--muted) }
 .pairs b { display: block; color: var(--ink) } .pairs li { break-inside: avoid }
 @media (max-width: 40rem) {
-  article ol { grid-template-columns: 1fr }
+  article ol { grid-template-columns: 1fr } .score { margin-top: 0 } .edit { grid-column: 1 / 3 }
   article li { display: grid; grid-template-columns: 2fr 3fr; gap: 0 1rem; align-items: start }
-  .score { margin-top: 0 } .edit { grid-column: 1 / 3 }
 }
 @media print {
   .filter { display: none } article img { width: 60% }
@@ -158,7 +157,8 @@ def kinds(told):
     steps = told["steps"]
     solved = all(prob >= 0.5 for _, prob in steps[told["best"]]["verdicts"])
     sources = [steps[step.get("source", number)] for number, step in enumerate(steps)]
-    worse = any(after["score"] < source["score"] for source, after in zip(sources, steps[1:]))
+    pairs = zip(sources, steps[1:])
+    worse = any(source["score"] - after["score"] > ALIKE for source, after in pairs)
     return ["solved" if solved else "unsolved"] + ["worse"] * worse
 
 

@@ -158,6 +158,7 @@ def test_every_kind_of_instruction(instruction, told):
         ([0.2, 0.4, 0.5], ["solved"]),
         ([0.2, 0.4, 0.3], ["unsolved", "worse"]),
         ([0.4, 0.2, 0.3], ["unsolved", "worse"]),
+        ([0.4, 0.397], ["unsolved"]),
     ],
 )
 def test_kinds(scores, kinds):
