@@ -78,7 +78,7 @@ def load_checkpoint(folder, parameters, optimizer, config, changed=False):
             "--changed to go on with the new one"
         )
     expected = {f"parameter.{i}": value.shape for i, value in enumerate(parameters)}
-    if expected != {name: v.shape for name, v in tensors.items() if name[0] == "p"}:
+    if expected != {name: v.shape for name, v in tensors.items() if name.startswith("parameter.")}:
         raise ValueError(f"{path}: holds another adapter (model or rank); start anew")
     state = {}
     for name, value in tensors.items():

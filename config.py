@@ -24,7 +24,7 @@ class ModelConfig:
     model: str  # local folder or Hub id; parts alike in model, device and dtype share weights
     device: str = "auto"  # auto: cuda if there is one, else cpu
     dtype: str = "auto"  # auto: bfloat16 on cuda, float32 on cpu
-    batch_size: int = 64  # questions or images at a time; in phase 1 of an Actor, times group_size
+    batch_size: int = 64  # questions or images at a time; phase 1 samples group_size times as many
 
 
 @dataclass

@@ -496,8 +496,8 @@ def bench(tmp_path_factory):
     handler = signal.getsignal(signal.SIGTERM)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr("loop.build", refuse)
-        patch.setattr("eval.build", refuse)
+        for program in ("loop", "eval", "train"):
+            patch.setattr(f"{program}.build", refuse)
         yield patch
     signal.signal(signal.SIGTERM, handler)  # train.py sets its own
 
