@@ -22,7 +22,7 @@ from table import HEADINGS
 from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
-MISSING = "tiny/models/flow is missing: make the models with `python tiny/pretrain.py`"
+MISSING = "tiny/models/flow is missing: make the models with `python tiny/make/pretrain.py`"
 if not (ROOT / "tiny" / "models" / "flow").is_dir():
     warnings.warn(f"test_models.py is skipped: {MISSING}", stacklevel=1)
     pytest.skip(MISSING, allow_module_level=True)

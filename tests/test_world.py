@@ -1,6 +1,6 @@
 """tiny/: the renderer and its exact parser, the shipped data, the lessons and the questions."""
 
-# ruff: noqa: E402 (the scripts in tiny/ import each other by name)
+# ruff: noqa: E402 (the scripts in tiny/make/ import each other by name)
 import json
 import random
 import re
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tiny"))
+sys.path[:0] = [str(ROOT / "tiny" / "make"), str(ROOT / "tiny")]
 
 import lessons
 import models

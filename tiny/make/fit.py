@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-WORK = Path(__file__).parent / "work"  # checkpoints; not shipped
+WORK = Path(__file__).parent.parent / "work"  # checkpoints; not shipped
 SEED = 0
 
 

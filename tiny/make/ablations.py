@@ -1,4 +1,4 @@
-"""What each decision of the training is worth: `python tiny/ablations.py 1` (or 2: the phase).
+"""What each decision of the training is worth: `python tiny/make/ablations.py 1` (or 2: the phase).
 
 Trains the phase with one thing changed at a time, on the same budget, and measures every adapter on
 the validation prompts by the exact parser. Finished runs are kept in runs/ablations and not
@@ -11,7 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from table import bootstrap
 

@@ -1,4 +1,4 @@
-"""Trains the embedded models on the CPU: `python tiny/pretrain.py`.
+"""Trains the embedded models on the CPU: `python tiny/make/pretrain.py`.
 
 Four stages, each seeded and resumable (a run that was killed goes on from its last checkpoint):
 
@@ -7,7 +7,7 @@ Four stages, each seeded and resumable (a run that was killed goes on from its l
     pictures  what the flow model generates and edits for training prompts
     vlm       LLaVA-type model, Checker and Actor: on drawn pictures first, then on those as well
 
-About two hours on two CPU cores, reckoned from the pace of its parts. `python tiny/quality.py`
+About two hours on two CPU cores, reckoned from the pace of its parts. `python tiny/make/quality.py`
 measures the result.
 """
 
@@ -23,7 +23,9 @@ import yaml
 from diffusers import AutoencoderKL, FluxKontextPipeline
 from safetensors.torch import load_file, save_file
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(ROOT)]
 import lessons
 import models
 import questions
@@ -35,8 +37,7 @@ from diffuser import Diffuser
 from editor import Editor
 from sgiou import SceneGraph
 
-HERE = Path(__file__).parent
-SHIPPED = HERE / "models"
+SHIPPED = HERE.parent / "models"
 DRAWN, EDITED = 72, 40  # lessons a step
 GARBLED = 0.15  # share of relation words in captions that are drawn anew, at random
 FLOW_RATE = 1e-3
@@ -137,7 +138,7 @@ def train_flow(steps=2000):
 def make_pictures(prompts=3000):
     """What the Diffuser draws, and the Editor after model instructions, for training prompts."""
     pipeline = FluxKontextPipeline.from_pretrained(SHIPPED / "flow", torch_dtype=torch.float32)
-    config = yaml.safe_load((HERE.parent / "eval.yaml").read_text())
+    config = yaml.safe_load((ROOT / "eval.yaml").read_text())
     rng = random.Random(SEED)
     graphs = []
     while len(graphs) < prompts:

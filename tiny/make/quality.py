@@ -1,6 +1,6 @@
 """Prints the quality of each embedded model, measured by the exact parser on validation scenes.
 
-    python tiny/quality.py
+    python tiny/make/quality.py
 
 Pictures of the Diffuser and the Editor come from validation prompts; the Checker and the Actor
 are measured on those pictures, where the loop uses them.
@@ -10,7 +10,8 @@ import random
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent), str(HERE.parent.parent)]
 import numpy as np
 import world
 from lessons import edit, perform
