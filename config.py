@@ -1,212 +1,269 @@
-"""Configuration: YAML over dataclasses, `key=value` over YAML, one clear line for what is wrong.
+"""Configuration: a YAML file read into dataclasses, with "key=value" overrides on top.
 
-Every field's comment is its documentation. Nothing here imports a model library, so a typo in a
-key is told at once.
+    config = load_config("eval.yaml", LoopConfig, ["rounds=5", "actor.temperature=0.7"])
+
+A field's comment is its documentation; its type says which values it accepts. Anything wrong is a
+ValueError of one line that names file and key. No model library is imported here, so a typo is
+reported at once and not after a minute of loading weights.
+
+Paths: `~` and `$VARS` are expanded. A relative path starts at the current folder; a model, adapter
+or data file that is not there is looked for in the folder of the YAML file.
 """
 
-import dataclasses
-import datetime
 import difflib
+import json
+import math
 import os
 import re
-import types
-import typing
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from pathlib import Path
+from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
 import yaml
 
 
+class Rule(NamedTuple):
+    """What a field accepts beyond its Python type."""
+
+    wanted: str  # for the message: "make it int (at least 1)"
+    accepts: Any  # function of the value
+    path: str = ""  # "input": a path to read; "output": to write
+
+
+def at_least(least):
+    return Rule(f"at least {least:g}", lambda number: least <= number < math.inf)  # refuses NaN
+
+
+def one_of(pattern):
+    return Rule(pattern, re.compile(pattern).fullmatch)
+
+
+def is_model(path):
+    """A folder or a Hub id. A wrong path into an existing folder is not mistaken for a Hub id."""
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path, re.ASCII)
+    return os.path.isdir(path) or (hub_id and not os.path.exists(path.split("/")[0]))
+
+
+Natural = Annotated[int, at_least(0)]
+Count = Annotated[int, at_least(1)]
+Seed = Annotated[int, Rule("from 0 to 2**31 - 1", lambda seed: 0 <= seed < 2**31)]
+NonNegative = Annotated[float, at_least(0)]
+Positive = Annotated[float, at_least(1e-9)]
+Template = Annotated[str, Rule("with {} where the instruction goes", lambda text: "{}" in text)]
+Words = Annotated[
+    list,
+    Rule(
+        "of str; put quotes around on, off, yes and no",
+        lambda words: all(type(word) is str for word in words),
+    ),
+]
+ModelPath = Annotated[str, Rule("an existing folder, or a Hub id owner/name", is_model, "input")]
+AdapterPath = Annotated[
+    str, Rule("an existing folder", lambda p: not p or os.path.isdir(p), "input")
+]
+DataPath = Annotated[
+    str,
+    Rule("an existing file; gpu/phase1.yaml tells how to get LAION-SG", os.path.isfile, "input"),
+]
+RunPath = Annotated[
+    str,
+    Rule(
+        "the name of a folder; every $VAR in it must be set",
+        re.compile(r"[^~$\s][^$]*").fullmatch,
+        "output",
+    ),
+]
+
+
 @dataclass
-class ModelConfig:
-    """One part of the loop: which model, and how it is run."""
-
-    model: str  # local folder or Hub id; parts alike in model, device and dtype share weights
-    device: str = "auto"  # auto: cuda if there is one, else cpu
-    dtype: str = "auto"  # auto: bfloat16 on cuda, float32 on cpu
-    batch_size: int = 64  # questions or images at a time; phase 1 samples group_size times as many
+class PartConfig:  # one part of the loop: which model, and how it runs
+    model: ModelPath  # folder or Hub id; parts with equal model, device and dtype share weights
+    device: Annotated[str, one_of(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")] = "auto"  # auto: GPU if any
+    dtype: Annotated[str, one_of("auto|float32|bfloat16|float16")] = "auto"  # auto: bf16 on cuda
+    batch_size: Count = 64  # images or questions at a time; phase 1 samples group_size times more
 
 
 @dataclass
-class PipelineConfig(ModelConfig):
-    """The Diffuser or the Editor."""
-
-    call: dict = field(default_factory=dict)  # keyword arguments of the pipeline's call
+class ModelConfig(PartConfig):  # a VLM: the Checker, or a judge
+    attention: str = ""  # attn_implementation, for example sdpa; "": the model's default
 
 
 @dataclass
 class ActorConfig(ModelConfig):
-    """The Actor."""
-
-    max_new_tokens: int = 256  # longest completion
-    temperature: float = 1.0  # of sampling, above 0
-    adapter: str = ""  # folder of a LoRA adapter that phase 1 trained
+    max_new_tokens: Count = 256  # of a completion
+    temperature: Positive = 1.0  # of sampling
+    adapter: AdapterPath = ""  # folder of a LoRA adapter that phase 1 trained; "": none
     checkpointing: bool = False  # phase 1 recomputes activations: less memory, a third more time
 
 
 @dataclass
-class EditorConfig(PipelineConfig):
-    """The Editor."""
+class PipelineConfig(PartConfig):  # the Diffuser
+    call: dict = field(default_factory=dict)  # arguments of the pipeline's call: size, steps, ...
 
-    template: str = "{}"  # what the pipeline reads; {} stands for the instruction
-    adapter: str = ""  # folder of a LoRA adapter that phase 2 trained
+
+@dataclass
+class EditorConfig(PipelineConfig):
+    template: Template = "{}"  # text that the pipeline reads; {} stands for the instruction
+    adapter: AdapterPath = ""  # folder of a LoRA adapter that phase 2 trained; "": none
     checkpointing: bool = False  # phase 2 recomputes activations: less memory, a third more time
 
 
 @dataclass
 class EvaluationConfig:
-    """What `eval.py` does."""
-
-    data: str  # LAION-SG JSON
-    limit: int = 300  # graphs, the first ones of the file; --full takes all
-    seed: int = 0  # of the first prompt's picture; the others' follow
-    exact: bool = False  # measure by the pixel parser too: for pictures of the embedded world
+    data: DataPath  # prompts, in any format that sgiou.load_graphs reads
+    limit: Count = 300  # the first prompts of the file; --full takes all
+    seed: Seed = 0  # of the first prompt's image; the next prompts take the next seeds
+    exact: bool = False  # also measure by the pixel parser: embedded world only
+    judge: ModelConfig | None = None  # VLM that extracts scene graphs and judges; null: the Checker
 
 
 @dataclass
-class LoopConfig:
-    """What every entry point needs; training adds to it."""
-
+class LoopConfig:  # what every entry point needs (eval.yaml)
     diffuser: PipelineConfig
     checker: ModelConfig
     actor: ActorConfig
     editor: EditorConfig
-    relations: list[str]  # relation words that prompts and scene-graph extraction may use
-    rounds: int = 3  # most edits of a trajectory
-    offload: bool = False  # models take turns on the GPU, each waits in main memory meanwhile
-    evaluation: EvaluationConfig | None = None  # read by eval.py alone
+    relations: Words  # the relation words of typed prompts and of scene-graph extraction
+    rounds: Natural = 3  # most edits of a trajectory; 0: generate only
+    offload: bool = False  # models take turns on the GPU; the others wait in main memory
+    evaluation: EvaluationConfig | None = None  # used by eval.py only
 
 
-LEAST = {  # of numbers that would otherwise fail late, or silently
-    **dict.fromkeys(("batch_size", "max_new_tokens", "limit", "groups", "rank", "updates"), 1),
-    **dict.fromkeys(("micro_batch", "window", "validate_every", "validation_limit"), 1),
-    **dict.fromkeys(
-        ("rounds", "seed", "iterations", "data_limit", "warmup", "window_start", "kl"), 0
-    ),
-    **dict.fromkeys(("clip_low", "clip_high", "flat_range", "malformed", "tolerance"), 0),
-    "group_size": 2,
-    **dict.fromkeys(("temperature", "learning_rate", "max_grad_norm", "noise_level"), 1e-9),
-    "advantage_eps": 1e-9,
-}
-OURS = ("prompt", "image", "generator", "output_type", "return_dict")  # of a pipeline's call
-ONE_OF = {
-    "device": r"auto|cpu|mps|(cuda|xpu)(:\d+)?",
-    "dtype": "auto|float32|bfloat16|float16",
-}
-HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+@dataclass
+class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
+    phase: Annotated[int, Rule("1 or 2", (1, 2).__contains__)] | None = None  # that the file is for
+    rounds: Count = 3  # rollouts in a row, each from the best image so far
+    data: DataPath = "tiny/data/train.json"  # training prompts; no label is used
+    data_limit: Natural = 0  # the first prompts of the file; 0: all
+    validation: DataPath = "tiny/data/val.json"  # validation prompts
+    validation_limit: Count = 60  # the first prompts of the file
+    validate_every: Count = 10  # iterations
+    exact: bool = False  # also log the exact SG-IoU of validation: embedded world only
+    run: RunPath = "runs/phase1"  # folder for adapter, checkpoint and metrics
+    seed: Seed = 0  # of all randomness of the run
+    iterations: Natural = 50  # each is a rollout and its updates
+    groups: Count = 8  # states of round 1 in an iteration; later rounds add to them
+    group_size: Annotated[int, at_least(2)] = 8  # G, samples of one state
+    rank: Count = 16  # of the LoRA adapter
+    learning_rate: Positive = 1e-3  # of AdamW
+    warmup: Natural = 5  # iterations of linear warm-up
+    max_grad_norm: Positive = 1.0  # larger gradients are scaled down to this norm
+    clip_low: NonNegative = 0.2  # the ratio rho is clipped to [1 - clip_low, 1 + clip_high]
+    clip_high: NonNegative = 0.28
+    kl: NonNegative = 0.01  # weight of the KL to the model without adapter; 0 skips that pass
+    advantage_eps: Positive = 0.05  # added to the std so that Checker noise is not amplified
+    flat_range: NonNegative = 0.02  # groups whose rewards span no more than this are left out
+    updates: Count = 2  # optimizer steps on a rollout; at 1 the clip never acts
+    micro_batch: Count = 64  # samples of a backward pass; phase 2 takes whole groups
+    malformed: NonNegative = 0.2  # what a malformed completion costs, in reward (phase 1)
+    noise_level: Positive = 0.8  # a of the SDE (phase 2)
+    window: Count = 3  # SDE steps of an edit (phase 2)
+    window_start: Natural = 2  # the window starts at a random step, at most this one (phase 2)
+    tolerance: NonNegative = 1e-4  # |log-prob replayed - recorded|: mean (phase 1), max (phase 2)
+
+
+# Arguments of a pipeline's call. `loop.build` compares the others with the pipeline's signature.
+CALL = {"num_inference_steps": Count, "max_sequence_length": Count, "max_area": Count}
+CALL |= dict.fromkeys(("height", "width"), Annotated[int, at_least(8)])
+SET_BY_US = "prompt image generator output_type return_dict num_images_per_prompt".split()
 
 
 def load_config(path, schema, overrides=()):
-    """Reads a YAML file into the dataclass `schema`; `overrides` are "key.key=value" strings.
-
-    Raises ValueError, one line that names file and key, on anything unknown, missing or mistyped.
-    """
+    """Reads a YAML file into the dataclass `schema`; `overrides` are "key.key=value" strings."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); check the path") from None
-    values = _read_yaml(text, f"{path}: ")
+        values = read_yaml(Path(path).read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("holds no keys; write 'key: value' lines")
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if not equals:
+                raise ValueError(f"override {override!r}: write it as key=value")
+            *sections, last = key.split(".")
+            place = values
+            for name in sections:
+                inner = place.get(name)
+                place[name] = dict(inner) if isinstance(inner, dict) else {}  # aliases share it
+                place = place[name]
+            place[last] = read_yaml(text, f"override {override!r}: ")
+        return fill(schema, values, "", os.path.dirname(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(" ".join(f"{path}: {error}".split())) from None  # one line
+
+
+class Loader(yaml.SafeLoader):
+    """Refuses equal keys, of which PyYAML keeps the last, and reads 1e-6 as a number, not text."""
+
+    def compose_mapping_node(self, anchor):
+        node = super().compose_mapping_node(anchor)
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.YAMLError(f"key {key!r} appears twice")
+        return node
+
+
+EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
+Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+
+
+def read_yaml(text, where=""):
+    try:
+        return yaml.load(text, Loader)
+    except Exception as error:  # PyYAML also lets TypeError, RecursionError and others through
+        raise ValueError(f"{where}not valid YAML ({error}); correct or quote it") from None
+
+
+def fill(schema, values, prefix, folder):
+    """Dictionary -> dataclass. `prefix`: of its keys in messages; `folder`: the YAML file's."""
     if not isinstance(values, dict):
-        raise ValueError(f"{path}: the file holds no keys; write 'key: value' lines")
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals:
-            raise ValueError(f"override {override!r}: write it as key=value")
-        place = values
-        *parents, last = key.split(".")
-        for parent in parents:
-            place = place.get(parent) if isinstance(place, dict) else None
-        if not isinstance(place, dict):
-            raise ValueError(f"override {override!r}: {path} has no section {'.'.join(parents)!r}")
-        place[last] = _read_yaml(text, f"override {override!r}: ")
-    config = _fill(schema, values, path, "")
-    for name in ("diffuser", "checker", "actor", "editor"):
-        _check_model(getattr(config, name).model, f"{path}: key '{name}.model'")
-    for name in ("diffuser", "editor"):
-        for key, value in getattr(config, name).call.items():
-            if key in OURS or type(key) is not str or isinstance(value, datetime.date):
-                problem = f"{key!r}: {value!r} cannot be given; drop it"
-                raise ValueError(f"{path}: key '{name}.call': {problem}")
-    if "{}" not in config.editor.template:
-        raise ValueError(f"{path}: key 'editor.template' lacks the {{}} of the instruction; add it")
-    for name in ("actor", "editor"):
-        adapter = getattr(config, name).adapter
-        if adapter and not os.path.isdir(adapter):
-            raise ValueError(f"{path}: key '{name}.adapter': there is no folder {adapter!r}")
+        raise ValueError(f"key '{prefix[:-1]}' is {values!r:.200}; make it 'key: value' lines")
+    kinds = get_type_hints(schema, include_extras=True)
+    for key in values:
+        if key not in kinds:
+            near = difflib.get_close_matches(str(key), kinds, 1)
+            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(kinds)}"
+            raise ValueError(f"key '{prefix}{key}' is unknown; {hint}")
+    for entry in fields(schema):
+        optional = entry.default is not MISSING or entry.default_factory is not MISSING
+        if entry.name not in values and not optional:
+            raise ValueError(f"key '{prefix}{entry.name}' is missing; add it")
+    config = schema(**values)
+    for name, kind in kinds.items():
+        setattr(config, name, check(kind, getattr(config, name), prefix + name, folder))
     return config
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML takes the last of equal keys, silently."""
-
-    def construct_mapping(self, node, deep=False):
-        keys = [key.value for key, _ in node.value]
-        if twice := [key for key in keys if keys.count(key) > 1]:
-            raise yaml.YAMLError(f"key {twice[0]!r} stands twice")
-        return super().construct_mapping(node, deep)
-
-
-def _read_yaml(text, where):
-    try:
-        return yaml.load(text, _Loader)
-    except Exception as error:  # of any kind: PyYAML's constructors let everything through
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ValueError(f"{where}this is no YAML ({reason}); correct or quote it") from None
-
-
-def _fill(schema, values, path, prefix):
-    if not isinstance(values, dict):
-        raise ValueError(f"{path}: key '{prefix[:-1]}' holds no keys; write 'key: value' lines")
-    hints = typing.get_type_hints(schema)
-    for key in values:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, 1)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(hints)}"
-            shown = " ".join(f"{prefix}{key}".split())
-            raise ValueError(f"{path}: key '{shown}' is unknown; {hint}")
-    filled = {}
-    for entry in dataclasses.fields(schema):
-        key = f"{prefix}{entry.name}"
-        if entry.name in values:
-            filled[entry.name] = _convert(hints[entry.name], values[entry.name], path, key)
-        elif entry.default is dataclasses.MISSING and entry.default_factory is dataclasses.MISSING:
-            raise ValueError(f"{path}: key '{key}' is missing; add it")
-    return schema(**filled)
-
-
-def _convert(kind, value, path, key):
-    if isinstance(kind, types.UnionType):  # "EvaluationConfig | None"
+def check(kind, value, key, folder):
+    """The value of one field, converted; ValueError if the field does not accept it."""
+    if type(None) in get_args(kind):  # kind | None
         if value is None:
             return None
-        kind = typing.get_args(kind)[0]
-    if dataclasses.is_dataclass(kind):
-        return _fill(kind, value, path, f"{key}.")
-    plain = typing.get_origin(kind) or kind
-    if plain is str and value is None:  # "key=" on the command line
+        kind = get_args(kind)[0]
+    if is_dataclass(kind):
+        return fill(kind, value, f"{key}.", folder)
+    kind, rule = get_args(kind) or (kind, Rule("", lambda value: True))  # such as a plain bool
+    if kind is str and value is None:  # "key:" or, on the command line, "key="
         value = ""
-    # YAML 1.1 reads 1e-6 as a string and 1 as an integer; both are meant as numbers.
-    if plain is float and type(value) in (str, int):
-        try:
-            value = float(value)
-        except (ValueError, OverflowError):
-            pass
-    inner = typing.get_args(kind)
-    if type(value) is not plain or (plain is list and any(type(v) is not inner[0] for v in value)):
-        wanted = f"a list of {inner[0].__name__}" if plain is list else plain.__name__
-        if plain is list and inner[0] is str:
-            wanted += " (YAML takes on, off, yes and no for true or false: quote them)"
-        raise ValueError(f"{path}: key '{key}' is {value!r}; make it {wanted}")
-    name = key.split(".")[-1]
-    if name in ONE_OF and not re.fullmatch(ONE_OF[name], value):
-        raise ValueError(f"{path}: key '{key}' is {value!r}; known: {ONE_OF[name]}")
-    least = LEAST.get(name)
-    if least is not None and not least <= value < float("inf"):
-        raise ValueError(f"{path}: key '{key}' is {value!r}; make it at least {least:g}")
-    return value
+    if kind is float and type(value) is int and abs(value) < 1e300:
+        value = float(value)
+    if rule.path and type(value) is str:
+        value = os.path.expanduser(os.path.expandvars(value))
+        beside = os.path.join(folder, value)  # `value` itself if it is absolute
+        if rule.path == "input" and value and not os.path.exists(value) and os.path.exists(beside):
+            value = beside
+    if type(value) is not kind or not rule.accepts(value):  # isinstance would take True for an int
+        wanted = f"{kind.__name__} ({rule.wanted})" if rule.wanted else kind.__name__
+        raise ValueError(f"key '{key}' is {value!r:.200}; make it {wanted}")
+    return check_call(value, key) if kind is dict else value
 
 
-def _check_model(model, where):
-    """A Hub id has one slash; what looks like a folder must be one."""
-    hub_id = HUB_ID.fullmatch(model) and not os.path.exists(model.split("/")[0])
-    if not os.path.isdir(model) and not hub_id:
-        raise ValueError(f"{where}: there is no folder {model!r}; give a model folder or a Hub id")
+def check_call(call, key):
+    """The arguments of a pipeline's call, as far as they can be checked without diffusers."""
+    for name in call:
+        if type(name) is not str or name in SET_BY_US:
+            raise ValueError(f"key '{key}' holds {name!r}, which cannot be set; remove it")
+    try:
+        json.dumps(call, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:  # a date, NaN, an alias of itself
+        raise ValueError(f"key '{key}' has a value that cannot be passed on: {error}") from None
+    return call | {n: check(CALL[n], call[n], f"{key}.{n}", "") for n in CALL if n in call}

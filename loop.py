@@ -2,16 +2,14 @@
 
     image = diffuser.generate(prompt)
     reflection = checker.check(image)
-    repeat up to `rounds` times, unless the best image so far satisfies the Checker:
+    repeat up to `rounds` times, until the best image so far satisfies the Checker:
         image, reflection = the best-scored so far
-        thought, instruction = actor.propose(image, prompt, reflection)
+        thought, instruction = actor.propose(image, prompt, feedback of the reflection)
         image = editor.edit(image, instruction)
         reflection = checker.check(image)
-    the answer is the best-scored image of the whole trajectory, never simply the last
+    the answer is the best-scored image of the trajectory, not the last one
 
-`build` loads the parts, for training and evaluation too; those of the same model share its weights.
-
-    python loop.py "red circle left of blue square; green triangle above red circle" rounds=2
+    python loop.py "red circle left of blue square; green triangle above red circle" --seed 3
 """
 
 import argparse
@@ -23,45 +21,50 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from config import LoopConfig, load_config
-from memory import checkpoint_vlm, take_turns, waiting
-from report import record
+from report import record, save_images, story
 from sgiou import SceneGraph, load_laion_sg, parse_prompt
-from story import story, write
+
+TOGETHER = 32  # prompts of a file that run as one batch before their images are written
 
 
 @dataclass
 class Step:
-    """One picture of a trajectory, and what the Actor then asked for (nothing, after the last)."""
+    """One image of a trajectory, and the edit that made it."""
 
     image: object  # PIL image
-    reflection: object  # Checker's `Reflection`
+    reflection: object  # the Checker's `Reflection` on it
+    source: int | None = None  # index of the step whose image was edited; None: it was generated
     thought: str = ""
-    instruction: str | None = None  # "none": the Actor wanted no edit; None: malformed, or last
+    # "none" means that the Actor wanted no edit, None that its completion was malformed. Both leave
+    # the image as it was.
+    instruction: str | None = None
+
+    @property
+    def edited(self):
+        return self.instruction not in (None, "none")
 
 
 @dataclass
 class Trajectory:
-    """All pictures made for one scene graph, in order."""
+    """All images made for one scene graph, in order."""
 
     graph: SceneGraph
     seed: int
     steps: list[Step]
 
     @property
+    def best_index(self):
+        """Index of the best-scored step, the earliest of equals. The next edit starts from it."""
+        return max(range(len(self.steps)), key=lambda index: self.steps[index].reflection.score)
+
+    @property
     def best(self):
-        """The answer: the best-scored step, the earliest of equals."""
-        return self.steps[self.source(len(self.steps))]
-
-    def source(self, number):
-        """Index of the step whose picture was edited to make that of step `number` >= 1.
-
-        It is the best of those before it: an edit that does harm is not built upon.
-        """
-        return max(range(number), key=lambda index: self.steps[index].reflection.score)
+        """The best-scored step: the answer."""
+        return self.steps[self.best_index]
 
 
 class Loop:
-    """The four parts, composed. Args: the parts; rounds: most edits of a trajectory."""
+    """The four parts, composed. rounds: the most edits of a trajectory."""
 
     def __init__(self, diffuser, checker, actor, editor, rounds=3):
         self.diffuser = diffuser
@@ -71,7 +74,7 @@ class Loop:
         self.rounds = rounds
 
     def run(self, graphs, seeds):
-        """Generates, reflects and edits. Args: `SceneGraph`s and one seed each. -> Trajectories."""
+        """Generate, then reflect and edit. Args: `SceneGraph`s and a seed each. -> Trajectories."""
         trajectories = self.start(graphs, seeds)
         for _ in range(self.rounds):
             self.advance(trajectories)
@@ -87,104 +90,112 @@ class Loop:
         ]
 
     def advance(self, trajectories):
-        """One round: edit and reflect on every trajectory whose best picture does not satisfy."""
+        """One round, in place: every trajectory that is not satisfied yet gets one more step."""
         active = [t for t in trajectories if not t.best.reflection.satisfied]
         if not active:
             return
-        sources = [t.best for t in active]
         proposals = self.actor.propose(
-            [step.image for step in sources],
-            [t.graph for t in active],
-            [step.reflection for step in sources],
+            [t.best.image for t in active],
+            [t.graph.prompt() for t in active],
+            [t.best.reflection.feedback for t in active],
             seed=active[0].seed * 1000 + len(active[0].steps),
         )
         edited = []
-        for trajectory, source, thought, instruction in zip(
-            active, sources, proposals.thoughts, proposals.instructions
-        ):
-            trajectory.steps[-1].thought = thought
-            trajectory.steps[-1].instruction = instruction
-            if instruction in (None, "none"):
-                trajectory.steps.append(Step(source.image, source.reflection))  # nothing was edited
+        for t, thought, instruction in zip(active, proposals.thoughts, proposals.instructions):
+            source = t.best
+            step = Step(source.image, source.reflection, t.best_index, thought, instruction)
+            if step.edited:
+                edited.append((t, step))
             else:
-                edited.append(trajectory)
+                t.steps.append(step)
         images = self.editor.edit(
-            [t.best.image for t in edited],
-            [t.steps[-1].instruction for t in edited],
-            [t.seed + 1_000_003 * len(t.steps) for t in edited],
+            [step.image for _, step in edited],
+            [step.instruction for _, step in edited],
+            [t.seed + 1_000_003 * len(t.steps) for t, _ in edited],
         )
-        reflections = self.checker.check(images, [t.graph for t in edited])
-        for trajectory, image, reflection in zip(edited, images, reflections):
-            trajectory.steps.append(Step(image, reflection))
+        reflections = self.checker.check(images, [t.graph for t, _ in edited])
+        for (t, step), image, reflection in zip(edited, images, reflections):
+            step.image, step.reflection = image, reflection
+            t.steps.append(step)
 
 
 def build(config):
-    """Loads the four parts of a `LoopConfig`; parts with the same model share its weights."""
-    # Without torchvision transformers warns at every import that it falls back to PIL: as planned.
+    """Load the four parts of a `LoopConfig`; parts with the same model share its weights.
+
+    Raises ValueError, naming the key, for anything that cannot be loaded.
+    """
+    # Without torchvision transformers would warn at every import that it falls back to PIL.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    from transformers import AutoProcessor
+    import diffusers
+    import transformers
 
     from actor import Actor
     from checker import Checker
-    from checkpoint import check_adapter
     from diffuser import Diffuser
     from editor import Editor
 
-    # What cannot be, is told before gigabytes are loaded: a processor may want torchvision.
-    _try("editor.model", config.editor.model, Editor.check)
-    _try("checker.model", config.checker.model, AutoProcessor.from_pretrained)
-    _try("actor.model", config.actor.model, AutoProcessor.from_pretrained)
-    config = waiting(config) if config.offload else config
-    for_diffuser = _settings(config.diffuser, "call")
-    for_editor = _settings(config.editor, "call", "template")
-    for_checker = _settings(config.checker) | {"relations": config.relations}
-    for_actor = _settings(config.actor, "max_new_tokens", "temperature")
-    diffuser = _load(Diffuser, "diffuser", config.diffuser, for_diffuser)
-    if _weights(config.editor) == _weights(config.diffuser):
-        editor = Editor(diffuser.pipeline, **for_editor)
-    else:
-        editor = _load(Editor, "editor", config.editor, for_editor)
-    checker = _load(Checker, "checker", config.checker, for_checker)
-    if _weights(config.actor) == _weights(config.checker):
-        actor = Actor(checker.model, checker.processor, **for_actor)
-    else:
-        actor = _load(Actor, "actor", config.actor, for_actor)
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+    # Fail early, before loading weights: a pipeline may not work as the Editor, and a processor may
+    # need torchvision.
+    _named("editor.model", Editor.check, config.editor.model)
+    for name in ("checker", "actor"):
+        model = getattr(config, name).model
+        _named(f"{name}.model", transformers.AutoProcessor.from_pretrained, model)
+
+    loaded = {}  # weights by (model, device, dtype)
+
+    def load(kind, name, **settings):
+        part = getattr(config, name)
+        weights = (part.model, *device_and_dtype(part))
+        settings["batch_size"] = part.batch_size
+        if weights not in loaded:
+            made = _named(f"{name}.model", kind.load, *weights, **settings)
+            is_pipeline = hasattr(made, "pipeline")
+            loaded[weights] = (made.pipeline,) if is_pipeline else (made.model, made.processor)
+        return kind(*loaded[weights], **settings)
+
+    diffuser = load(Diffuser, "diffuser", call=config.diffuser.call)
+    editor = load(Editor, "editor", call=config.editor.call, template=config.editor.template)
+    checker = load(Checker, "checker")
+    actor = load(
+        Actor,
+        "actor",
+        max_new_tokens=config.actor.max_new_tokens,
+        temperature=config.actor.temperature,
+        recompute=config.actor.checkpointing,
+    )
     for name, part in (("diffuser", diffuser), ("editor", editor)):
         kind = type(part.pipeline)
         if unknown := set(part.call) - set(inspect.signature(kind.__call__).parameters):
             raise ValueError(f"key '{name}.call': {kind.__name__} takes no {', '.join(unknown)}")
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
-            _try(f"{name}.adapter", folder, part.load_adapter)
-            _try(f"{name}.adapter", folder, check_adapter, part)
-    if config.actor.checkpointing:
-        checkpoint_vlm(actor.model)
+            _named(f"{name}.adapter", part.load_adapter, folder)
     if config.editor.checkpointing:
         editor.pipeline.transformer.enable_gradient_checkpointing()
     if config.offload:
-        take_turns((diffuser, checker, actor, editor), "cuda")
+        for pipeline in {diffuser.pipeline, editor.pipeline}:
+            pipeline.enable_model_cpu_offload()  # text encoders, transformer, VAE in turn
+            pipeline.transformer.to("cuda")  # where Adam's state of a resumed run has to be
     return Loop(diffuser, checker, actor, editor, config.rounds)
 
 
-def _weights(part):
-    return (part.model, part.device, part.dtype)
+def device_and_dtype(part):
+    """The names that "auto" stands for: CUDA in bfloat16 if there is a GPU, or the CPU in float32."""
+    import torch
+
+    device, dtype = part.device, part.dtype
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    return device, dtype
 
 
-def _settings(part, *names):
-    return {name: getattr(part, name) for name in (*names, "batch_size")}
-
-
-def _load(kind, name, part, settings):
-    import diffusers
-    import transformers
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
-    return _try(f"{name}.model", part.model, kind.load, part.device, part.dtype, **settings)
-
-
-def _try(key, path, load, *more, **settings):
+def _named(key, load, path, *more, **settings):
+    """`load(path, ...)`, with the config key in the error message of whatever goes wrong."""
     try:
         return load(path, *more, **settings)
     except Exception as error:  # of any kind: it comes from the depths of three libraries
@@ -193,7 +204,7 @@ def _try(key, path, load, *more, **settings):
 
 
 def read_prompts(path, relations):
-    """Scene graphs from a LAION-SG file (.json) or a text file, a prompt a line."""
+    """Scene graphs from a LAION-SG file (.json) or a text file with one prompt per line."""
     if path.endswith(".json"):
         return load_laion_sg(path)
     try:
@@ -207,19 +218,19 @@ def read_prompts(path, relations):
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from None
     if not graphs:
-        raise ValueError(f"{path}: holds no prompt; write one a line")
+        raise ValueError(f"{path}: holds no prompt; write one per line")
     return graphs
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, pictures out.")
-    parser.add_argument("prompt", nargs="*", help='"red circle left of blue square; ..."')
-    parser.add_argument("--prompts", help="a file instead: a prompt a line, or LAION-SG JSON")
+    parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, images out.")
+    parser.add_argument("prompt", nargs="*", help='"red circle left of blue square; ...", key=value')
+    parser.add_argument("--prompts", help="a file instead: one prompt per line, or LAION-SG JSON")
     parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
-    parser.add_argument("--rounds", type=int, help="most edits of a picture")
+    parser.add_argument("--rounds", type=int, help="most edits of an image")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", default="out", help="folder for pictures and stories")
-    arguments = parser.parse_args()
+    parser.add_argument("--out", default="out", help="folder for images and report")
+    arguments = parser.parse_intermixed_args()
     overrides = [word for word in arguments.prompt if re.match(r"[a-z_.]+=", word)]
     prompts = [word for word in arguments.prompt if word not in overrides]
     if len(prompts) != (arguments.prompts is None):
@@ -234,14 +245,18 @@ def main():
         for graph in graphs:
             if problem := loop.diffuser.problem(graph.prompt()):
                 raise ValueError(f"prompt {graph.prompt()!r}: {problem}")
-        Path(arguments.out).mkdir(parents=True, exist_ok=True)
-        trajectories = loop.run(graphs, [arguments.seed + n for n in range(len(graphs))])
-        for number, trajectory in enumerate(trajectories):
-            folder = Path(arguments.out) / (f"{number:04d}" if len(graphs) > 1 else "")
-            write(trajectory, folder)
-            print(story(trajectory), f"\n\n  {folder / 'strip.png'}\n")
-        unread = f"\n  {loop.editor.misread} instructions were not read in full"
-        print(f"  {record(arguments.out, trajectories)}" + unread * bool(loop.editor.misread))
+        out = Path(arguments.out)
+        trajectories = []
+        for first in range(0, len(graphs), TOGETHER):
+            part = graphs[first : first + TOGETHER]
+            seeds = [arguments.seed + first + number for number in range(len(part))]
+            for trajectory in loop.run(part, seeds):
+                folder = out / f"{len(trajectories):04d}" if len(graphs) > 1 else out
+                save_images(trajectory, folder)
+                print(f"{story(trajectory)}\n\n  {folder / 'strip.png'}\n", flush=True)
+                trajectories.append(trajectory)
+            page = record(out, trajectories)
+        print(f"  {page}")
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         sys.exit(" ".join(f"loop.py: {str(error) or 'stopped'}".split()))
 

@@ -1,245 +1,361 @@
-"""Shows runs to a person: one self-contained HTML page, without script or network.
+"""Shows runs to a person: an HTML page without script or network, text, strips of images.
 
     python report.py runs/phase1                  # writes runs/phase1/report.html
     python report.py runs/phase1 runs/phase2      # writes runs/report.html: both, compared
 
-Made by `record` of `train.py`, `eval.py`, `loop.py`, too. A run may lack any of these:
+`record` makes the page, too. A run's folder holds some of these files:
 
-    metrics.jsonl           a line an iteration: {"iteration": 1, "reward": 0.5, ...}
-    seconds.jsonl           a line an iteration: {"iteration": 1, "generate": 0.2, ...}
-    results.json            the rows of eval.py
-    samples/<number>.json   trajectories after so many iterations, as `story.album` gives them:
-                            [{"prompt", "seed", "best": index of the answer, "steps": [{"score",
-                            "verdicts": [[text, P(yes)]], "thought", "instruction", "source":
-                            index of the picture it edits, "image": data URI}]}]; the first set
-                            and the last are shown
-    config.yaml, command.txt
+    metrics.jsonl, seconds.jsonl   one line per iteration: {"iteration": 1, "reward": 0.5, ...}
+    results.json                   {"tables": [{"title": str, "cells": [[str]]}]}
+    samples/NNNN.json              trajectories after NNNN iterations, as `describe` returns them
+    config.yaml, command.txt       shown as they are
 """
 
 import argparse
+import base64
+import io
 import json
-import math
-import operator
 import os
+import re
 import shlex
 import sys
-from dataclasses import dataclass
+import textwrap
 from html import escape
 from pathlib import Path
-from types import SimpleNamespace
 
-import charts
-import story
-from table import grids, html, key_figures
-
-BUDGET = 8_000_000  # characters of trajectories in a page
-UNREADABLE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-INTERVALS = "<p>With 95% intervals of the paired bootstrap:</p>"
-
-
-@dataclass
-class Run:
-    """What a run's folder holds, as far as it can be read."""
-
-    name: str
-    metrics: list  # dicts, by iteration
-    seconds: list  # dicts, by iteration
-    results: list  # HTML tables of eval.py's rows
-    albums: dict  # iteration -> trajectories: the first set and the last
-    config: str
-    command: str
-    broken: list  # names of files that cannot be read, or not to the end
-
-
-def read_run(folder, name):
-    """Reads a folder. Raises ValueError if it holds no run."""
-    sets = {int(p.stem): p for p in folder.glob("samples/*.json") if p.stem.isdecimal()}
-    if not sets and not any((folder / n).is_file() for n in ("metrics.jsonl", "results.json")):
-        what = "holds no metrics, results or samples" if folder.is_dir() else "there is no folder"
-        raise ValueError(f"{folder}: {what}; name one that train.py, eval.py or loop.py wrote")
-    broken = []
-
-    def text(path):
-        return path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-
-    def decode(path, text, use):
-        try:
-            return use(json.loads(text))
-        except UNREADABLE:
-            broken.append(path.relative_to(folder).as_posix())
-
-    def lines(path):
-        pairs = [
-            decode(path, line, lambda row: (float(operator.index(row["iteration"])), row))
-            for line in text(path).splitlines()
-        ]
-        return [row for _, row in sorted(dict(filter(None, pairs)).items())]
-
-    def results(rows):
-        for row in rows:
-            for column, values in row["values"].items():
-                row["values"][column] = [math.nan if v is None else float(v) for v in values]
-        return [html(cells) for cells in grids([SimpleNamespace(**row) for row in rows])]
-
-    def trajectories(told):
-        return [each for each in told if story.article(each)]  # told in full, or it raises
-
-    ends = sorted({min(sets), max(sets)}) if sets else []
-    albums = {n: decode(sets[n], text(sets[n]), trajectories) for n in ends}
-    rows = folder / "results.json"
-    return Run(
-        name=name,
-        metrics=lines(folder / "metrics.jsonl"),
-        seconds=lines(folder / "seconds.jsonl"),
-        results=decode(rows, text(rows), results) or [] if rows.is_file() else [],
-        albums={number: told for number, told in albums.items() if told},
-        config=text(folder / "config.yaml"),
-        command=text(folder / "command.txt").strip(),
-        broken=list(dict.fromkeys(broken)),
-    )
-
-
-def section(title, content, about=""):
-    """A part of the page; "" if it has nothing to show."""
-    about = f" <small>{escape(about)}</small>" * bool(about)
-    return f"<section><h2>{title}{about}</h2>{content}</section>" if content else ""
-
-
-def origin(run, runs):
-    """The command and the config that made a run; what other runs have otherwise is marked."""
-    others = [set(other.config.splitlines()) for other in runs if other is not run and other.config]
-    config = "\n".join(
-        escape(line) if all(line in other for other in others) else f"<mark>{escape(line)}</mark>"
-        for line in run.config.splitlines()
-    )
-    summary = "config.yaml" + ", differences marked" * bool(others)
-    content = f"<pre>{escape(run.command)}</pre>" * bool(run.command)
-    if config:
-        content += f"<details><summary>{summary}</summary><pre>{config}</pre></details>"
-    return section("Made by", content, run.name * (len(runs) > 1))
-
-
-def page(runs):
-    """The HTML of some runs."""
-    title = escape(", ".join(run.name for run in runs))
-    figures = {run.name: run.metrics for run in runs if run.metrics}
-    if len(runs) == 1:  # of several, colours tell the runs apart, not the stages
-        seconds = {row["iteration"]: row for row in runs[0].seconds}
-        figures = {n: [r | seconds.get(r["iteration"], {}) for r in m] for n, m in figures.items()}
-    curves = charts.charts(figures)
-    curves = f'<div class="charts">{curves}</div>' * bool(curves)
-    overview = "".join(map(html, key_figures(runs)))
-    parts = [section("Overview", overview), section("Curves", curves, "by iteration")]
-    for number, run in enumerate(runs):
-        name = run.name * (len(runs) > 1)
-        broken = f"<p>{', '.join(run.broken)}</p>" * bool(run.broken)
-        parts.append(section("Not read, or not in full", broken, name))
-        parts.append(section("Results", INTERVALS.join(run.results), name))
-        albums = list(run.albums.items())  # at most two, by iteration
-        if len(albums) > 1:
-            (begin, first), (end, last) = albums
-            pairs = story.before_and_after(first, last)
-            about = f"{name} after {begin} and after {end} iterations"
-            parts.append(section("Before and after", pairs, about))
-        if albums:
-            cards = story.gallery(albums[-1][1], f"filter{number}", BUDGET // len(runs))
-            when = f" after {albums[-1][0]} iterations" * bool(run.metrics)
-            about = name + when + " of the last row" * bool(run.results)
-            parts.append(section("Trajectories", cards, about))
-    parts += [origin(run, runs) for run in runs]
-    style = STYLE + charts.STYLE + story.STYLE
-    return TEMPLATE.format(title=title, style=style, body="".join(parts))
-
-
-def write(path, text):
-    """Written aside and renamed, so that nobody ever sees half of it."""
-    aside = path.with_name(f"{path.name}.aside")
-    aside.write_text(text, encoding="utf-8", errors="replace")
-    os.replace(aside, path)
-
-
-def report(folders):
-    """Makes the page of some runs: in the only one's folder, or beside the first. -> its path."""
-    folders = list(dict.fromkeys(map(Path, folders)))
-    names = [folder.resolve().name for folder in folders]
-    if len(set(names)) < len(names):
-        names = [str(folder) for folder in folders]
-    runs = [read_run(folder, name) for folder, name in zip(folders, names)]
-    path = (folders[0] if len(runs) == 1 else folders[0].parent) / "report.html"
-    write(path, page(runs))
-    return path
+SHOWN = 100  # trajectories on a page
+SIDE = 224  # pixels of an image in a strip, and of the thumbnail of a large one
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+CHARTS = {  # title -> {figure: label}
+    "Reward": {"reward": "after the edit", "before": "before"},
+    "Validation": {"val_checker": "Checker", "val_sg_iou": "exact SG-IoU"},
+    "KL": {"kl": "to the policy without its adapter"},
+    "Clipped": {"clipped_low": "below", "clipped_high": "above"},
+    "Ratio": {"ratio_error": "max |ρ − 1|"},
+    "Replay error": {"replay_error": "max |Δ log-prob|"},
+    "Gradient norm": {"grad_norm": "before clipping"},
+    "Flat groups": {"flat_groups": "share of groups"},
+    "No edit": {"malformed": "malformed", "none": "“none”"},
+    "Seconds": {name: name for name in ("generate", "act", "edit", "check", "update")},
+}
 
 
 def record(folder, trajectories, iteration=0):
-    """Writes samples and this program's command into a run's folder; makes its page; -> path."""
+    """Writes trajectories and this program's command into a run's folder. -> its page's path."""
     folder = Path(folder)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
-    told = json.dumps(story.album(trajectories))
-    write(folder / "samples" / f"{iteration:04d}.json", told)
+    samples = json.dumps([describe(trajectory) for trajectory in trajectories], default=data_uri)
+    write(folder / "samples" / f"{iteration:04d}.json", samples)
     write(folder / "command.txt", shlex.join(["python", *sys.argv]) + "\n")
     return report([folder])
 
 
-STYLE = """
-:root {
-  color-scheme: light dark; --paper: #fdfcf9; --ink: #22201c; --muted: #6f6a61; --rule: #e4dfd5;
-  --yes: #2c7a4b; --no: #b3372b;
-}
-@media screen and (prefers-color-scheme: dark) {
-  :root { --paper: #17181b; --ink: #e7e4dd; --muted: #9d988e; --rule: #34363b }
-  :root { --yes: #6cc493; --no: #f08b7c }
-}
-* { box-sizing: border-box }
-body {
-  background: var(--paper); color: var(--ink); margin: 0 auto; padding: 3rem 1.25rem;
-  max-width: 72rem; font: 14px/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums;
-  overflow-wrap: anywhere;
-}
-h1, h2, h3 {
-  font-family: "Iowan Old Style", Palatino, "Palatino Linotype", Georgia, serif; font-weight: 500;
-  line-height: 1.25; margin: 0;
-}
-h1 { font-size: 2.6rem } h3 { font-size: 1.1rem }
-h2 { font-size: 1.6rem; margin: 0 0 1.25rem }
-small { color: var(--muted); font-size: .9rem; margin-left: .5rem }
-b { font-weight: 600; white-space: nowrap } summary { cursor: pointer }
-body > header p { color: var(--muted); margin: 0; letter-spacing: .04em }
-section { margin-top: 3.5rem } .wide { overflow-x: auto; margin: 0 0 1.5rem }
-table { border-collapse: collapse; white-space: nowrap; overflow-wrap: normal }
-th, td { text-align: right; padding: .35rem .6rem; border-bottom: 1px solid var(--rule) }
-th { font-weight: 500; color: var(--muted) }
-th:first-child { text-align: left; padding-left: 0 }
-tr:first-child th { white-space: normal; vertical-align: bottom }
-pre { white-space: pre-wrap; padding: 1rem; border: 1px solid var(--rule); font-size: 12.5px }
-mark { background: color-mix(in srgb, var(--no) 22%, transparent); color: inherit }
-@media print {
-  :root { color-scheme: light; --paper: #fff }
-  body { padding: 0 5px; font-size: 8pt } h2 { break-after: avoid }
-  details::details-content { content-visibility: visible; block-size: auto }
-}
-"""
+def report(folders):
+    """Makes the page of some runs, in the only one's folder or beside the first. -> its path."""
+    folders = list(dict.fromkeys(map(Path, folders)))
+    runs, sections, damaged = {}, [], []
+    for folder in folders:
+        if not {"metrics.jsonl", "results.json", "samples"} & {p.name for p in folder.glob("*")}:
+            raise ValueError(f"{folder}: no run; name a folder of train.py, eval.py or loop.py")
+        name = os.path.relpath(folder, folders[0].absolute().parent)
+        rows = {}
+        for file in ("metrics.jsonl", "seconds.jsonl"):
+            for iteration, row in read(folder / file, numbered, damaged):
+                rows.setdefault(iteration, {}).update(row)
+        runs[name] = sorted(rows.items())
+        files = sorted(folder.glob("samples/*.json"), key=lambda file: (len(file.name), file.name))
+        ends = files[:1] + files[1:][-1:]
+        galleries = [found for file in ends for found in read(file, gallery, damaged)]
+        sections += [
+            (f"Results of {name}", read(folder / "results.json", tables, damaged)),
+            (f"Before and after training {name}", before_and_after(galleries)),
+            (f"Trajectories of {name}", [cards for _, cards in galleries[-1:]]),
+            (f"Command of {name}", read(folder / "command.txt", verbatim, damaged)),
+            (f"Config of {name}", read(folder / "config.yaml", verbatim, damaged)),
+        ]
+    curves = [chart(title, figures, runs) for title, figures in CHARTS.items()]
+    files = [html(", ".join(dict.fromkeys(damaged)))]
+    sections = [("Damaged files", files), ("Curves", curves), *sections]
+    parts = [(title, "".join(contents)) for title, contents in sections]
+    body = "".join(f"<h2>{html(title)}</h2>{content}" for title, content in parts if content)
+    path = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
+    write(path, PAGE.format(title=html(", ".join(runs)), style=STYLE, body=body))
+    return path
 
-TEMPLATE = """<!doctype html>
+
+def write(path, text):
+    """Writes a file aside and renames it, so that nobody ever reads half of it."""
+    aside = Path(f"{path}.{os.getpid()}.aside")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(aside, path)
+
+
+def read(path, use, damaged):
+    """[use(text)] of a file, or of each line of a .jsonl file, without what is damaged."""
+    if not path.is_file():
+        return []
+    text, found = path.read_text("utf-8", "replace"), []
+    for part in text.splitlines() if path.suffix == ".jsonl" else [text]:
+        try:
+            found.append(use(part))
+        except Exception:  # a damaged file can break anything
+            damaged.append(str(path))
+    return found
+
+
+def numbered(line):
+    row = json.loads(line)
+    return int(row["iteration"]), row
+
+
+def html(text):
+    return escape(visible(text))
+
+
+def visible(text):
+    """Control characters and lone surrogates become escapes that one can see."""
+    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def verbatim(text):
+    return f"<pre>{html(text)}</pre>"
+
+
+def tables(text):
+    parts = []
+    for table in json.loads(text)["tables"]:
+        rows = [f"<tr><td>{'<td>'.join(map(html, row))}" for row in table["cells"]]
+        parts.append(f'<div class="wide"><table><caption>{html(table["title"])}</caption>')
+        parts.append(f"{''.join(rows)}</table></div>")
+    return "".join(parts)
+
+
+def gallery(text):
+    """Trajectories of a file in samples/: (as data, as HTML)."""
+    samples = json.loads(text)
+    note = f"<p>The first {SHOWN} of {len(samples)}.</p>" if len(samples) > SHOWN else ""
+    return samples[:SHOWN], note + "".join(map(article, samples[:SHOWN]))
+
+
+def article(sample):
+    """A trajectory: of every step the image, its verdicts, and the edit that made it."""
+    steps, best, items = sample["steps"], sample["best"], []
+    for number, step in enumerate(steps):
+        verdicts = "".join(
+            f'<li class="{"yes" if p >= 0.5 else "no"}"><b>{p:.0%}</b>{html(asked)}'
+            f'<i style="--p:{p:.0%}"></i>'
+            for asked, p in step["verdicts"]
+        )
+        kind, answer = ("best", ", the answer") if number == best else ("", "")
+        items.append(
+            f'<li class="{kind}">{image(step)}<div><h4><b>{step["score"]:.2f}</b>'
+            f"image {number}{answer}</h4><ul>{verdicts}</ul><p>{html(edit(step, number))}</p>"
+            f"<em>{html(step['thought'])}</em></div>"
+        )
+    scores = f"{steps[0]['score']:.2f} → {steps[best]['score']:.2f}"
+    return (
+        f"<article><h3>{html(sample['prompt'])}</h3><p>{scores} · seed {sample['seed']}</p>"
+        f"<ol>{''.join(items)}</ol></article>"
+    )
+
+
+def image(step):
+    return f'<img src="{html(step["image"])}" alt="image of score {step["score"]:.2f}">'
+
+
+def before_and_after(galleries):
+    """The answers to the same prompts in the first gallery and in the last."""
+    known = {(old["prompt"], old["seed"]): old for samples, _ in galleries[:-1] for old in samples}
+    for new in galleries[-1][0] if known else ():
+        if old := known.get((new["prompt"], new["seed"])):
+            before, after = (sample["steps"][sample["best"]] for sample in (old, new))
+            scores = f"<b>{before['score']:.2f} → {after['score']:.2f}</b>"
+            yield f'<figure class="pair">{image(before)} {image(after)}'
+            yield f"<figcaption>{scores} {html(new['prompt'])}</figcaption></figure>"
+
+
+def chart(title, figures, runs):
+    """The curves of some figures of all runs, as SVG; "" if no run logged any."""
+    curves = [
+        (f"{run}: {label}" if len(runs) > 1 else label, line)
+        for name, label in figures.items()
+        for run, rows in runs.items()
+        if (line := [(x, row[name]) for x, row in rows if drawable(row.get(name))])
+    ]
+    if not curves:
+        return ""
+    xs, ys = zip(*[point for _, line in curves for point in line])
+    left, right, low, high = min(xs), max(xs), min(ys), max(ys)
+    paths, legend = [], []
+    for number, (label, line) in enumerate(curves):
+        look = f'class="curve" style="--hue:{255 + 137.5 * number}"'
+        ends = f"{line[0][1]:.3g} → {line[-1][1]:.3g}"
+        legend.append(f"<li {look}>{html(label)} <b>{ends}</b>")
+        # At most 400 points: the lowest and the highest of each stretch, to keep the peaks.
+        size = len(line) // 200 or 1
+        stretches = [line[start : start + size] for start in range(0, len(line), size)]
+        line = {pick(s, key=lambda point: point[1]) for s in stretches for pick in (min, max)}
+        across = 306 / (right - left or 1)
+        up = 150 / (high - low or 1)
+        points = [
+            f"{46 + across * (x - left):.1f} {164 - up * (y - low):.1f}" for x, y in sorted(line)
+        ]
+        paths.append(f'<path {look} d="M{"L".join(points)}h.1"/>')
+    return (
+        f'<figure><h3>{title}</h3><svg viewBox="0 0 360 186"><path d="M46 14h306M46 164h306"/>'
+        f'{"".join(paths)}<text x="40" y="18">{high:.2g}</text><text x="40" y="168">{low:.2g}'
+        f'</text><text x="52" y="182">{left}</text><text x="352" y="182">{right}</text></svg>'
+        f"<ul>{''.join(legend)}</ul></figure>"
+    )
+
+
+def drawable(value):
+    return type(value) in (int, float) and abs(value) < 1e99  # false for NaN, too
+
+
+def describe(trajectory):
+    """A trajectory as data for JSON, but for its images, which `record` writes as data URIs."""
+    graph = trajectory.graph
+    asked = [*graph.objects, *map(" ".join, graph.triples)]
+    steps = [
+        {
+            "score": float(step.reflection.score),
+            "verdicts": [[text, float(p)] for text, p in zip(asked, step.reflection.probs)],
+            "source": step.source,
+            "thought": step.thought,
+            "instruction": step.instruction,
+            "image": step.image,
+        }
+        for step in trajectory.steps
+    ]
+    best = trajectory.best_index
+    return {"prompt": graph.prompt(), "seed": trajectory.seed, "best": best, "steps": steps}
+
+
+def edit(step, number):
+    """What made image `number`, in words."""
+    if number == 0:
+        return "generated"
+    elsewhere = f" (image {step['source']})" if step["source"] != number - 1 else ""
+    return " ".join((step["instruction"] or "(malformed: no edit)").split()) + elsewhere
+
+
+def data_uri(image):
+    """A small image as PNG, exact; a large one as a thumbnail of a few kilobytes."""
+    file, image = io.BytesIO(), image.convert("RGB")
+    kind = "png" if max(image.size) <= 128 else "webp"
+    if kind == "webp":
+        image.thumbnail((SIDE, SIDE))
+    image.save(file, kind, quality=60)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def story(trajectory):
+    """A trajectory as text for the terminal, in the order things happened."""
+    sample = describe(trajectory)
+    lines = [sample["prompt"]]
+    for number, step in enumerate(sample["steps"]):
+        if number:
+            lines.append(f"    thinks: {' '.join(step['thought'].split())}")
+            lines.append(f"    edits:  {edit(step, number)}")
+        best = "  <- best" if number == sample["best"] else ""
+        lines.append(f"\n  image {number}: score {step['score']:.2f}{best}")
+        for asked, p in step["verdicts"]:
+            lines.append(f"    {'yes' if p >= 0.5 else ' no'} {p:4.0%}  {asked}")
+    return visible("\n".join(lines))
+
+
+def strip(trajectory):
+    """The images of a trajectory in a row, with score and edit below. -> PIL image."""
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+    sample, margin, images = describe(trajectory), 12, []
+    for step in sample["steps"]:  # an enlarged image shows its pixels
+        method = Image.NEAREST if max(step["image"].size) < SIDE else Image.LANCZOS
+        images.append(ImageOps.contain(step["image"], (SIDE, SIDE), method))
+    bottom = margin + max(image.height for image in images)
+    canvas = Image.new("RGB", (len(images) * (SIDE + margin) + margin, bottom + 84), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    for number, (image, step) in enumerate(zip(images, sample["steps"])):
+        left = margin + number * (SIDE + margin)
+        canvas.paste(image, (left, margin))
+        color = "#188038" if all(p >= 0.5 for _, p in step["verdicts"]) else "#c5221f"
+        frame = (left - 3, margin - 3, left + image.width + 2, margin + image.height + 2)
+        width, best = (3, ", best") if number == sample["best"] else (1, "")
+        draw.rectangle(frame, outline=color, width=width)
+        draw.text((left, bottom + 8), f"score {step['score']:.2f}{best}", color, font)
+        text = textwrap.fill(visible(edit(step, number)), 30, max_lines=3, placeholder=" …")
+        draw.text((left, bottom + 28), text, "#202124", font)
+    return canvas
+
+
+def save_images(trajectory, folder):
+    """Writes 0.png, 1.png, ... and strip.png; removes what a longer trajectory left there."""
+    folder, number = Path(folder), len(trajectory.steps)
+    folder.mkdir(parents=True, exist_ok=True)
+    while (folder / "strip.png").exists() and (folder / f"{number}.png").exists():
+        (folder / f"{number}.png").unlink()
+        number += 1
+    for number, step in enumerate(trajectory.steps):
+        step.image.save(folder / f"{number}.png")
+    strip(trajectory).save(folder / "strip.png")
+
+
+STYLE = """
+:root { color-scheme: light dark; --paper: light-dark(#fdfcf9, #17181b);
+  --ink: light-dark(#22201c, #e7e4dd); --muted: light-dark(#6f6a61, #9d988e);
+  --rule: light-dark(#e4dfd5, #34363b); --yes: light-dark(#2c7a4b, #6cc493);
+  --no: light-dark(#b3372b, #f08b7c) }
+* { box-sizing: border-box; margin: 0; padding: 0; list-style: none }
+body { background: var(--paper); color: var(--ink); max-width: 72rem; margin: auto;
+  padding: 3rem 1.25rem; font: 14px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+h1, h2, h3 { font: 500 1.1rem/1.25 "Iowan Old Style", Palatino, Georgia, serif }
+h1 { font-size: 2.6rem } h2 { font-size: 1.6rem; margin: 3rem 0 1.25rem } b { font-weight: 600 }
+header p, h3 + p, caption, figcaption, em { color: var(--muted) } h4 { font-weight: 500 }
+.wide { overflow-x: auto } table { border-collapse: collapse; white-space: nowrap }
+td { text-align: right; padding: .35rem .55rem; border-bottom: 1px solid var(--rule);
+  font-variant-numeric: tabular-nums } tr:first-child, td:first-child { font-weight: 500 }
+caption, td:first-child { text-align: left } .wide + .wide { margin-top: 2rem }
+pre { white-space: pre-wrap; padding: 1rem; border: 1px solid var(--rule) }
+figure { display: inline-block; vertical-align: top; margin: 0 1.5rem 2rem 0;
+  width: min(100%, 21.5rem) }
+.pair { width: 9.25rem } .pair img { width: 47% }
+text { font-size: 10.5px; fill: var(--muted); text-anchor: end }
+path { stroke: var(--rule); fill: none; stroke-linecap: round; stroke-linejoin: round }
+.curve { color: light-dark(oklch(.5 .13 var(--hue)), oklch(.78 .11 var(--hue))) }
+path.curve { stroke: currentColor; stroke-width: 1.75 }
+article { border-top: 1px solid var(--rule); padding: 1rem 0 2rem }
+ol { display: grid; gap: 1.5rem; margin-top: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(var(--column, 230px), 1fr)) }
+img { width: 100%; border-radius: 3px } img[src^="data:image/png"] { image-rendering: pixelated }
+.best img { outline: 3px solid; outline-offset: 2px } article b { float: right }
+article ul { margin: .4rem 0 } article ul li { margin-bottom: .3rem } .no { color: var(--no) }
+i { display: block; clear: both; height: 3px; background:
+  linear-gradient(currentColor 0 0) 0 / var(--p) 100% no-repeat var(--rule) }
+.yes i { color: var(--yes) }
+@media (max-width: 40rem) { ol { --column: 100% }
+  ol > li { display: grid; grid-template-columns: 2fr 3fr; gap: 1rem; align-items: start } }
+@media print { :root { color-scheme: light; --paper: #fff } body { padding: 0; font-size: 8pt }
+  article, figure { break-inside: avoid } h2 { break-after: avoid } ol { --column: 120px } }
+"""
+PAGE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta http-equiv="Content-Security-Policy"
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="color-scheme" content="light dark">
-<link rel="icon" href="data:,">
 <title>{title} · RL-RIG</title>
 <style>{style}</style>
-<body>
 <header><p>RL-RIG · Generate, Reflect, Edit</p><h1>{title}</h1></header>
 <main>{body}</main>
-</body>
 </html>
 """
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Makes the page of runs; compares several.")
+    parser = argparse.ArgumentParser(description="Makes the page of a run, or compares several.")
     parser.add_argument("runs", nargs="+", metavar="run", help="folder, such as runs/phase1")
+    sys.stdout.reconfigure(errors="backslashreplace")  # a locale may not have a path's letters
     try:
         print(report(parser.parse_args().runs))
     except (ValueError, OSError) as error:
