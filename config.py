@@ -13,9 +13,9 @@ or data file that is not there is looked for in the folder of the YAML file.
 import difflib
 import json
 import math
-import os
 import re
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from os.path import dirname, exists, expanduser, expandvars, isdir, isfile, join
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
 
@@ -41,46 +41,34 @@ def one_of(pattern):
 def is_model(path):
     """A folder or a Hub id. A wrong path into an existing folder is not mistaken for a Hub id."""
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path, re.ASCII)
-    return os.path.isdir(path) or (hub_id and not os.path.exists(path.split("/")[0]))
+    return isdir(path) or (hub_id and not exists(path.split("/")[0]))
+
+
+def is_run(path):
+    """Not empty, and without a `~` or `$VAR` that could not be expanded."""
+    return re.fullmatch(r"[^~$\s][^$]*", path)
 
 
 Natural = Annotated[int, at_least(0)]
 Count = Annotated[int, at_least(1)]
+Phase = Annotated[int, Rule("1 or 2", lambda phase: phase in (1, 2))]
 Seed = Annotated[int, Rule("from 0 to 2**31 - 1", lambda seed: 0 <= seed < 2**31)]
 NonNegative = Annotated[float, at_least(0)]
 Positive = Annotated[float, at_least(1e-9)]
 Template = Annotated[str, Rule("with {} where the instruction goes", lambda text: "{}" in text)]
-Words = Annotated[
-    list,
-    Rule(
-        "of str; put quotes around on, off, yes and no",
-        lambda words: all(type(word) is str for word in words),
-    ),
-]
-ModelPath = Annotated[str, Rule("an existing folder, or a Hub id owner/name", is_model, "input")]
-AdapterPath = Annotated[
-    str, Rule("an existing folder", lambda p: not p or os.path.isdir(p), "input")
-]
-DataPath = Annotated[
-    str,
-    Rule("an existing file; gpu/phase1.yaml tells how to get LAION-SG", os.path.isfile, "input"),
-]
-RunPath = Annotated[
-    str,
-    Rule(
-        "the name of a folder; every $VAR in it must be set",
-        re.compile(r"[^~$\s][^$]*").fullmatch,
-        "output",
-    ),
-]
+Words = Annotated[list, Rule("of str; quote on and off", lambda v: all(type(w) is str for w in v))]
+Model = Annotated[str, Rule("an existing folder, or a Hub id owner/name", is_model, "input")]
+Adapter = Annotated[str, Rule("an existing folder", lambda p: not p or isdir(p), "input")]
+DataFile = Annotated[str, Rule("an existing file; LAION-SG: see gpu/phase1.yaml", isfile, "input")]
+RunFolder = Annotated[str, Rule("a folder's name; every $VAR in it must be set", is_run, "output")]
 
 
 @dataclass
 class PartConfig:  # one part of the loop: which model, and how it runs
-    model: ModelPath  # folder or Hub id; parts with equal model, device and dtype share weights
-    device: Annotated[str, one_of(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")] = "auto"  # auto: GPU if any
+    model: Model  # folder or Hub id; parts with equal model, device and dtype share weights
+    device: Annotated[str, one_of(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")] = "auto"  # auto: cuda or cpu
     dtype: Annotated[str, one_of("auto|float32|bfloat16|float16")] = "auto"  # auto: bf16 on cuda
-    batch_size: Count = 64  # images or questions at a time; phase 1 samples group_size times more
+    batch_size: Count = 64  # images or questions at a time (phase 1 samples: times group_size)
 
 
 @dataclass
@@ -90,9 +78,9 @@ class ModelConfig(PartConfig):  # a VLM: the Checker, or a judge
 
 @dataclass
 class ActorConfig(ModelConfig):
-    max_new_tokens: Count = 256  # of a completion
+    max_new_tokens: Count = 256  # longest completion, in tokens
     temperature: Positive = 1.0  # of sampling
-    adapter: AdapterPath = ""  # folder of a LoRA adapter that phase 1 trained; "": none
+    adapter: Adapter = ""  # folder of a LoRA adapter that phase 1 trained; "": none
     checkpointing: bool = False  # phase 1 recomputes activations: less memory, a third more time
 
 
@@ -104,13 +92,13 @@ class PipelineConfig(PartConfig):  # the Diffuser
 @dataclass
 class EditorConfig(PipelineConfig):
     template: Template = "{}"  # text that the pipeline reads; {} stands for the instruction
-    adapter: AdapterPath = ""  # folder of a LoRA adapter that phase 2 trained; "": none
+    adapter: Adapter = ""  # folder of a LoRA adapter that phase 2 trained; "": none
     checkpointing: bool = False  # phase 2 recomputes activations: less memory, a third more time
 
 
 @dataclass
 class EvaluationConfig:
-    data: DataPath  # prompts, in any format that sgiou.load_graphs reads
+    data: DataFile  # prompts, in any format that sgiou.load_graphs reads
     limit: Count = 300  # the first prompts of the file; --full takes all
     seed: Seed = 0  # of the first prompt's image; the next prompts take the next seeds
     exact: bool = False  # also measure by the pixel parser: embedded world only
@@ -119,10 +107,10 @@ class EvaluationConfig:
 
 @dataclass
 class LoopConfig:  # what every entry point needs (eval.yaml)
-    diffuser: PipelineConfig
-    checker: ModelConfig
-    actor: ActorConfig
-    editor: EditorConfig
+    diffuser: PipelineConfig  # prompt -> image; frozen
+    checker: ModelConfig  # image -> verdicts and score; frozen
+    actor: ActorConfig  # image, prompt, verdicts -> instruction; trained in phase 1
+    editor: EditorConfig  # image, instruction -> image; trained in phase 2
     relations: Words  # the relation words of typed prompts and of scene-graph extraction
     rounds: Natural = 3  # most edits of a trajectory; 0: generate only
     offload: bool = False  # models take turns on the GPU; the others wait in main memory
@@ -131,17 +119,17 @@ class LoopConfig:  # what every entry point needs (eval.yaml)
 
 @dataclass
 class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
-    phase: Annotated[int, Rule("1 or 2", (1, 2).__contains__)] | None = None  # that the file is for
-    rounds: Count = 3  # rollouts in a row, each from the best image so far
-    data: DataPath = "tiny/data/train.json"  # training prompts; no label is used
+    phase: Phase | None = None  # which phase this file is for; null: either
+    rounds: Count = 3  # rollouts of a trajectory, each from the best image so far
+    data: DataFile = "tiny/data/train.json"  # training prompts; no label is used
     data_limit: Natural = 0  # the first prompts of the file; 0: all
-    validation: DataPath = "tiny/data/val.json"  # validation prompts
+    validation: DataFile = "tiny/data/val.json"  # validation prompts
     validation_limit: Count = 60  # the first prompts of the file
     validate_every: Count = 10  # iterations
     exact: bool = False  # also log the exact SG-IoU of validation: embedded world only
-    run: RunPath = "runs/phase1"  # folder for adapter, checkpoint and metrics
+    run: RunFolder = "runs/phase1"  # folder for adapter, checkpoint and metrics
     seed: Seed = 0  # of all randomness of the run
-    iterations: Natural = 50  # each is a rollout and its updates
+    iterations: Natural = 50  # each of `rounds` rollouts and `updates` optimizer steps
     groups: Count = 8  # states of round 1 in an iteration; later rounds add to them
     group_size: Annotated[int, at_least(2)] = 8  # G, samples of one state
     rank: Count = 16  # of the LoRA adapter
@@ -149,7 +137,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     warmup: Natural = 5  # iterations of linear warm-up
     max_grad_norm: Positive = 1.0  # larger gradients are scaled down to this norm
     clip_low: NonNegative = 0.2  # the ratio rho is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: NonNegative = 0.28
+    clip_high: NonNegative = 0.28  # see clip_low
     kl: NonNegative = 0.01  # weight of the KL to the model without adapter; 0 skips that pass
     advantage_eps: Positive = 0.05  # added to the std so that Checker noise is not amplified
     flat_range: NonNegative = 0.02  # groups whose rewards span no more than this are left out
@@ -181,11 +169,11 @@ def load_config(path, schema, overrides=()):
             *sections, last = key.split(".")
             place = values
             for name in sections:
-                inner = place.get(name)
-                place[name] = dict(inner) if isinstance(inner, dict) else {}  # aliases share it
+                inner = place.get(name)  # copied below, because YAML aliases may share it
+                place[name] = dict(inner) if isinstance(inner, dict) else {}
                 place = place[name]
             place[last] = read_yaml(text, f"override {override!r}: ")
-        return fill(schema, values, "", os.path.dirname(path))
+        return fill(schema, values, "", dirname(path))
     except (OSError, ValueError) as error:
         raise ValueError(" ".join(f"{path}: {error}".split())) from None  # one line
 
@@ -241,17 +229,17 @@ def check(kind, value, key, folder):
         kind = get_args(kind)[0]
     if is_dataclass(kind):
         return fill(kind, value, f"{key}.", folder)
-    kind, rule = get_args(kind) or (kind, Rule("", lambda value: True))  # such as a plain bool
+    kind, rule = get_args(kind) or (kind, Rule("", lambda value: True))  # a plain bool, str, dict
     if kind is str and value is None:  # "key:" or, on the command line, "key="
         value = ""
     if kind is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
     if rule.path and type(value) is str:
-        value = os.path.expanduser(os.path.expandvars(value))
-        beside = os.path.join(folder, value)  # `value` itself if it is absolute
-        if rule.path == "input" and value and not os.path.exists(value) and os.path.exists(beside):
+        value = expanduser(expandvars(value))
+        beside = join(folder, value)  # `value` itself if it is absolute
+        if rule.path == "input" and value and not exists(value) and exists(beside):
             value = beside
-    if type(value) is not kind or not rule.accepts(value):  # isinstance would take True for an int
+    if type(value) is not kind or not rule.accepts(value):  # isinstance takes True for an int
         wanted = f"{kind.__name__} ({rule.wanted})" if rule.wanted else kind.__name__
         raise ValueError(f"key '{key}' is {value!r:.200}; make it {wanted}")
     return check_call(value, key) if kind is dict else value
