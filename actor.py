@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import pad
 
-from grpo import chunked_token_log_probs, completion_mask
+from grpo import chunked_token_log_probs, completion_mask, token_log_probs
 
 SYSTEM = (
     "You repair pictures that do not fit their prompt. Think about what is wrong and how one edit "
@@ -252,4 +252,4 @@ class _LogProbRecorder:
         """ids (N,): the tokens that were sampled from the last logits."""
         if self.logits is not None:
             logits, ids = self.logits[:, None], ids[:, None]  # (N, 1, V), (N, 1)
-            self.columns.append(chunked_token_log_probs(logits, ids, self.temperature))
+            self.columns.append(token_log_probs(logits, ids, self.temperature))
