@@ -62,6 +62,11 @@ class Trajectory:
         """The best-scored step: the answer."""
         return self.steps[self.best_index]
 
+    @property
+    def step_seed(self):
+        """Seed of the next step: a prompt gives the same trajectory alone or among others."""
+        return self.seed + 1_000_003 * len(self.steps)
+
 
 class Loop:
     """The four parts, composed. rounds: the most edits of a trajectory."""
@@ -98,7 +103,7 @@ class Loop:
             [t.best.image for t in active],
             [t.graph.prompt() for t in active],
             [t.best.reflection.feedback for t in active],
-            seed=active[0].seed * 1000 + len(active[0].steps),
+            seeds=[t.step_seed for t in active],
         )
         edited = []
         for t, thought, instruction in zip(active, proposals.thoughts, proposals.instructions):
@@ -111,7 +116,7 @@ class Loop:
         images = self.editor.edit(
             [step.image for _, step in edited],
             [step.instruction for _, step in edited],
-            [t.seed + 1_000_003 * len(t.steps) for t, _ in edited],
+            [t.step_seed for t, _ in edited],
         )
         reflections = self.checker.check(images, [t.graph for t, _ in edited])
         for (t, step), image, reflection in zip(edited, images, reflections):

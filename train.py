@@ -101,8 +101,8 @@ def phase1(loop, config, resume=False, changed=False):
                 [state.image for state in states],
                 [state.graph.prompt() for state in states],
                 [state.reflection.feedback for state in states],
+                seeds=range(seed, seed + len(states)),
                 n=G,
-                seed=seed,
             )
             starts = [state for state in states for _ in range(G)]  # (N)
             groups = [group for group in range(len(states)) for _ in range(G)]  # (N)
@@ -209,7 +209,7 @@ def phase2(loop, config, resume=False, changed=False):
                 [state.image for state in states],
                 [state.graph.prompt() for state in states],
                 [state.reflection.feedback for state in states],
-                seed=seed,
+                seeds=range(seed, seed + len(states)),
             )
             pairs = [
                 (state, instruction)
