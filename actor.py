@@ -34,9 +34,13 @@ ADAPTER = "actor"
 TARGETS = r".*(language|text)_model\..*(q|k|v|o|gate|up|down)_proj"
 
 
-def request(prompt, feedback):
-    """The user message: the prompt, and what the Checker found missing or wrong."""
-    return f"Prompt: {prompt}. {feedback or 'nothing is wrong'}."
+def request(prompt, feedback, tried=()):
+    """The user message: the prompt, what the Checker found missing or wrong, and what was tried.
+
+    tried: instructions that were carried out on this very image and did not make it better.
+    """
+    text = f"Prompt: {prompt}. {feedback or 'nothing is wrong'}."
+    return f"{text} Tried without success: {'; '.join(tried)}." if tried else text
 
 
 def parse_completion(text):
@@ -119,15 +123,16 @@ class Actor:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
         return cls(model.to(device), AutoProcessor.from_pretrained(path), **settings)
 
-    def propose(self, images, prompts, feedback, seeds, n=1):
+    def propose(self, images, prompts, feedback, seeds, n=1, tried=None):
         """Sample n completions for each of B images.
 
         Args: images: B PIL images; prompts: B strings; feedback: B strings, as in
-        `Reflection.feedback`; seeds: B ints. Completion k of an image depends on its seed and k, not
-        on what else is in the batch.
+        `Reflection.feedback`; seeds: B ints; tried: B lists of instructions, see `request`.
+        Completion k of an image depends on its seed and on k, not on what else is in the batch.
         Returns `Proposals` of N = B * n completions.
         """
-        chats = [self.chat(*texts) for texts in zip(prompts, feedback, strict=True)]
+        tried = tried or [()] * len(images)
+        chats = [self.chat(*texts) for texts in zip(prompts, feedback, tried, strict=True)]
         images = [image for image in images for _ in range(n)]  # (N)
         chats = [chat for chat in chats for _ in range(n)]  # (N)
         random_numbers = [Random(f"{seed} {k}") for seed in seeds for k in range(n)]  # (N)
@@ -178,9 +183,9 @@ class Actor:
         self.model.eval()
         return chunked_token_log_probs(logits[:, :-1], ids, self.temperature)
 
-    def chat(self, prompt, feedback):
+    def chat(self, prompt, feedback, tried=()):
         """The chat prompt (str) that asks for a completion."""
-        text = request(prompt, feedback)
+        text = request(prompt, feedback, tried)
         messages = [
             {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},

@@ -32,7 +32,7 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -57,6 +57,7 @@ class State:
     graph: SceneGraph
     image: object
     reflection: object
+    tried: tuple = ()  # instructions that were carried out on this image and did not help
 
 
 @dataclass
@@ -102,6 +103,7 @@ def phase1(loop, config, resume=False, changed=False):
                 [state.graph.prompt() for state in states],
                 [state.reflection.feedback for state in states],
                 seeds=range(seed, seed + len(states)),
+                tried=[state.tried for state in states],
                 n=G,
             )
             starts = [state for state in states for _ in range(G)]  # (N)
@@ -133,7 +135,7 @@ def phase1(loop, config, resume=False, changed=False):
                 for outcome, instruction in zip(outcomes, proposals.instructions)
             ]  # (N)
             rounds.append(Samples(starts, outcomes, rewards, groups, proposals))
-            states = next_states(starts, outcomes, G, rng)
+            states = next_states(starts, outcomes, proposals.instructions, G, rng)
 
         # 5. Advantages, and micro-batches of R completions. Flat groups and padding are masked out.
         batches = []  # (proposals, rows, advantages (R, 1), mask (R, T))
@@ -210,6 +212,7 @@ def phase2(loop, config, resume=False, changed=False):
                 [state.graph.prompt() for state in states],
                 [state.reflection.feedback for state in states],
                 seeds=range(seed, seed + len(states)),
+                tried=[state.tried for state in states],
             )
             pairs = [
                 (state, instruction)
@@ -254,7 +257,7 @@ def phase2(loop, config, resume=False, changed=False):
             ]
             rewards = [reflection.score for reflection in reflections]  # (N)
             rounds.append(Samples(starts, outcomes, rewards, groups, rollouts))
-            states = next_states(starts, outcomes, G, rng)
+            states = next_states(starts, outcomes, instructions, G, rng)
 
         # 5. Advantages, and micro-batches: one recorded step of R edits each. Flat groups are
         # masked out.
@@ -321,19 +324,25 @@ def unsatisfied_images(loop, graphs, config, iteration):
     return states[: config.groups], 1 - len(states) / max(generated, 1)
 
 
-def next_states(starts, outcomes, group_size, rng):
+def next_states(starts, outcomes, instructions, group_size, rng):
     """The states of the next round: one per group, as the loop would go on.
 
-    Continue from one random sample of the group if it scored higher than the image it started from,
-    otherwise from that image. A state that satisfies the Checker is done.
+    Continue from one random sample of the group if it scored higher than the image it started from.
+    Otherwise continue from that image; its Actor will read that the instruction did not help.
+    A state that satisfies the Checker is done.
     """
     states = []
     for start in range(0, len(starts), group_size):
         member = start + rng.randrange(group_size)
-        before, after = starts[member], outcomes[member]
-        better = after if after.reflection.score > before.reflection.score else before
-        if not better.reflection.satisfied:
-            states.append(better)
+        before, after, instruction = starts[member], outcomes[member], instructions[member]
+        if after.reflection.score > before.reflection.score:
+            state = after
+        elif instruction in (None, "none", *before.tried):
+            state = before
+        else:
+            state = replace(before, tried=(*before.tried, instruction))
+        if not state.reflection.satisfied:
+            states.append(state)
     return states
 
 
@@ -388,7 +397,9 @@ def summarize(rounds, solved, config):
         "solved_at_once": solved,
         "samples": len(rewards),
         "groups": len(rewards) // config.group_size,
-        "flat_groups": mean([not kept for samples in rounds for kept in samples.advantages(config)[1]]),
+        "flat_groups": mean(
+            [not kept for samples in rounds for kept in samples.advantages(config)[1]]
+        ),
         "skipped": 0,
     }
 
@@ -542,7 +553,9 @@ class Run:
         short = {"flat_groups": "flat", "replay_error": "replay", "ratio_error": "max|rho-1|"}
         short |= {"grad_norm": "grad", "clipped_low": "clip-", "clipped_high": "clip+"}
         names = ["reward", "before", "kl", "malformed", *short, "val_checker", "val_sg_iou"]
-        shown = [f"{short.get(name, name)} {figures[name]:.3g}" for name in names if name in figures]
+        shown = [
+            f"{short.get(name, name)} {figures[name]:.3g}" for name in names if name in figures
+        ]
         self.say(f"{done:4d}  {'  '.join(shown)}{end}")
 
     def say(self, line):

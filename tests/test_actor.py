@@ -24,6 +24,9 @@ PROMPT = "red circle left of blue square"
 def test_request():
     assert request(PROMPT, "") == f"Prompt: {PROMPT}. nothing is wrong."
     assert request(PROMPT, "missing: owl") == f"Prompt: {PROMPT}. missing: owl."
+    assert request(PROMPT, "missing: owl", ["add an owl", "add owls"]) == (
+        f"Prompt: {PROMPT}. missing: owl. Tried without success: add an owl; add owls."
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,6 +134,14 @@ def test_several_completions_of_an_image_are_neighbors(actor, states):
     assert proposals.ids.shape == proposals.mask.shape == proposals.log_probs.shape
     assert len(proposals.instructions) == 6
     assert proposals.mask.any(1).all()
+
+
+@needs_models
+def test_the_actor_reads_what_was_tried(actor, states):
+    tried = [[], ["add a red circle", "swap them"]]
+    proposals = actor.propose(*first(states, 2), seeds=[0, 1], tried=tried)
+    assert "Tried" not in proposals.prompts[0]
+    assert "Tried without success: add a red circle; swap them." in proposals.prompts[1]
 
 
 def completion(proposals, row):
