@@ -1,24 +1,28 @@
 """Generate-Reflect-Edit: the loop of RL-RIG (arXiv 2602.19974).
 
-    image = diffuser.generate(prompt)
+image = diffuser.generate(prompt)
+reflection = checker.check(image)
+repeat up to `rounds` times, until the best image so far satisfies the Checker:
+    image, reflection = the best-scored so far
+    thought, instruction = actor.propose(image, prompt, feedback of the reflection)
+    image = editor.edit(image, instruction)
     reflection = checker.check(image)
-    repeat up to `rounds` times, until the best image so far satisfies the Checker:
-        image, reflection = the best-scored so far
-        thought, instruction = actor.propose(image, prompt, feedback of the reflection)
-        image = editor.edit(image, instruction)
-        reflection = checker.check(image)
-    the answer is the best-scored image of the trajectory, not the last one
+the answer is the best-scored image of the trajectory, not the last one
 
-    python loop.py "red circle left of blue square; green triangle above red circle" --seed 3
+python loop.py "red circle left of blue square; green triangle above red circle" --seed 3
 """
 
 import argparse
+import difflib
 import inspect
+import logging
 import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from config import LoopConfig, load_config
 from report import record, save_images, story
@@ -166,10 +170,8 @@ def build(config):
         temperature=config.actor.temperature,
         recompute=config.actor.checkpointing,
     )
-    for name, part in (("diffuser", diffuser), ("editor", editor)):
-        kind = type(part.pipeline)
-        if unknown := set(part.call) - set(inspect.signature(kind.__call__).parameters):
-            raise ValueError(f"key '{name}.call': {kind.__name__} takes no {', '.join(unknown)}")
+    check_call("diffuser.call", type(diffuser.pipeline), diffuser.call)
+    check_call("editor.call", type(editor.pipeline), editor.call)
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
             _named(f"{name}.adapter", part.load_adapter, folder)
@@ -179,7 +181,70 @@ def build(config):
         for pipeline in {diffuser.pipeline, editor.pipeline}:
             pipeline.enable_model_cpu_offload()  # text encoders, transformer, VAE in turn
             pipeline.transformer.to("cuda")  # where Adam's state of a resumed run has to be
+    # From here on diffusers may say, once, that it ignores an argument of a call.
+    diffusers.utils.logging.set_verbosity_warning()
+    logging.getLogger("diffusers").handlers[0].addFilter(first_of_its_place())
     return Loop(diffuser, checker, actor, editor, config.rounds)
+
+
+def check_call(key, kind, call):
+    """Compare the arguments of a pipeline's call with the signature of its class.
+
+    Raises ValueError for an argument that is unknown, of another type, or without effect.
+    """
+    takes = inspect.signature(kind.__call__).parameters
+    types = get_type_hints(kind.__call__)
+    for name, value in call.items():
+        if name not in takes:
+            near = difflib.get_close_matches(name, takes, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"key '{key}': {kind.__name__} takes no {name}{hint}")
+        wanted = types.get(name, Any)
+        if not fits(value, wanted) and not (value is None and takes[name].default is None):
+            wanted = getattr(wanted, "__name__", None) if isinstance(wanted, type) else wanted
+            raise ValueError(
+                f"key '{key}.{name}' is {value!r:.100}; {kind.__name__} takes {wanted}"
+            )
+    sigmas = call.get("sigmas")
+    if sigmas is not None:
+        if not sigmas or not all(a > b for a, b in zip([1.000001, *sigmas], [*sigmas, 0])):
+            raise ValueError(
+                f"key '{key}.sigmas' is {sigmas}; make it fall from at most 1 to above 0"
+            )
+        if call.get("num_inference_steps", len(sigmas)) != len(sigmas):
+            raise ValueError(
+                f"key '{key}': sigmas are {len(sigmas)} steps; drop num_inference_steps"
+            )
+    if "true_cfg_scale" in takes:
+        guided = call.get("true_cfg_scale", takes["true_cfg_scale"].default) > 1
+        has_prompt = call.get("negative_prompt") is not None
+        if guided != has_prompt and ("true_cfg_scale" in call or has_prompt):
+            raise ValueError(
+                f"key '{key}': true_cfg_scale above 1 and negative_prompt need one another"
+            )
+
+
+def fits(value, kind):
+    """Whether a value from YAML fits a type annotation. Dictionaries never do: nobody checks them."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(fits(value, each) for each in inner)
+    if origin in (list, tuple):
+        return isinstance(value, list) and all(fits(each, inner[0]) for each in value)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind or (kind is Any and not isinstance(value, dict))
+
+
+def first_of_its_place():
+    """A filter for logging that lets through one message per line of code that logs."""
+    seen = set()
+
+    def is_first(record):
+        place = record.pathname, record.lineno
+        return not (place in seen or seen.add(place))
+
+    return is_first
 
 
 def device_and_dtype(part):
@@ -224,7 +289,9 @@ def read_prompts(path, relations):
 
 def main():
     parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, images out.")
-    parser.add_argument("prompt", nargs="*", help='"red circle left of blue square; ...", key=value')
+    parser.add_argument(
+        "prompt", nargs="*", help='"red circle left of blue square; ...", key=value'
+    )
     parser.add_argument("--prompts", help="a file instead: one prompt per line, or LAION-SG JSON")
     parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
     parser.add_argument("--rounds", type=int, help="most edits of an image")

@@ -290,6 +290,9 @@ def phase2(loop, config, resume=False, changed=False):
                     if update == 0:
                         errors = (log_probs.detach() - recorded).abs()[mask]
                         check_on_policy(errors, errors.max().item(), config, figures)
+                    # E[log rho] = -KL(old, new): with thousands of dimensions rho falls below the
+                    # clip range whatever the advantage. GRPO-Guard (2510.22319) adds the KL back.
+                    log_probs = log_probs + gaussian_kl(mean, step.mean, std)[:, None]
                     loss, stats = clipped_loss(
                         log_probs, recorded, advantages, mask, count, *clip_bounds
                     )
@@ -388,7 +391,9 @@ def summarize(rounds, solved, config):
         "solved_at_once": solved,
         "samples": len(rewards),
         "groups": len(rewards) // config.group_size,
-        "flat_groups": mean([not kept for samples in rounds for kept in samples.advantages(config)[1]]),
+        "flat_groups": mean(
+            [not kept for samples in rounds for kept in samples.advantages(config)[1]]
+        ),
         "skipped": 0,
     }
 
@@ -413,7 +418,7 @@ def mean(values):
 
 def check_window(editor, config):
     """Raise ValueError if the SDE window may reach the last denoising step, which is the ODE's."""
-    steps = editor.call.get("num_inference_steps", math.inf)
+    steps = len(editor.call.get("sigmas") or "") or editor.call.get("num_inference_steps", math.inf)
     if config.window_start + config.window >= steps:
         raise ValueError(
             f"keys 'window_start', 'window': the window may reach step {config.window_start} + "
@@ -542,7 +547,9 @@ class Run:
         short = {"flat_groups": "flat", "replay_error": "replay", "ratio_error": "max|rho-1|"}
         short |= {"grad_norm": "grad", "clipped_low": "clip-", "clipped_high": "clip+"}
         names = ["reward", "before", "kl", "malformed", *short, "val_checker", "val_sg_iou"]
-        shown = [f"{short.get(name, name)} {figures[name]:.3g}" for name in names if name in figures]
+        shown = [
+            f"{short.get(name, name)} {figures[name]:.3g}" for name in names if name in figures
+        ]
         self.say(f"{done:4d}  {'  '.join(shown)}{end}")
 
     def say(self, line):
