@@ -15,7 +15,7 @@
 """
 
 import argparse
-import inspect
+import logging
 import os
 import re
 import sys
@@ -168,7 +168,7 @@ def build(config):
 
     from actor import Actor
     from checker import Checker
-    from diffuser import Diffuser
+    from diffuser import Diffuser, check_call
     from editor import Editor
 
     diffusers.utils.logging.disable_progress_bar()
@@ -201,10 +201,8 @@ def build(config):
         actor = Actor(checker.model, checker.processor, **for_actor)
     else:
         actor = load(Actor, "actor", for_actor)
-    for name, part in (("diffuser", diffuser), ("editor", editor)):
-        kind = type(part.pipeline)
-        if unknown := set(part.call) - set(inspect.signature(kind.__call__).parameters):
-            raise ValueError(f"key '{name}.call': {kind.__name__} takes no {', '.join(unknown)}")
+    check_call("diffuser.call", type(diffuser.pipeline), diffuser.call)
+    check_call("editor.call", type(editor.pipeline), editor.call)
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
             _named(f"{name}.adapter", part.load_adapter, folder)
@@ -214,7 +212,21 @@ def build(config):
         for pipeline in {diffuser.pipeline, editor.pipeline}:
             pipeline.enable_model_cpu_offload()  # text encoders, transformer, VAE in turn
             pipeline.transformer.to("cuda")  # where Adam's state of a resumed run has to be
+    # From here on diffusers may say, once, that it ignores an argument of a call.
+    diffusers.utils.logging.set_verbosity_warning()
+    logging.getLogger("diffusers").handlers[0].addFilter(first_of_its_place())
     return Loop(diffuser, checker, actor, editor, config.rounds)
+
+
+def first_of_its_place():
+    """A filter for logging that lets through one message per line of code that logs."""
+    seen = set()
+
+    def is_first(record):
+        place = record.pathname, record.lineno
+        return not (place in seen or seen.add(place))
+
+    return is_first
 
 
 def device_and_dtype(part):

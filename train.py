@@ -300,7 +300,10 @@ def phase2(loop, config, resume=False):
                     log_probs = log_prob[:, None]  # (R, 1)
                     if update == 0:
                         check_on_policy(log_probs, old_log_probs, mask, torch.max, config, metrics)
-                    # 7. Update, as in phase 1.
+                    # 7. Update, as in phase 1. E[log rho] = -KL(old, new): with thousands of
+                    # dimensions rho falls below the clip range whatever the advantage. GRPO-Guard
+                    # (arXiv 2510.22319) adds the KL back.
+                    log_probs = log_probs + gaussian_kl(mean, step.mean, std)[:, None]
                     kl = gaussian_kl(mean, references[index], std)[:, None] if references else None
                     loss = policy_loss(
                         log_probs, old_log_probs, advantages, mask, count, kl, config, stats
@@ -453,7 +456,7 @@ def mean(values):
 
 def check_window(editor, config):
     """Raise ValueError if the SDE window may reach the last denoising step, which is the ODE's."""
-    steps = editor.call.get("num_inference_steps", math.inf)
+    steps = len(editor.call.get("sigmas") or "") or editor.call.get("num_inference_steps", math.inf)
     if config.window_start + config.window >= steps:
         raise ValueError(
             f"keys 'window_start', 'window': the window may reach step {config.window_start} + "
