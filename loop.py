@@ -174,13 +174,16 @@ def build(config):
     _named("editor.model", Editor.check, config.editor.model)
     for name in ("checker", "actor"):
         model = getattr(config, name).model
-        _named(f"{name}.model", transformers.AutoProcessor.from_pretrained, model)
+        load_processor = transformers.AutoProcessor.from_pretrained
+        _named(f"{name}.model", load_processor, model, trust_remote_code=False)
 
-    loaded = {}  # weights by (model, device, dtype)
+    loaded = {}  # weights by (model, device, dtype, attention)
 
     def load(kind, name, **settings):
         part = getattr(config, name)
         weights = (part.model, *device_and_dtype(part))
+        if hasattr(part, "attention"):
+            weights += (part.attention,)
         settings["batch_size"] = part.batch_size
         if weights not in loaded:
             made = _named(f"{name}.model", kind.load, *weights, **settings)
@@ -191,6 +194,7 @@ def build(config):
     diffuser = load(Diffuser, "diffuser", call=config.diffuser.call)
     editor = load(Editor, "editor", call=config.editor.call, template=config.editor.template)
     checker = load(Checker, "checker")
+    _named("checker.model", lambda _: checker.probe(), config.checker.model)
     actor = load(
         Actor,
         "actor",
