@@ -17,11 +17,17 @@ MOVE = "move the red circle left of the blue square"
 EDIT_SEEDS = 1_000_003  # the loop adds this times the index of the step to the seed of an edit
 
 
+def move(number):
+    """The instruction of a round."""
+    return f"{MOVE} ({number})"
+
+
 class Script:
     """Plays Diffuser, Checker, Actor and Editor.
 
     scores: {seed: [the Checker's score of the generated image, then of the edit in each round]}
-    instructions: {seed: [what the Actor writes in each round]}; afterwards and by default MOVE
+    instructions: {seed: [what the Actor writes, one by one]}; afterwards and by default `move(1)`
+        in the first round, `move(2)` in the second
     transformer: the flow model that is called for every generation and edit, if any
     """
 
@@ -50,12 +56,13 @@ class Script:
             for image, graph in zip(images, graphs, strict=True)
         ]
 
-    def propose(self, images, prompts, feedback, n=1, seed=0):
-        call = SimpleNamespace(images=images, prompts=prompts, feedback=feedback, seed=seed)
-        call.adapter = self.has_adapter
+    def propose(self, images, prompts, feedback, seeds, n=1, tried=None):
+        call = SimpleNamespace(images=images, prompts=prompts, feedback=feedback, seeds=seeds)
+        call.tried, call.adapter = tried, self.has_adapter
         self.calls.append(("propose", call))
         left = [self.instructions.get(image.seed) for image in images]
-        written = [rounds.pop(0) if rounds else MOVE for rounds in left]
+        number = len(self.made("propose"))
+        written = [some.pop(0) if some else move(number) for some in left]
         return SimpleNamespace(thoughts=["a thought"] * len(images), instructions=written)
 
     def edit(self, images, instructions, seeds):

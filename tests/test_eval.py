@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from scripted import EDIT_SEEDS, GRAPH, MOVE, RIGHT, WRONG, Script
+from scripted import EDIT_SEEDS, GRAPH, MOVE, RIGHT, WRONG, Script, move
 
 import eval
 from checker import reflect
 from loop import Step, Trajectory
 from sgiou import SceneGraph
-from tiny.world import Thing, laion_entry, render
+from tiny.world import Thing, kept_share, laion_entry, render
 
 SETTINGS = SimpleNamespace(seed=10, exact=True)
 
@@ -43,36 +43,32 @@ def measuring(monkeypatch):
 
 # ---- the rows ----
 
-# Seeds of `best of N` start at the seed of the prompt and go up in steps of EDIT_SEEDS.
+# A prompt's further images for `best of N` have its seed plus multiples of EDIT_SEEDS.
 SCORES = {10: [0.1, 0.2, 0.9], 11: [0.3, 0.6], 12: [0.8], 13: [0.2, 0.1, 0.1, 0.1]}
 SCORES |= {seed + EDIT_SEEDS * k: [0.15 + 0.1 * k] for seed in (10, 11, 13) for k in range(1, 9)}
 
 
-def evaluated(rounds):
-    """The rows by name."""
+def evaluated(rounds=3, rows=None, **parts):
+    """({name: row}, the trajectories of the last system)."""
     script = Script(SCORES, {13: [None, "none", MOVE]}, Flow())
-    named = []
-    rows, last = eval.evaluate(
-        script.loop(rounds), [GRAPH] * 4, SETTINGS, script, ["left of"], named.append
-    )
-    assert rows[-1].values["checker"] == [t.best.reflection.score for t in last]
-    assert sorted(named) == sorted(row.name for row in rows)
-    return {row.name: row for row in rows}
+    actor, editor = parts.get("actor", script), parts.get("editor", script)
+    loop = eval.Loop(script, script, actor, editor, rounds)
+    rows = [] if rows is None else rows
+    last = eval.evaluate(loop, [GRAPH] * 4, SETTINGS, ["left of"], script, rows, lambda _: None)
+    return {row.name: row for row in rows}, last
 
 
 def test_rows():
-    rows = evaluated(rounds=3)
-    # An image takes 36 tokens and an edit 42, so N = (36 + 3 * 42) / 36 = 4.5, rounded up.
-    assert list(rows) == ["Diffuser", "best of 5", "1 round", "loop"]
-    assert [row.builds_on for row in rows.values()] == [None, "Diffuser", "Diffuser", "1 round"]
+    rows, last = evaluated()
+    assert list(rows) == ["Diffuser", "loop", "best of 3"]
+    assert [row.builds_on for row in rows.values()] == [None, "Diffuser", "Diffuser"]
     scores = {name: row.values["checker"] for name, row in rows.items()}
     assert scores["Diffuser"] == pytest.approx([0.1, 0.3, 0.8, 0.2])
-    assert scores["1 round"] == pytest.approx([0.2, 0.6, 0.8, 0.2])
     assert scores["loop"] == pytest.approx([0.9, 0.6, 0.8, 0.2])
-    assert scores["best of 5"] == pytest.approx([0.55, 0.55, 0.8, 0.55])
+    assert scores["loop"] == [t.best.reflection.score for t in last]
+    assert scores["best of 3"] == pytest.approx([0.35, 0.35, 0.8, 0.35])
     edits = {name: row.values["edits"] for name, row in rows.items()}
-    assert edits["1 round"] == [1, 1, 0, 0] and edits["loop"] == [2, 1, 0, 1]
-    assert edits["Diffuser"] == edits["best of 5"] == [0] * 4
+    assert edits == {"Diffuser": [0] * 4, "loop": [2, 1, 0, 1], "best of 3": [0] * 4}
     for name, row in rows.items():
         right = [float(score >= 0.5) for score in scores[name]]
         assert row.values["sg_iou"] == row.values["vlm_sg_iou"] == right
@@ -80,80 +76,58 @@ def test_rows():
         assert row.values["entity_iou"] == [1.0] * 4  # both objects are always there
 
 
-def test_costs():
-    rows = evaluated(rounds=3)
-    assert (rows["Diffuser"].evaluations, rows["Diffuser"].tokens) == (1, 36)
-    assert rows["1 round"].evaluations == (4 + 2) / 4
-    assert rows["loop"].evaluations == (4 + 4) / 4
-    assert rows["loop"].tokens == (4 * 36 + 4 * 42) / 4
-    assert rows["best of 5"].evaluations == (4 + 3 * 4) / 4
-    assert rows["loop"].seconds >= rows["1 round"].seconds > 0
+def test_best_of_n_costs_at_least_what_the_loop_costs_and_one_image_less_costs_less():
+    """A generated image takes 36 tokens in the scripted flow model, an edit 42."""
+    rows, _ = evaluated()
+    assert rows["Diffuser"].tokens == 36
+    assert rows["loop"].tokens == (4 * 36 + 4 * 42) / 4 == 78
+    assert rows["best of 3"].tokens == (4 * 36 + 2 * 3 * 36) / 4 == 90  # prompt 12 is satisfied
+    assert rows["loop"].seconds > rows["Diffuser"].seconds > 0
 
 
-def test_with_one_round_the_loop_is_the_row_of_one_round():
-    rows = evaluated(rounds=1)
-    assert str(rows["1 round"].values) == str(rows["loop"].values)
-    assert rows["1 round"].tokens == rows["loop"].tokens
-    # The generated images are shared between rows, and none of these changes them.
-    longer = evaluated(rounds=3)
-    assert str(rows["Diffuser"].values) == str(longer["Diffuser"].values)
-    assert str(rows["1 round"].values) == str(longer["1 round"].values)
+def test_best_of_n_stops_for_a_prompt_once_its_best_image_satisfies(monkeypatch):
+    scores = {seed: [0.1] * 9 for seed in (10, 11, 12, 13)}
+    scores |= {s + EDIT_SEEDS * k: [0.1] for s in (10, 11, 12) for k in range(1, 9)}
+    scores |= {13 + EDIT_SEEDS: [0.2], 13 + 2 * EDIT_SEEDS: [0.9]}  # and no third one
+    monkeypatch.setattr(sys.modules[__name__], "SCORES", scores)
+    rows, _ = evaluated()
+    name = list(rows)[-1]
+    assert int(name.split()[-1]) > 3
+    assert rows[name].values["checker"] == pytest.approx([0.1, 0.1, 0.1, 0.9])
 
 
 @pytest.mark.parametrize(
-    ("actor_has", "editor_has", "suffixes"),
+    ("actor_has", "editor_has", "names"),
     [
-        (False, False, [""]),
-        (True, False, ["", " + phase 1"]),
-        (True, True, ["", " + phase 1", " + phase 1 + 2"]),
-        (False, True, ["", " + phase 2"]),
+        (False, False, ["loop"]),
+        (True, False, ["loop", "loop + phase 1"]),
+        (True, True, ["loop", "loop + phase 1", "loop + phase 1 + 2"]),
+        (False, True, ["loop", "loop + phase 2"]),
     ],
 )
-def test_every_adapter_adds_rows(actor_has, editor_has, suffixes):
-    script, actor, editor = (Script(SCORES, transformer=Flow()) for _ in range(3))
+def test_every_adapter_adds_a_row(actor_has, editor_has, names):
+    actor, editor = Script(SCORES, transformer=Flow()), Script(SCORES, transformer=Flow())
     actor.has_adapter, editor.has_adapter = actor_has, editor_has
-    loop = eval.Loop(script, script, actor, editor, 2)
-    rows, _ = eval.evaluate(loop, [GRAPH] * 4, SETTINGS, script, [], lambda name: None)
-    names = [f"{kind}{suffix}" for suffix in suffixes for kind in ("1 round", "loop")]
-    assert [row.name for row in rows[2:]] == names
-    bases = {row.name: row.builds_on for row in rows}
-    for earlier, later in zip(suffixes, suffixes[1:]):
-        assert bases[f"1 round{later}"] == f"1 round{earlier}"
-        assert bases[f"loop{later}"] == f"loop{earlier}"
+    rows, _ = evaluated(2, actor=actor, editor=editor)
+    assert list(rows)[1:-1] == names
+    assert [rows[name].builds_on for name in names] == ["Diffuser", *names[:-1]]
     # Two rounds of each system, in this order.
     proposed = [call.adapter for call in actor.made("propose")]
-    assert proposed == ["phase 1" in suffix for suffix in suffixes for _ in "12"]
+    assert proposed == ["phase 1" in name for name in names for _ in "12"]
     edited = [call.adapter for call in editor.made("edit")]
-    assert edited == ["2" in suffix for suffix in suffixes for _ in "12"]
+    assert edited == ["2" in name for name in names for _ in "12"]
 
 
-def test_best_of_n_stops_early_and_leaves_the_start_alone():
-    far = EDIT_SEEDS
-    script = Script(
-        {1: [0.2], 1 + far: [0.4], 1 + 2 * far: [0.3], 2: [0.1], 2 + far: [0.6], 3: [0.9]}
-    )
-    loop = script.loop()
-    first = loop.start([GRAPH] * 3, [1, 2, 3])
-    sampled = eval.best_of(loop, first, 3)
-    scores = [[step.reflection.score for step in t.steps] for t in sampled]
-    assert scores == [pytest.approx(s) for s in ([0.2, 0.4, 0.3], [0.1, 0.6], [0.9])]
-    assert [t.best.reflection.score for t in sampled] == pytest.approx([0.4, 0.6, 0.9])
-    assert all(len(t.steps) == 1 for t in first)
-    calls = len(script.calls)
-    assert [len(t.steps) for t in eval.best_of(loop, first, 1)] == [1, 1, 1]
-    assert len(script.calls) == calls
-
-
-def test_best_of_n_stops_as_the_loop_does():
-    """A satisfied image that scores lower than an unsatisfied one is not the answer: go on."""
-    script = Script({1: [0.8, 0.6, 0.6, 0.6], **{1 + k * EDIT_SEEDS: [0.6] for k in (1, 2, 3)}})
-    script.check = lambda images, graphs: [
-        reflect(GRAPH, [1, 1, 0.4] if (i.seed, i.number) == (1, 0) else [i.score] * 3)
-        for i in images
-    ]
-    loop = script.loop(3)
-    assert len(eval.best_of(loop, loop.start([GRAPH], [1]), 4)[0].steps) == 4
-    assert len(loop.run([GRAPH], [1])[0].steps) == 4
+def test_finished_rows_are_not_run_again():
+    whole, _ = evaluated()
+    for count in (1, 2, 3):
+        rows = list(whole.values())[:count]
+        again, _ = evaluated(rows=list(rows))
+        assert list(again) == list(whole)
+        assert all(again[row.name] is row for row in rows)
+        assert str([row.values for row in again.values()]) == str(
+            [row.values for row in whole.values()]
+        )
 
 
 # ---- the columns ----
@@ -166,16 +140,15 @@ def parts(diffuser, editor):
     return SimpleNamespace(diffuser=pipelines[0], editor=pipelines[1])
 
 
-def test_flow_meter_counts_evaluations_and_tokens():
+def test_flow_meter_counts_tokens():
     flow = Flow()
     with eval.FlowMeter(parts(flow, flow)) as meter:  # one model in both parts is counted once
         flow(torch.zeros(3, 16, 8), encoder_hidden_states=torch.zeros(3, 20, 8))
         flow(hidden_states=torch.zeros(2, 32, 8), encoder_hidden_states=torch.zeros(2, 10, 8))
         flow(torch.zeros(5, 4, 6, 7))  # latents that are not packed, without text
-    assert meter.evaluations == 3 + 2 + 5
     assert meter.tokens == 3 * 36 + 2 * 42 + 5 * 42
     flow(torch.zeros(1, 16, 8))
-    assert meter.evaluations == 10 and not flow._forward_pre_hooks
+    assert meter.tokens == 3 * 36 + 2 * 42 + 5 * 42 and not flow._forward_pre_hooks
 
 
 def test_flow_meter_counts_two_models_and_lets_go_after_an_error():
@@ -184,7 +157,7 @@ def test_flow_meter_counts_two_models_and_lets_go_after_an_error():
         first(torch.zeros(1, 16, 8))
         second(torch.zeros(1, 32, 8))
         raise KeyError
-    assert (meter.evaluations, meter.tokens) == (2, 48)
+    assert meter.tokens == 48
     assert not first._forward_pre_hooks and not second._forward_pre_hooks
 
 
@@ -202,7 +175,7 @@ def test_kept_is_the_share_of_unnamed_things_that_stay_within_two_pixels():
     before = [*WRONG, owl, fox]
 
     def kept(*after, **settings):
-        return eval.kept_share(edited(before, *after, **settings))
+        return kept_share(edited(before, *after, **settings))
 
     assert kept([*RIGHT, owl, fox]) == 1
     assert kept([*RIGHT, owl._replace(x=11, y=15), fox]) == 1
@@ -216,7 +189,7 @@ def test_kept_is_the_share_of_unnamed_things_that_stay_within_two_pixels():
     assert math.isnan(kept())  # no edit
     assert math.isnan(kept(before, instruction="none"))
     assert math.isnan(kept(before, instruction=None))
-    assert math.isnan(eval.kept_share(edited(WRONG, RIGHT)))  # both things are named
+    assert math.isnan(kept_share(edited(WRONG, RIGHT)))  # both things are named
 
 
 @pytest.fixture(scope="module")
@@ -310,28 +283,33 @@ def test_bootstrap_leaves_out_what_has_no_value():
 
 def test_tables():
     nan = math.nan
-    base = eval.Row("Diffuser", {"vlm_sg_iou": [0.25] * 4, "kept": [nan] * 4}, None, 8, 288, 1)
-    best = eval.Row(
-        "best of 3", {"vlm_sg_iou": [1.0] * 4, "kept": [nan] * 4}, "Diffuser", 24, 864, 3
-    )
+    base = eval.Row("Diffuser", {"vlm_sg_iou": [0.25] * 4, "kept": [nan] * 4}, None, 288, 1)
     values = {"vlm_sg_iou": [0.75] * 4, "kept": [nan, 0.5, 1, nan]}
-    better = eval.Row("1 round", values, "Diffuser", 16, 1600, 2.5)
-    means, gains = eval.tables([base, best, better])
-    assert means["cells"] == [
-        ["", "SG-IoU (VLM)", "Kept", "flow evals", "flow tokens", "s/prompt"],
-        ["Diffuser", "0.250", "–", "8.0", "288", "1.00"],
-        ["best of 3", "1.000", "–", "24.0", "864", "3.00"],
-        ["1 round", "0.750", "0.750", "16.0", "1,600", "2.50"],
+    better = eval.Row("loop", values, "Diffuser", 1600, 2.5)
+    best = eval.Row("best of 3", {"vlm_sg_iou": [1.0] * 4, "kept": [nan] * 4}, "Diffuser", 864, 3)
+    means, gains = eval.tables([base, better, best])
+    assert means["cells"] == [  # the loops come last
+        ["", "SG-IoU (VLM)", "Kept", "Flow tokens", "Seconds"],
+        ["Diffuser", "0.250", "–", "288", "1.00"],
+        ["best of 3", "1.000", "–", "864", "3.00"],
+        ["loop", "0.750", "0.750", "1,600", "2.50"],
     ]
-    against = ["against Diffuser", "against best of 3", "against the row it builds on"]
     gain, loss = "+0.500 [+0.500, +0.500]", "-0.250 [-0.250, -0.250]"
-    assert gains["cells"][0] == ["", "mean", *against]
-    assert gains["cells"][1][2::2] == ["–", "–"]  # not compared with itself
-    assert gains["cells"][3] == ["1 round", "0.750 [0.750, 0.750]", gain, loss, gain]
+    assert gains["cells"][1] == [
+        "Diffuser",
+        "0.250 [0.250, 0.250]",
+        "–",
+        loss[:1] + "0.750 [-0.750, -0.750]",
+        "–",
+    ]
+    assert gains["cells"][3] == ["loop", "0.750 [0.750, 0.750]", gain, loss, gain]
     lines = eval.markdown([means, gains]).splitlines()
-    assert lines[0] == "|  | SG-IoU (VLM) | Kept | flow evals | flow tokens | s/prompt |"
-    assert lines[1] == "|---|---|---|---|---|---|"
+    assert lines[:2] == [
+        "|  | SG-IoU (VLM) | Kept | Flow tokens | Seconds |",
+        "|---|---|---|---|---|",
+    ]
     assert lines[6].startswith("SG-IoU (VLM), with 95% intervals")
+    eval.tables([base])  # after the first row
 
 
 # ---- the command line ----
@@ -368,27 +346,57 @@ def strict(constant):
     raise ValueError(f"{constant} is not JSON")
 
 
-def test_the_command_writes_table_and_results(program, capsys):
+def results(out):
+    return json.loads((out / "results.json").read_text(), parse_constant=strict)
+
+
+def test_the_command_writes_table_results_and_page(program, capsys):
     out = program()
     table = (out / "table.md").read_text()
     printed = capsys.readouterr().out
-    assert "3 prompts of " in printed and table.strip() in printed
-    results = json.loads((out / "results.json").read_text(), parse_constant=strict)
-    assert [row["name"] for row in results["rows"]] == ["Diffuser", "best of 4", "1 round", "loop"]
-    assert eval.markdown(results["tables"]) == table.strip()
-    for row in results["rows"]:
+    assert "evaluating 3 prompts of " in printed and table.strip() in printed
+    assert "by the Checker's own model" in printed
+    assert [row["name"] for row in results(out)["rows"]] == ["Diffuser", "loop", "best of 3"]
+    assert eval.markdown(results(out)["tables"]) == table.strip()
+    for row in results(out)["rows"]:
         assert set(row["values"]) == set(eval.HEADINGS)
         assert all(len(column) == 3 for column in row["values"].values())  # the limit
+    # The page shows the trajectories of the last loop, not those of best of N.
+    samples = json.loads((out / "samples" / "0000.json").read_text())
+    assert [step["instruction"] for step in samples[0]["steps"]] == [None, move(1)]
     assert (out / "report.html").exists()
-    assert len(json.loads((out / "samples" / "0000.json").read_text())) == 3
 
 
 def test_full_takes_all_prompts_and_options_mix_with_overrides(program, capsys):
     program("evaluation.exact=false", "--full", "evaluation.seed=0")
-    assert "5 prompts of " in capsys.readouterr().out
+    assert "evaluating 5 prompts of " in capsys.readouterr().out
 
 
-def test_another_vlm_can_measure(program, monkeypatch, tmp_path):
+def test_an_interrupted_evaluation_keeps_its_rows_and_can_be_resumed(program, monkeypatch, capsys):
+    measure, measured = eval.measure, []
+
+    def interrupted(*arguments):
+        measured.append(arguments)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(eval, "measure", interrupted)
+    with pytest.raises(SystemExit, match="stopped"):
+        program()
+    out = program("--resume")
+    assert [row["name"] for row in results(out)["rows"]] == ["Diffuser", "loop", "best of 3"]
+    assert len(measured) == 4  # one row, the interruption, two more rows
+    program("--resume")
+    assert len(measured) == 4
+    with pytest.raises(SystemExit, match="is of another config"):
+        program("--resume", "rounds=3")
+    (out / "results.json").write_text("[]")
+    with pytest.raises(SystemExit, match="cannot be resumed"):
+        program("--resume")
+
+
+def test_another_vlm_can_measure(program, monkeypatch, tmp_path, capsys):
     """evaluation.judge: the loop's Checker scores, the judge measures."""
     judges = []
     loaded = SimpleNamespace()
@@ -398,6 +406,7 @@ def test_another_vlm_can_measure(program, monkeypatch, tmp_path):
     )
     program(f"evaluation.judge={{model: {tmp_path}}}")
     assert judges and all(vlm is loaded for vlm in judges)
+    assert f"The columns VLM and Judge are by {tmp_path}." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("override", ["evaluation=null", "rounds=0"])

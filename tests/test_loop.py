@@ -6,9 +6,10 @@ import sys
 import pytest
 from conftest import ROOT
 from PIL import Image
-from scripted import GRAPH, MOVE, Script, run
+from scripted import GRAPH, MOVE, Script, move, run
 
 import loop
+from report import story
 from sgiou import load_laion_sg
 
 
@@ -27,10 +28,10 @@ def test_each_round_edits_the_image_and_checks_it_against_the_original_graph():
     assert (
         first.feedback == [trajectory.steps[0].reflection.feedback] and "wrong" in first.feedback[0]
     )
-    assert [call.instructions for call in script.made("edit")] == [[MOVE], [MOVE]]
+    assert [call.instructions for call in script.made("edit")] == [[move(1)], [move(2)]]
     assert [call.graphs for call in script.made("check")] == [[GRAPH]] * 3
     assert [step.source for step in trajectory.steps] == [None, 0, 1]
-    assert [step.instruction for step in trajectory.steps] == [None, MOVE, MOVE]
+    assert [step.instruction for step in trajectory.steps] == [None, move(1), move(2)]
     assert [step.thought for step in trajectory.steps] == ["", "a thought", "a thought"]
 
 
@@ -90,20 +91,58 @@ def test_every_edit_has_a_seed_of_its_own():
     _, script = run({7: [0.1] * 4, 8: [0.1] * 4, 9: [0.1] * 4}, instructions={7: [None]})
     seeds = [seed for call in script.made("edit") for seed in call.seeds]
     assert len(seeds) == 8 and len({7, 8, 9, *seeds}) == 11
-    assert len({call.seed for call in script.made("propose")}) == 3
+    asked = [seed for call in script.made("propose") for seed in call.seeds]
+    assert len(asked) == len(set(asked)) == 9
 
 
-def test_the_same_seeds_give_the_same_trajectories():
-    def randomness():
-        _, script = run({3: [0.1] * 4, 4: [0.2] * 4})
-        proposed = [call.seed for call in script.made("propose")]
-        return proposed + [call.seeds for call in script.made("edit")]
+def test_a_trajectory_has_the_same_seeds_alone_and_among_others():
+    def seeds_of(prompt, scores):
+        _, script = run(scores)
+        calls = [*script.made("propose"), *script.made("edit")]
+        return [
+            seed
+            for call in calls
+            for image, seed in zip(call.images, call.seeds)
+            if image.seed == prompt
+        ]
 
-    assert randomness() == randomness()
+    assert seeds_of(7, {7: [0.1] * 4}) == seeds_of(7, {5: [0.2] * 4, 7: [0.1] * 4, 9: [0.1, 0.9]})
 
 
 def test_no_prompts_no_images():
     assert run({})[0] == []
+
+
+# ---- no instruction is carried out twice on the same image ----
+
+
+def test_the_actor_reads_what_was_tried_on_the_best_image():
+    """Edits that do not help are remembered until a better image takes over."""
+    (trajectory,), script = run({1: [0.2, 0.1, 0.3, 0.1, 0.1]}, rounds=4)
+    tried = [call.tried for call in script.made("propose")]
+    assert tried == [[[]], [[move(1)]], [[]], [[move(3)]]]
+    assert trajectory.tried == [move(3), move(4)]
+
+
+def test_an_instruction_that_was_tried_is_asked_for_again_with_other_seeds():
+    written = {1: [MOVE, MOVE, MOVE, "swap"], 2: ["add", "remove"]}
+    (first, second), script = run({1: [0.2, 0.1, 0.1], 2: [0.2, 0.1, 0.1]}, 2, written)
+    assert [step.instruction for step in first.steps] == [None, MOVE, "swap"]
+    assert [step.instruction for step in second.steps] == [None, "add", "remove"]
+    calls = script.made("propose")
+    assert [len(call.images) for call in calls] == [2, 2, 1, 1]  # only the one that repeats
+    seeds = [seed for call in calls for seed in call.seeds]
+    assert len(set(seeds)) == 6
+
+
+def test_an_actor_that_insists_edits_nothing():
+    (trajectory,), script = run({1: [0.2, 0.1]}, 2, {1: [MOVE] * (1 + loop.ATTEMPTS)})
+    assert len(script.made("edit")) == 1
+    last = trajectory.steps[-1]
+    assert (last.instruction, last.repeated, last.edited) == (MOVE, True, False)
+    assert last.image is trajectory.steps[0].image
+    assert trajectory.tried == [MOVE]  # not counted twice
+    assert "tried before: no edit" in story(trajectory)
 
 
 # ---- the command line ----
@@ -148,9 +187,8 @@ def test_one_prompt(program, capsys):
 @pytest.mark.parametrize(
     "words",
     [
-        ["sun above sea", "--rounds", "1"],
         ["sun above sea", "rounds=1"],
-        ["--rounds", "1", "sun above sea"],
+        ["rounds=1", "sun above sea"],
         ["--seed", "0", "rounds=1", "--seed", "0", "sun above sea", "actor.temperature=0.5"],
     ],
 )
