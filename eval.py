@@ -30,7 +30,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 from checker import Checker
 from config import LoopConfig, load_config
 from loop import Loop, Trajectory, build, device_and_dtype
-from report import record, say, write
+from report import record, report, say, write
 from sgiou import load_laion_sg, parse_scene_graph, sg_iou
 
 IOUS = ("sg_iou", "entity_iou", "relation_iou")
@@ -312,7 +312,10 @@ def run(arguments):
         results = {"tables": tables(rows), "rows": [vars(row) for row in rows]} | made_with
         write(folder / "table.md", markdown(results["tables"]) + "\n")
         write(folder / "results.json", json.dumps(results).replace("NaN", "null") + "\n")
-        record(folder, trajectories)
+        if rows[-1].name.startswith("best of"):  # the page keeps the trajectories of the loop
+            report([folder])
+        else:
+            record(folder, trajectories)
 
     say(f"evaluating {len(graphs)} prompts of {settings.data}; finished rows:")
     evaluate(loop, graphs, settings, config.relations, judge, rows, save)
