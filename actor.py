@@ -104,9 +104,7 @@ class Actor:
         """Load a local folder or Hub id; dtype is the name of a torch dtype."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True
-        )
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
         return cls(model.to(device), AutoProcessor.from_pretrained(path), **settings)
 
     def propose(self, images, prompts, feedback, n=1, seed=0):

@@ -85,9 +85,7 @@ class Checker:
         """Load a local folder or Hub id; dtype is the name of a torch dtype."""
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, use_safetensors=True
-        )
+        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
         return cls(model.to(device), AutoProcessor.from_pretrained(path), **settings)
 
     def check(self, images, graphs):
@@ -108,9 +106,7 @@ class Checker:
         yes, no = logits.split((len(self.yes), len(self.no)), 1)
         probs = (yes.logsumexp(-1) - no.logsumexp(-1)).sigmoid()  # (questions,)
         if not probs.isfinite().all():
-            raise ValueError(
-                "the Checker answers NaN; set 'checker.dtype' to bfloat16 or float32"
-            )
+            raise ValueError("the Checker answers NaN; set 'checker.dtype' to bfloat16 or float32")
         probs = probs.tolist()
         reflections = []
         for graph in graphs:

@@ -1,15 +1,15 @@
 """Generate-Reflect-Edit: the loop of RL-RIG (arXiv 2602.19974).
 
-    image = diffuser.generate(prompt)
+image = diffuser.generate(prompt)
+reflection = checker.check(image)
+repeat up to `rounds` times, until the best image so far satisfies the Checker:
+    image, reflection = the best-scored so far
+    thought, instruction = actor.propose(image, prompt, feedback of the reflection)
+    image = editor.edit(image, instruction)
     reflection = checker.check(image)
-    repeat up to `rounds` times, until the best image so far satisfies the Checker:
-        image, reflection = the best-scored so far
-        thought, instruction = actor.propose(image, prompt, feedback of the reflection)
-        image = editor.edit(image, instruction)
-        reflection = checker.check(image)
-    the answer is the best-scored image of the trajectory, not the last one
+the answer is the best-scored image of the trajectory, not the last one
 
-    python loop.py "red circle left of blue square; green triangle above red circle" --seed 3
+python loop.py "red circle left of blue square; green triangle above red circle" --seed 3
 """
 
 import argparse
@@ -20,11 +20,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
+
 from config import LoopConfig, load_config
-from report import record, save_images, story
+from report import record, save_images, say, story
 from sgiou import SceneGraph, load_laion_sg, parse_prompt
 
-TOGETHER = 32  # prompts of a file that run as one batch before their images are written
+PROMPTS_PER_BATCH = 32  # of a file of prompts; images are written after each batch
 
 
 @dataclass
@@ -64,7 +66,7 @@ class Trajectory:
 
 
 class Loop:
-    """The four parts, composed. rounds: the most edits of a trajectory."""
+    """The four parts, composed. rounds: maximum number of edits of a trajectory."""
 
     def __init__(self, diffuser, checker, actor, editor, rounds=3):
         self.diffuser = diffuser
@@ -144,28 +146,27 @@ def build(config):
         model = getattr(config, name).model
         _named(f"{name}.model", transformers.AutoProcessor.from_pretrained, model)
 
-    loaded = {}  # weights by (model, device, dtype)
-
-    def load(kind, name, **settings):
+    def load(kind, name, settings):
         part = getattr(config, name)
         weights = (part.model, *device_and_dtype(part))
-        settings["batch_size"] = part.batch_size
-        if weights not in loaded:
-            made = _named(f"{name}.model", kind.load, *weights, **settings)
-            is_pipeline = hasattr(made, "pipeline")
-            loaded[weights] = (made.pipeline,) if is_pipeline else (made.model, made.processor)
-        return kind(*loaded[weights], **settings)
+        return _named(f"{name}.model", kind.load, *weights, **settings)
 
-    diffuser = load(Diffuser, "diffuser", call=config.diffuser.call)
-    editor = load(Editor, "editor", call=config.editor.call, template=config.editor.template)
-    checker = load(Checker, "checker")
-    actor = load(
-        Actor,
-        "actor",
-        max_new_tokens=config.actor.max_new_tokens,
-        temperature=config.actor.temperature,
-        recompute=config.actor.checkpointing,
-    )
+    def settings(name, *keys):
+        return {key: getattr(getattr(config, name), key) for key in ("batch_size", *keys)}
+
+    diffuser = load(Diffuser, "diffuser", settings("diffuser", "call"))
+    for_editor = settings("editor", "call", "template")
+    if _same_weights(config.editor, config.diffuser):
+        editor = Editor(diffuser.pipeline, **for_editor)
+    else:
+        editor = load(Editor, "editor", for_editor)
+    checker = load(Checker, "checker", settings("checker"))
+    for_actor = settings("actor", "max_new_tokens", "temperature")
+    for_actor["recompute"] = config.actor.checkpointing
+    if _same_weights(config.actor, config.checker):
+        actor = Actor(checker.model, checker.processor, **for_actor)
+    else:
+        actor = load(Actor, "actor", for_actor)
     for name, part in (("diffuser", diffuser), ("editor", editor)):
         kind = type(part.pipeline)
         if unknown := set(part.call) - set(inspect.signature(kind.__call__).parameters):
@@ -192,6 +193,10 @@ def device_and_dtype(part):
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return device, dtype
+
+
+def _same_weights(one, other):
+    return (one.model, device_and_dtype(one)) == (other.model, device_and_dtype(other))
 
 
 def _named(key, load, path, *more, **settings):
@@ -224,10 +229,11 @@ def read_prompts(path, relations):
 
 def main():
     parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, images out.")
-    parser.add_argument("prompt", nargs="*", help='"red circle left of blue square; ...", key=value')
+    parser.add_argument(
+        "prompt", nargs="*", help='"red circle left of blue square; ...", key=value'
+    )
     parser.add_argument("--prompts", help="a file instead: one prompt per line, or LAION-SG JSON")
     parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
-    parser.add_argument("--rounds", type=int, help="most edits of an image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out", help="folder for images and report")
     arguments = parser.parse_intermixed_args()
@@ -235,10 +241,9 @@ def main():
     prompts = [word for word in arguments.prompt if word not in overrides]
     if len(prompts) != (arguments.prompts is None):
         parser.error("give either a prompt or --prompts FILE")
-    if arguments.rounds is not None:
-        overrides.append(f"rounds={arguments.rounds}")
     try:
-        config = load_config(arguments.config, LoopConfig, overrides)
+        # "evaluation=": the test prompts of the config are not needed here, so may be missing.
+        config = load_config(arguments.config, LoopConfig, [*overrides, "evaluation="])
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
         graphs = graphs or read_prompts(arguments.prompts, config.relations)
         loop = build(config)
@@ -247,16 +252,16 @@ def main():
                 raise ValueError(f"prompt {graph.prompt()!r}: {problem}")
         out = Path(arguments.out)
         trajectories = []
-        for first in range(0, len(graphs), TOGETHER):
-            part = graphs[first : first + TOGETHER]
+        for first in range(0, len(graphs), PROMPTS_PER_BATCH):
+            part = graphs[first : first + PROMPTS_PER_BATCH]
             seeds = [arguments.seed + first + number for number in range(len(part))]
             for trajectory in loop.run(part, seeds):
                 folder = out / f"{len(trajectories):04d}" if len(graphs) > 1 else out
                 save_images(trajectory, folder)
-                print(f"{story(trajectory)}\n\n  {folder / 'strip.png'}\n", flush=True)
+                say(f"{story(trajectory)}\n\n  {folder / 'strip.png'}\n")
                 trajectories.append(trajectory)
             page = record(out, trajectories)
-        print(f"  {page}")
+            say(f"  {len(trajectories)} of {len(graphs)} prompts: {page}")
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         sys.exit(" ".join(f"loop.py: {str(error) or 'stopped'}".split()))
 

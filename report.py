@@ -1,9 +1,10 @@
-"""Shows runs to a person: an HTML page without script or network, text, strips of images.
+"""Shows runs to people: an HTML page without script or network, text, and strips of images.
 
     python report.py runs/phase1                  # writes runs/phase1/report.html
     python report.py runs/phase1 runs/phase2      # writes runs/report.html: both, compared
 
-`record` makes the page, too. A run's folder holds some of these files:
+`record` makes the page, too. A run's folder holds some of these files (UTF-8). The page shows
+damaged ones as far as it can and names them.
 
     metrics.jsonl, seconds.jsonl   one line per iteration: {"iteration": 1, "reward": 0.5, ...}
     results.json                   {"tables": [{"title": str, "cells": [[str]]}]}
@@ -16,7 +17,6 @@ import base64
 import io
 import json
 import os
-import re
 import shlex
 import sys
 import textwrap
@@ -25,7 +25,6 @@ from pathlib import Path
 
 SHOWN = 100  # trajectories on a page
 SIDE = 224  # pixels of an image in a strip, and of the thumbnail of a large one
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 CHARTS = {  # title -> {figure: label}
     "Reward": {"reward": "after the edit", "before": "before"},
     "Validation": {"val_checker": "Checker", "val_sg_iou": "exact SG-IoU"},
@@ -63,19 +62,19 @@ def report(folders):
             for iteration, row in read(folder / file, numbered, damaged):
                 rows.setdefault(iteration, {}).update(row)
         runs[name] = sorted(rows.items())
-        files = sorted(folder.glob("samples/*.json"), key=lambda file: (len(file.name), file.name))
-        ends = files[:1] + files[1:][-1:]
-        galleries = [found for file in ends for found in read(file, gallery, damaged)]
+        files = sorted(folder.glob("samples/*.json"), key=lambda path: (len(path.name), path.name))
+        first_and_last = files[:1] + files[1:][-1:]
+        galleries = [found for file in first_and_last for found in read(file, gallery, damaged)]
         sections += [
             (f"Results of {name}", read(folder / "results.json", tables, damaged)),
             (f"Before and after training {name}", before_and_after(galleries)),
-            (f"Trajectories of {name}", [cards for _, cards in galleries[-1:]]),
+            (f"Trajectories of {name}", [articles for _, articles in galleries[-1:]]),
             (f"Command of {name}", read(folder / "command.txt", verbatim, damaged)),
             (f"Config of {name}", read(folder / "config.yaml", verbatim, damaged)),
         ]
     curves = [chart(title, figures, runs) for title, figures in CHARTS.items()]
-    files = [html(", ".join(dict.fromkeys(damaged)))]
-    sections = [("Damaged files", files), ("Curves", curves), *sections]
+    names = html(", ".join(dict.fromkeys(damaged)))
+    sections = [("Damaged files", names), ("Curves", curves), *sections]
     parts = [(title, "".join(contents)) for title, contents in sections]
     body = "".join(f"<h2>{html(title)}</h2>{content}" for title, content in parts if content)
     path = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
@@ -88,6 +87,15 @@ def write(path, text):
     aside = Path(f"{path}.{os.getpid()}.aside")
     aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(aside, path)
+
+
+def say(text):
+    """Prints a line. A terminal that lacks a character, or is gone, must not stop a run."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # "| head" has ended: what follows goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read(path, use, damaged):
@@ -105,7 +113,7 @@ def read(path, use, damaged):
 
 def numbered(line):
     row = json.loads(line)
-    return int(row["iteration"]), row
+    return int(float(row["iteration"])), row
 
 
 def html(text):
@@ -113,8 +121,8 @@ def html(text):
 
 
 def visible(text):
-    """Control characters and lone surrogates become escapes that one can see."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """The text with escapes such as \\x1b for control characters and lone surrogates."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def verbatim(text):
@@ -122,6 +130,7 @@ def verbatim(text):
 
 
 def tables(text):
+    """The tables of results.json as HTML."""
     parts = []
     for table in json.loads(text)["tables"]:
         rows = [f"<tr><td>{'<td>'.join(map(html, row))}" for row in table["cells"]]
@@ -154,13 +163,13 @@ def article(sample):
         )
     scores = f"{steps[0]['score']:.2f} → {steps[best]['score']:.2f}"
     return (
-        f"<article><h3>{html(sample['prompt'])}</h3><p>{scores} · seed {sample['seed']}</p>"
+        f"<article><h3>{html(sample['prompt'])}</h3><p>{scores} · seed {sample['seed']:d}</p>"
         f"<ol>{''.join(items)}</ol></article>"
     )
 
 
 def image(step):
-    return f'<img src="{html(step["image"])}" alt="image of score {step["score"]:.2f}">'
+    return f'<img src="{escape(step["image"])}" alt="image of score {step["score"]:.2f}">'
 
 
 def before_and_after(galleries):
@@ -195,12 +204,10 @@ def chart(title, figures, runs):
         size = len(line) // 200 or 1
         stretches = [line[start : start + size] for start in range(0, len(line), size)]
         line = {pick(s, key=lambda point: point[1]) for s in stretches for pick in (min, max)}
-        across = 306 / (right - left or 1)
-        up = 150 / (high - low or 1)
-        points = [
-            f"{46 + across * (x - left):.1f} {164 - up * (y - low):.1f}" for x, y in sorted(line)
-        ]
-        paths.append(f'<path {look} d="M{"L".join(points)}h.1"/>')
+        across = [46 + 306 * (x - left) / (right - left or 1) for x, _ in sorted(line)]
+        down = [164 - 150 * (y - low) / (high - low or 1) for _, y in sorted(line)]
+        points = "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(across, down))
+        paths.append(f'<path {look} d="M{points}h.1"/>')
     return (
         f'<figure><h3>{title}</h3><svg viewBox="0 0 360 186"><path d="M46 14h306M46 164h306"/>'
         f'{"".join(paths)}<text x="40" y="18">{high:.2g}</text><text x="40" y="168">{low:.2g}'
