@@ -38,7 +38,7 @@ from grpo import chunked_token_log_probs, gaussian_kl, sde_step  # noqa: E402
 GIB = 2**30
 VLMS = {
     "Qwen/Qwen3-VL-8B-Instruct": "Qwen3VLForConditionalGeneration 8B",
-    "Qwen/Qwen3-VL-4B-Instruct": "Qwen3VLForConditionalGeneration 4B",
+    "Qwen/Qwen3-VL-4B-Instruct": "Qwen3VLForConditionalGeneration",
 }
 PROMPT = 256 + 200  # tokens the Actor reads: a 512 x 512 image, and text
 QUESTION = 256 + 50  # tokens of a Checker's question

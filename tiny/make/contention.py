@@ -1,4 +1,6 @@
-"""Seconds per iteration of phase 1, alone and beside a second run: `python tiny/make/contention.py`.
+"""Seconds per iteration of phase 1, alone and beside a second run.
+
+    python tiny/make/contention.py
 
 OpenMP threads that wait for one another spin. If a second busy process takes their cores, they spin
 through whole time slices, and both processes become many times slower. This compares the settings
