@@ -237,11 +237,10 @@ def main():
     overrides = [word for word in words if "=" in word]
     files = [word for word in words if "=" not in word]
     files = files or [ROOT / "gpu" / name for name in DEFAULTS]
-    torch.set_default_dtype(torch.bfloat16)
     print("| model | billions of parameters | GiB in bf16 |\n|---|---|---|")
     for name in architectures.SIZES["real"]:
         with torch.device("meta"):
-            model = architectures.build(name, tiny=False)
+            model = architectures.build(name, tiny=False).bfloat16()
         count = sum(parameter.numel() for parameter in model.parameters())
         print(f"| {name} | {count / 1e9:.2f} | {size(model) / GIB:.1f} |")
     print("\nGiB: weights + trained + working = peak\n")
