@@ -15,11 +15,12 @@ import copy
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
+from random import Random
 
 import torch
 from torch.nn.functional import pad
 
-from grpo import chunked_token_log_probs, completion_mask
+from grpo import chunked_token_log_probs, completion_mask, token_log_probs
 
 SYSTEM = (
     "You repair pictures that do not fit their prompt. Think about what is wrong and how one edit "
@@ -33,9 +34,13 @@ ADAPTER = "actor"
 TARGETS = r".*(language|text)_model\..*(q|k|v|o|gate|up|down)_proj"
 
 
-def request(prompt, feedback):
-    """The user message: the prompt, and what the Checker found missing or wrong."""
-    return f"Prompt: {prompt}. {feedback or 'nothing is wrong'}."
+def request(prompt, feedback, tried=()):
+    """The user message: the prompt, what the Checker found missing or wrong, and what was tried.
+
+    tried: instructions that were carried out on this very image and did not make it better.
+    """
+    text = f"Prompt: {prompt}. {feedback or 'nothing is wrong'}."
+    return f"{text} Tried without success: {'; '.join(tried)}." if tried else text
 
 
 def parse_completion(text):
@@ -66,7 +71,8 @@ class Actor:
 
     Args:
         model, processor: an `AutoModelForImageTextToText` and its `AutoProcessor`. The parameters
-            are frozen and the tokenizer is set to pad on the left. Both may be the Checker's.
+            are frozen, the tokenizer is set to pad on the left, and of the generation config only
+            the end tokens stay. Both may be the Checker's.
         batch_size: prompts per `generate` call.
         max_new_tokens: longest completion.
         temperature: of sampling, above 0. Log-probs are of the distribution at this temperature.
@@ -82,6 +88,8 @@ class Actor:
         temperature=1.0,
         recompute=False,
     ):
+        from transformers import GenerationConfig
+
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.processor.tokenizer.padding_side = "left"
@@ -89,10 +97,18 @@ class Actor:
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         ends = self.model.generation_config.eos_token_id
+        if ends is None:
+            raise ValueError(
+                "generation_config.json names no eos_token_id; no completion would end"
+            )
+        ends = ends if isinstance(ends, list) else [ends]
+        # Drop the folder's sampling defaults, such as a repetition penalty: they would change the
+        # distribution whose log-probs we record.
+        self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
         # A sampled image token ends a completion: in a replay the model would look for its image.
         visual = {getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")}
         self.visual_ids = list(visual - {None})
-        self.end_ids = [*(ends if isinstance(ends, list) else [ends]), *self.visual_ids]
+        self.end_ids = [*ends, *self.visual_ids]
         self.has_adapter = False
         self.recompute = recompute
         if recompute:
@@ -107,31 +123,29 @@ class Actor:
         model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
         return cls(model.to(device), AutoProcessor.from_pretrained(path), **settings)
 
-    def propose(self, images, prompts, feedback, n=1, seed=0):
+    def propose(self, images, prompts, feedback, seeds, n=1, tried=None):
         """Sample n completions for each of B images.
 
         Args: images: B PIL images; prompts: B strings; feedback: B strings, as in
-        `Reflection.feedback`; seed: of all B * n completions together.
+        `Reflection.feedback`; seeds: B ints; tried: B lists of instructions, see `request`.
+        Completion k of an image depends on its seed and on k, not on what else is in the batch.
         Returns `Proposals` of N = B * n completions.
         """
-        chats = [self.chat(*texts) for texts in zip(prompts, feedback, strict=True)]
-        # Turn off top-k, top-p and friends of the model's generation config: they would change the
-        # distribution whose log-probs we record.
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
-        sampling |= {"min_p": None, "top_h": None, "typical_p": 1.0, "repetition_penalty": 1.0}
-        sampling |= {"epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "eos_token_id": self.end_ids}
-        sampling |= {"max_new_tokens": self.max_new_tokens, "num_return_sequences": n}
+        tried = tried or [()] * len(images)
+        chats = [self.chat(*texts) for texts in zip(prompts, feedback, tried, strict=True)]
+        images = [image for image in images for _ in range(n)]  # (N)
+        chats = [chat for chat in chats for _ in range(n)]  # (N)
+        random_numbers = [Random(f"{seed} {k}") for seed in seeds for k in range(n)]  # (N)
+        settings = {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.end_ids}
         ids, log_probs = [], []  # per batch: (rows, T_batch)
-        with self.adapter(), torch.random.fork_rng(), torch.no_grad():
-            torch.manual_seed(seed)
-            for start in range(0, len(images), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                inputs = self.inputs(images[part], chats[part])
-                recorder = _LogProbRecorder(self.temperature)
-                output = self.model.generate(**inputs, **sampling, logits_processor=[recorder])
-                recorder.record(output[:, -1])
+        with self.adapter(), torch.no_grad():
+            for start in range(0, len(images), self.batch_size * n):
+                rows = slice(start, start + self.batch_size * n)
+                inputs = self.inputs(images[rows], chats[rows])
+                sampler = _Sampler(random_numbers[rows], self.temperature)
+                output = self.model.generate(**inputs, **settings, logits_processor=[sampler])
                 ids.append(output[:, inputs["input_ids"].shape[1] :])
-                log_probs.append(torch.cat(recorder.columns, 1))
+                log_probs.append(torch.cat(sampler.log_probs, 1))
         longest = max(part.shape[1] for part in ids)  # T
         missing = [(0, longest - part.shape[1]) for part in ids]
         ids = torch.cat([pad(*row, value=self.end_ids[0]) for row in zip(ids, missing)])  # (N, T)
@@ -139,8 +153,8 @@ class Actor:
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
         parsed = [parse_completion(text) for text in texts]
         return Proposals(
-            images=[image for image in images for _ in range(n)],
-            prompts=[chat for chat in chats for _ in range(n)],
+            images=images,
+            prompts=chats,
             ids=ids,
             mask=completion_mask(ids, self.end_ids),
             log_probs=log_probs,
@@ -169,9 +183,9 @@ class Actor:
         self.model.eval()
         return chunked_token_log_probs(logits[:, :-1], ids, self.temperature)
 
-    def chat(self, prompt, feedback):
+    def chat(self, prompt, feedback, tried=()):
         """The chat prompt (str) that asks for a completion."""
-        text = request(prompt, feedback)
+        text = request(prompt, feedback, tried)
         messages = [
             {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
@@ -230,24 +244,24 @@ class Actor:
                 self.model.disable_adapters()
 
 
-class _LogProbRecorder:
-    """A logits processor that changes nothing and records the log-prob of every sampled token.
+class _Sampler:
+    """A logits processor that samples every token itself; `generate` then picks it greedily.
 
-    `generate` calls it with the logits of the next token, before that token is sampled.
+    Each of N rows has random numbers of its own, one per token. The token is found where the
+    number falls in the cumulative distribution (inverse CDF sampling).
     """
 
-    def __init__(self, temperature):
+    def __init__(self, random_numbers, temperature):
+        self.random_numbers = random_numbers  # (N) `random.Random`s
         self.temperature = temperature
-        self.logits = None  # (N, V), of the token that is sampled next
-        self.columns = []  # one (N, 1) per token
+        self.log_probs = []  # one (N, 1) fp32 per token
 
     def __call__(self, input_ids, logits):
-        self.record(input_ids[:, -1])
-        self.logits = logits
-        return logits
-
-    def record(self, ids):
-        """ids (N,): the tokens that were sampled from the last logits."""
-        if self.logits is not None:
-            logits, ids = self.logits[:, None], ids[:, None]  # (N, 1, V), (N, 1)
-            self.columns.append(chunked_token_log_probs(logits, ids, self.temperature))
+        """logits (N, V) of the next token -> logits whose largest is that of the sampled token."""
+        cdf = (logits.float() / self.temperature).softmax(-1).cumsum(-1)  # (N, V)
+        # 24 bits, so that the number is exact in fp32 and below 1.
+        uniform = [[source.getrandbits(24) / 2**24] for source in self.random_numbers]
+        uniform = torch.tensor(uniform, device=cdf.device) * cdf[:, -1:]  # (N, 1)
+        ids = torch.searchsorted(cdf, uniform, right=True)  # (N, 1), never of probability 0
+        self.log_probs.append(token_log_probs(logits[:, None], ids, self.temperature))
+        return torch.zeros_like(logits).scatter(1, ids, 1.0)

@@ -26,6 +26,7 @@ Needs torch only: copy this file anywhere.
 import math
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 
 def group_advantages(rewards, groups, eps=1e-4, flat_range=0.02):
@@ -122,8 +123,8 @@ def k3_kl(log_probs, ref_log_probs, bound=20.0):
 
     Both arguments of one shape, at tokens sampled from pi; returns that shape in fp32.
     The value is unbiased (Schulman 2020; used in arXiv 2402.03300). Its gradient as a loss term is
-    that of KL(pi_ref || pi) instead, equal to first order. D is clamped at `bound` so that exp stays
-    finite. A strongly negative D needs no clamp: there the gradient tends to 1.
+    that of KL(pi_ref || pi) instead, equal to first order. D is clamped at `bound` so that exp
+    stays finite. A strongly negative D needs no clamp: there the gradient tends to 1.
     """
     delta = (ref_log_probs.float() - log_probs.float()).clamp(max=bound)
     return delta.expm1() - delta  # expm1, because exp(D) - 1 loses its digits near 0
@@ -177,7 +178,7 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
 
 
 def _draw_noise(like, generator):
-    """Standard normal noise in the shape of `like`; a CPU generator gives the same on any device."""
+    """Standard normal noise like `like`; a CPU generator gives the same on any device."""
     if isinstance(generator, list):
         return torch.stack([_draw_noise(x, g) for x, g in zip(like, generator, strict=True)])
     device = like.device if generator is None else generator.device
@@ -185,46 +186,16 @@ def _draw_noise(like, generator):
 
 
 def chunked_token_log_probs(logits, ids, temperature=1.0):
-    """`token_log_probs` without its two fp32 copies of the logits; skip this on a first reading.
+    """`token_log_probs` with less memory; skip this on a first reading.
 
-    log_softmax and gather hold two fp32 (B, T, V) tensors, 5 GB for 4,096 tokens at V = 151,936.
-    This goes through the tokens in chunks of 8 and writes the gradient by hand, because autograd
-    would keep the softmax of every chunk. Raises ValueError if the shapes do not match.
+    log_softmax keeps fp32 copies of all logits for the backward pass, each of 5 GB for 32
+    completions of 256 tokens at V = 151,936. Here they exist for one completion at a time and are
+    made again in the backward pass. Raises ValueError if the shapes do not match.
     """
     if logits.shape[:2] != ids.shape:
         raise ValueError(f"logits {tuple(logits.shape)} for ids {tuple(ids.shape)}: align them")
-    return _ChunkedTokenLogProbs.apply(logits, ids, temperature)
-
-
-class _ChunkedTokenLogProbs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, logits, ids, temperature):
-        chosen = torch.empty(ids.shape, device=logits.device)  # (B, T) fp32
-        normalizer = torch.empty_like(chosen)
-        for chunk in _chunks(ids):
-            scaled = logits[chunk].float() / temperature  # (8, V)
-            chosen[chunk] = scaled.gather(1, ids[chunk][:, None])[:, 0]
-            normalizer[chunk] = scaled.logsumexp(1)
-        ctx.save_for_backward(logits, ids, normalizer)
-        ctx.temperature = temperature
-        return chosen - normalizer
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad_output):
-        logits, ids, normalizer = ctx.saved_tensors
-        grad_logits = torch.empty_like(logits)
-        grad_scaled = grad_output / ctx.temperature  # (B, T)
-        for chunk in _chunks(ids):
-            scaled = logits[chunk].float() / ctx.temperature  # (8, V)
-            weight = grad_scaled[chunk][:, None]  # (8, 1)
-            grad = scaled.sub_(normalizer[chunk][:, None]).exp_().mul_(-weight)  # -softmax * weight
-            grad_logits[chunk] = grad.scatter_add_(1, ids[chunk][:, None], weight)
-        return grad_logits, None, None
-
-
-def _chunks(ids, size=8):
-    """Index pairs (row, columns) of (size, V) views; flattening the logits first would copy them."""
-    for row in range(ids.shape[0]):
-        for start in range(0, ids.shape[1], size):
-            yield row, slice(start, start + size)
+    rows = []  # (1, T) each
+    for row_logits, row_ids in zip(logits.split(1), ids.split(1)):
+        row = (row_logits, row_ids, temperature)
+        rows.append(checkpoint(token_log_probs, *row, use_reentrant=False))
+    return torch.cat(rows)  # (B, T)

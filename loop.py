@@ -1,19 +1,21 @@
-"""Generate-Reflect-Edit: the loop of RL-RIG (arXiv 2602.19974).
+"""Generate-Reflect-Edit: the loop of RL-RIG (arXiv 2602.19974), composed of its four parts.
 
-image = diffuser.generate(prompt)
-reflection = checker.check(image)
-repeat up to `rounds` times, until the best image so far satisfies the Checker:
-    image, reflection = the best-scored so far
-    thought, instruction = actor.propose(image, prompt, feedback of the reflection)
-    image = editor.edit(image, instruction)
+    image = diffuser.generate(prompt)
     reflection = checker.check(image)
-the answer is the best-scored image of the trajectory, not the last one
+    repeat up to `rounds` times, until the best image so far satisfies the Checker:
+        image, reflection = the best-scored so far
+        thought, instruction = actor.propose(image, prompt, feedback, instructions tried on image)
+        image = editor.edit(image, instruction)
+        reflection = checker.check(image)
+    the answer is the best-scored image of the trajectory, not the last one
 
-python loop.py "red circle left of blue square; green triangle above red circle" --seed 3
+`Loop` is that; `build` loads the parts; `main` is the command line:
+
+    python loop.py "red circle left of blue square; green triangle above red circle" --seed 3
 """
 
 import argparse
-import inspect
+import logging
 import os
 import re
 import sys
@@ -27,6 +29,7 @@ from report import record, save_images, say, story
 from sgiou import SceneGraph, load_laion_sg, parse_prompt
 
 PROMPTS_PER_BATCH = 32  # of a file of prompts; images are written after each batch
+ATTEMPTS = 8  # completions that an Actor gets to write an instruction that was not tried before
 
 
 @dataclass
@@ -40,10 +43,11 @@ class Step:
     # "none" means that the Actor wanted no edit, None that its completion was malformed. Both leave
     # the image as it was.
     instruction: str | None = None
+    repeated: bool = False  # the instruction was tried on this image before: nothing was edited
 
     @property
     def edited(self):
-        return self.instruction not in (None, "none")
+        return self.instruction not in (None, "none") and not self.repeated
 
 
 @dataclass
@@ -63,6 +67,17 @@ class Trajectory:
     def best(self):
         """The best-scored step: the answer."""
         return self.steps[self.best_index]
+
+    @property
+    def tried(self):
+        """The instructions carried out on the best image. None of them made it better."""
+        best = self.best_index
+        return [step.instruction for step in self.steps if step.edited and step.source == best]
+
+    @property
+    def step_seed(self):
+        """Seed of the next step: a prompt gives the same trajectory alone or among others."""
+        return self.seed + 1_000_003 * len(self.steps)
 
 
 class Loop:
@@ -96,16 +111,12 @@ class Loop:
         active = [t for t in trajectories if not t.best.reflection.satisfied]
         if not active:
             return
-        proposals = self.actor.propose(
-            [t.best.image for t in active],
-            [t.graph.prompt() for t in active],
-            [t.best.reflection.feedback for t in active],
-            seed=active[0].seed * 1000 + len(active[0].steps),
-        )
         edited = []
-        for t, thought, instruction in zip(active, proposals.thoughts, proposals.instructions):
-            source = t.best
-            step = Step(source.image, source.reflection, t.best_index, thought, instruction)
+        for t, (thought, instruction) in zip(active, self.propose(active)):
+            repeated = instruction in t.tried
+            step = Step(
+                t.best.image, t.best.reflection, t.best_index, thought, instruction, repeated
+            )
             if step.edited:
                 edited.append((t, step))
             else:
@@ -113,12 +124,35 @@ class Loop:
         images = self.editor.edit(
             [step.image for _, step in edited],
             [step.instruction for _, step in edited],
-            [t.seed + 1_000_003 * len(t.steps) for t, _ in edited],
+            [t.step_seed for t, _ in edited],
         )
         reflections = self.checker.check(images, [t.graph for t, _ in edited])
         for (t, step), image, reflection in zip(edited, images, reflections):
             step.image, step.reflection = image, reflection
             t.steps.append(step)
+
+    def propose(self, trajectories):
+        """A (thought, instruction) for the best image of each trajectory.
+
+        No instruction is carried out twice on the same image. An Actor that writes one again gets
+        up to `ATTEMPTS` attempts in all; the last one stays, whatever it is.
+        """
+        proposed = {}  # index of a trajectory -> (thought, instruction)
+        asked = range(len(trajectories))
+        for attempt in range(ATTEMPTS):
+            some = [trajectories[index] for index in asked]
+            proposals = self.actor.propose(
+                [t.best.image for t in some],
+                [t.graph.prompt() for t in some],
+                [t.best.reflection.feedback for t in some],
+                seeds=[t.step_seed * ATTEMPTS + attempt for t in some],
+                tried=[t.tried for t in some],
+            )
+            proposed |= zip(asked, zip(proposals.thoughts, proposals.instructions))
+            asked = [index for index in asked if proposed[index][1] in trajectories[index].tried]
+            if not asked:
+                break
+        return [proposed[index] for index in range(len(trajectories))]
 
 
 def build(config):
@@ -134,7 +168,7 @@ def build(config):
 
     from actor import Actor
     from checker import Checker
-    from diffuser import Diffuser
+    from diffuser import Diffuser, check_call
     from editor import Editor
 
     diffusers.utils.logging.disable_progress_bar()
@@ -167,10 +201,8 @@ def build(config):
         actor = Actor(checker.model, checker.processor, **for_actor)
     else:
         actor = load(Actor, "actor", for_actor)
-    for name, part in (("diffuser", diffuser), ("editor", editor)):
-        kind = type(part.pipeline)
-        if unknown := set(part.call) - set(inspect.signature(kind.__call__).parameters):
-            raise ValueError(f"key '{name}.call': {kind.__name__} takes no {', '.join(unknown)}")
+    check_call("diffuser.call", type(diffuser.pipeline), diffuser.call)
+    check_call("editor.call", type(editor.pipeline), editor.call)
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
             _named(f"{name}.adapter", part.load_adapter, folder)
@@ -180,11 +212,25 @@ def build(config):
         for pipeline in {diffuser.pipeline, editor.pipeline}:
             pipeline.enable_model_cpu_offload()  # text encoders, transformer, VAE in turn
             pipeline.transformer.to("cuda")  # where Adam's state of a resumed run has to be
+    # From here on diffusers may say, once, that it ignores an argument of a call.
+    diffusers.utils.logging.set_verbosity_warning()
+    logging.getLogger("diffusers").handlers[0].addFilter(first_of_its_place())
     return Loop(diffuser, checker, actor, editor, config.rounds)
 
 
+def first_of_its_place():
+    """A filter for logging that lets through one message per line of code that logs."""
+    seen = set()
+
+    def is_first(record):
+        place = record.pathname, record.lineno
+        return not (place in seen or seen.add(place))
+
+    return is_first
+
+
 def device_and_dtype(part):
-    """The names that "auto" stands for: CUDA in bfloat16 if there is a GPU, or the CPU in float32."""
+    """The names that "auto" stands for: CUDA in bfloat16 if there is a GPU, else CPU in float32."""
     import torch
 
     device, dtype = part.device, part.dtype

@@ -217,6 +217,7 @@ def describe(trajectory):
             "source": step.source,
             "thought": step.thought,
             "instruction": step.instruction,
+            "repeated": step.repeated,
             "image": step.image,
         }
         for step in trajectory.steps
@@ -230,6 +231,7 @@ def edit(step, number):
     if number == 0:
         return "generated"
     elsewhere = f" (image {step['source']})" if step["source"] != number - 1 else ""
+    elsewhere += " (tried before: no edit)" if step.get("repeated") else ""
     return " ".join((step["instruction"] or "(malformed: no edit)").split()) + elsewhere
 
 

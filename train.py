@@ -38,7 +38,7 @@ import shlex
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 # Waiting OpenMP threads spin. By default they do it for so long that a second busy process makes an
@@ -69,6 +69,7 @@ class State:
     graph: SceneGraph
     image: object
     reflection: object
+    tried: tuple = ()  # instructions that were carried out on this image and did not help
 
 
 @dataclass
@@ -108,17 +109,19 @@ def phase1(loop, config, resume=False):
                 [state.image for state in states],
                 [state.graph.prompt() for state in states],
                 [state.reflection.feedback for state in states],
+                seeds=range(seed, seed + len(states)),
+                tried=[state.tried for state in states],
                 n=G,
-                seed=seed,
             )
             before = [state for state in states for _ in range(G)]  # (N)
             groups = [group for group in range(len(states)) for _ in range(G)]  # (N)
             run.lap("act")
 
             # Carry out the instructions. All edits of a group have one seed, so that their rewards
-            # differ only by the instruction; equal instructions of a group are edited only once.
+            # differ only by the instruction; equal instructions of a group are edited only once,
+            # and those that were tried on this image before not at all.
             asked = list(zip(groups, proposals.instructions))  # (N)
-            edits = [pair for pair in dict.fromkeys(asked) if pair[1] not in (None, "none")]
+            edits = [pair for pair in dict.fromkeys(asked) if is_new_edit(states[pair[0]], pair[1])]
             images = loop.editor.edit(
                 [states[group].image for group, _ in edits],
                 [instruction for _, instruction in edits],
@@ -128,8 +131,8 @@ def phase1(loop, config, resume=False):
             reflections = loop.checker.check(images, [states[group].graph for group, _ in edits])
             run.lap("check")
 
-            # 3. Reward: the Checker's score of the edited image. "none" and malformed completions
-            # leave the image as it was; a malformed one also loses a penalty.
+            # 3. Reward: the Checker's score of the edited image. "none", malformed completions and
+            # repeated instructions leave the image as it was; a malformed one also loses a penalty.
             edited = {
                 pair: State(states[pair[0]].graph, image, reflection)
                 for pair, image, reflection in zip(edits, images, reflections)
@@ -143,7 +146,7 @@ def phase1(loop, config, resume=False):
             # 4. Advantages within each group.
             advantages, kept = compare(rewards, groups, config)  # (N, 1) each
             rounds.append(Samples(before, after, rewards, advantages, kept, proposals))
-            states = next_states(before, after, G, rng)
+            states = next_states(before, after, proposals.instructions, G, rng)
 
         # Micro-batches of R completions. Padding and flat groups are masked out.
         batches = []  # (proposals, rows, advantages (R, 1), mask (R, T))
@@ -215,12 +218,13 @@ def phase2(loop, config, resume=False):
                 [state.image for state in states],
                 [state.graph.prompt() for state in states],
                 [state.reflection.feedback for state in states],
-                seed=seed,
+                seeds=range(seed, seed + len(states)),
+                tried=[state.tried for state in states],
             )
             edits = [
                 (state, instruction)
                 for state, instruction in zip(states, proposals.instructions)
-                if instruction not in (None, "none")
+                if is_new_edit(state, instruction)
             ]
             asked += len(states)
             run.lap("act")
@@ -260,7 +264,7 @@ def phase2(loop, config, resume=False):
             # 4. Advantages within each group.
             advantages, kept = compare(rewards, groups, config)  # (N, 1) each
             rounds.append(Samples(before, after, rewards, advantages, kept, rollouts))
-            states = next_states(before, after, G, rng)
+            states = next_states(before, after, instructions, G, rng)
 
         # Micro-batches: one recorded step of the R edits of a rollout. Flat groups are masked out.
         batches = []  # (step, advantages (R, 1), mask (R, 1))
@@ -296,7 +300,10 @@ def phase2(loop, config, resume=False):
                     log_probs = log_prob[:, None]  # (R, 1)
                     if update == 0:
                         check_on_policy(log_probs, old_log_probs, mask, torch.max, config, metrics)
-                    # 7. Update, as in phase 1.
+                    # 7. Update, as in phase 1. E[log rho] = -KL(old, new): with thousands of
+                    # dimensions rho falls below the clip range whatever the advantage. GRPO-Guard
+                    # (arXiv 2510.22319) adds the KL back.
+                    log_probs = log_probs + gaussian_kl(mean, step.mean, std)[:, None]
                     kl = gaussian_kl(mean, references[index], std)[:, None] if references else None
                     loss = policy_loss(
                         log_probs, old_log_probs, advantages, mask, count, kl, config, stats
@@ -323,19 +330,28 @@ def unsatisfied_images(loop, graphs, config, iteration):
     return states[: config.groups], 1 - len(states) / max(generated, 1)
 
 
-def next_states(before, after, group_size, rng):
+def is_new_edit(state, instruction):
+    """Whether the loop would carry it out: it asks for an edit that was not tried here before."""
+    return instruction not in (None, "none", *state.tried)
+
+
+def next_states(before, after, instructions, group_size, rng):
     """The states of the next round: one per group, as the loop would continue.
 
-    Continue from one random sample of the group if it scored higher than the image it started from,
-    otherwise from that image. A state that satisfies the Checker is done.
+    Continue from one random sample of the group if it scored higher than the image it started from.
+    Otherwise continue from that image, and let the Actor read that the instruction did not help.
+    A state that satisfies the Checker is done.
     """
     states = []
     for first in range(0, len(before), group_size):
         member = first + rng.randrange(group_size)
-        old, new = before[member], after[member]
-        better = new if new.reflection.score > old.reflection.score else old
-        if not better.reflection.satisfied:
-            states.append(better)
+        state, new, instruction = before[member], after[member], instructions[member]
+        if new.reflection.score > state.reflection.score:
+            state = new
+        elif is_new_edit(state, instruction):
+            state = replace(state, tried=(*state.tried, instruction))
+        if not state.reflection.satisfied:
+            states.append(state)
     return states
 
 
@@ -440,7 +456,7 @@ def mean(values):
 
 def check_window(editor, config):
     """Raise ValueError if the SDE window may reach the last denoising step, which is the ODE's."""
-    steps = editor.call.get("num_inference_steps", math.inf)
+    steps = len(editor.call.get("sigmas") or "") or editor.call.get("num_inference_steps", math.inf)
     if config.window_start + config.window >= steps:
         raise ValueError(
             f"keys 'window_start', 'window': the window may reach step {config.window_start} + "

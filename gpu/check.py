@@ -11,6 +11,7 @@ are made up; everything else is what a training run does.
 
 import argparse
 import gc
+import itertools
 import json
 import math
 import os
@@ -55,10 +56,12 @@ ENTRY = {  # in LAION-SG's format; the stand-in tokenizers know these words
 class InventiveActor(Actor):
     """Its weights are random, so every completion counts as an instruction of its own."""
 
+    numbers = itertools.count()
+
     def propose(self, *arguments, **settings):
         proposals = super().propose(*arguments, **settings)
         count = len(proposals.instructions)
-        proposals.instructions = [f"move the red circle left {number}" for number in range(count)]
+        proposals.instructions = [f"move the circle {next(self.numbers)}" for _ in range(count)]
         return proposals
 
 

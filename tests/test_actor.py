@@ -1,0 +1,258 @@
+"""actor.py: the form of a completion, sampling, replay, and adapters, with the shipped tiny VLM."""
+
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from actor import Actor, parse_completion, request
+from sgiou import SceneGraph
+from tiny import world
+
+VLM = Path(__file__).resolve().parent.parent / "tiny" / "models" / "vlm"
+needs_models = pytest.mark.skipif(not VLM.is_dir(), reason="run tiny/make/pretrain.py first")
+PROMPT = "red circle left of blue square"
+
+
+# ---- the form, without a model ----
+
+
+def test_request():
+    assert request(PROMPT, "") == f"Prompt: {PROMPT}. nothing is wrong."
+    assert request(PROMPT, "missing: owl") == f"Prompt: {PROMPT}. missing: owl."
+    assert request(PROMPT, "missing: owl", ["add an owl", "add owls"]) == (
+        f"Prompt: {PROMPT}. missing: owl. Tried without success: add an owl; add owls."
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "thought", "instruction"),
+    [
+        ("<think>a</think><edit>b</edit>", "a", "b"),
+        (" <think> a\nb </think>\n\n<edit>\n move  the\tcup </edit>\n", "a\nb", "move the cup"),
+        ("<think></think><edit>none</edit>", "", "none"),
+        ("<think>a</think><edit> none </edit>", "a", "none"),
+        ("<think>a</think><edit>None.</edit>", "a", "none"),
+    ],
+)
+def test_well_formed_completions(text, thought, instruction):
+    assert parse_completion(text) == (thought, instruction)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "move the cup",
+        "<edit>b</edit>",
+        "<think>a</think>",
+        "<think>a</think><edit></edit>",
+        "<think>a</think><edit> \n </edit>",
+        "<think>a</think><edit>b",
+        "<think>a<edit>b</edit>",
+        "<edit>b</edit><think>a</think>",
+        "Sure! <think>a</think><edit>b</edit>",
+        "<think>a</think> so <edit>b</edit>",
+        "<think>a</think><edit>b</edit> done",
+        "<think>a</think><edit>b</edit><edit>c</edit>",
+        "<think>a</think><think>b</think><edit>c</edit>",
+        "<think>a</think><edit>b</think></edit>",
+        "<think>a<b</think><edit>c</edit>",
+        "<THINK>a</THINK><EDIT>b</EDIT>",
+    ],
+)
+def test_malformed_completions(text):
+    assert parse_completion(text) == (text.strip(), None)
+
+
+tags = st.sampled_from(["<think>", "</think>", "<edit>", "</edit>", "a", " ", "\n", "<", "none"])
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.text() | st.lists(tags, max_size=8).map("".join))
+def test_any_completion_parses(text):
+    thought, instruction = parse_completion(text)
+    assert isinstance(thought, str)
+    if instruction is not None:
+        assert instruction == " ".join(instruction.split()) != ""
+        assert "<" not in instruction + thought
+        assert instruction in " ".join(text.split())
+        assert text.strip().startswith("<think>") and text.strip().endswith("</edit>")
+
+
+# ---- sampling ----
+
+
+def load(**settings):
+    return Actor.load(VLM, **{"max_new_tokens": 64} | settings)
+
+
+@pytest.fixture(scope="module")
+def actor():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def states():
+    """(images, prompts, feedback) of 21 images that do not show what their prompt says."""
+    rng = random.Random(0)
+    images, prompts, feedback = [], [], []
+    while len(images) < 21:
+        triples = world.random_triples(rng, world.random_scene(rng, 3))
+        if triples is None:
+            continue
+        images.append(Image.fromarray(world.render(world.random_scene(rng, 3))))
+        prompts.append(SceneGraph((), triples).prompt())
+        feedback.append("wrong: " + "; ".join(" ".join(triple) for triple in triples))
+    return images, prompts, feedback
+
+
+def first(states, count):
+    return [part[:count] for part in states]
+
+
+@needs_models
+def test_completions_are_instructions(actor, states):
+    proposals = actor.propose(*states, seeds=range(21))
+    assert len(proposals.instructions) == len(proposals.thoughts) == len(proposals.truncated) == 21
+    assert sum(instruction is not None for instruction in proposals.instructions) >= 18
+    assert sum(proposals.truncated) <= 2
+    other = actor.propose(*states, seeds=range(21, 42))
+    assert other.instructions != proposals.instructions
+
+
+@needs_models
+def test_several_completions_of_an_image_are_neighbors(actor, states):
+    images, prompts, _ = states
+    proposals = actor.propose(*first(states, 2), seeds=[0, 1], n=3)
+    assert proposals.images == [images[0]] * 3 + [images[1]] * 3
+    assert all(prompts[row // 3] in proposals.prompts[row] for row in range(6))
+    assert proposals.ids.shape == proposals.mask.shape == proposals.log_probs.shape
+    assert len(proposals.instructions) == 6
+    assert proposals.mask.any(1).all()
+
+
+@needs_models
+def test_the_actor_reads_what_was_tried(actor, states):
+    tried = [[], ["add a red circle", "swap them"]]
+    proposals = actor.propose(*first(states, 2), seeds=[0, 1], tried=tried)
+    assert "Tried" not in proposals.prompts[0]
+    assert "Tried without success: add a red circle; swap them." in proposals.prompts[1]
+
+
+def completion(proposals, row):
+    return proposals.ids[row][proposals.mask[row]].tolist()
+
+
+@needs_models
+def test_a_completion_depends_on_its_own_seed_alone(states):
+    """Alone, among 20 others, in other batches, and with more samples: the same ids."""
+    among = load().propose(*states, seeds=range(21))
+    small_batches = load(batch_size=4).propose(*states, seeds=range(21), n=2)
+    for row in (0, 5, 20):
+        image = [part[row : row + 1] for part in states]
+        alone = completion(load().propose(*image, seeds=[row]), 0)
+        assert alone == completion(among, row) == completion(small_batches, 2 * row)
+        assert alone != completion(small_batches, 2 * row + 1)
+
+
+@needs_models
+def test_the_global_random_state_is_neither_used_nor_changed(actor, states):
+    state = torch.get_rng_state()
+    one = actor.propose(*first(states, 2), seeds=[0, 1])
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(5)
+    assert torch.equal(actor.propose(*first(states, 2), seeds=[0, 1]).ids, one.ids)
+
+
+@needs_models
+def test_tokens_are_drawn_from_the_softmax_at_the_temperature(actor, states):
+    """The first token of 1,000 completions against the distribution of one forward pass."""
+    image, prompt, feedback = first(states, 1)
+    hot = load(max_new_tokens=1, temperature=4.0, batch_size=1)
+    ids = hot.propose(image, prompt, feedback, seeds=[3], n=1000).ids[:, 0]
+    inputs = hot.inputs(image, [hot.chat(prompt[0], feedback[0])])
+    with torch.no_grad():
+        probs = (hot.model(**inputs).logits[0, -1] / 4.0).softmax(-1)
+    found = ids.bincount(minlength=len(probs)) / 1000
+    chi_square = 1000 * ((found - probs) ** 2 / probs).sum()  # mean V - 1 = 92, std 14
+    assert chi_square < 92 + 5 * 14
+    wrong = probs.flip(0)
+    assert 1000 * ((found - wrong) ** 2 / wrong).sum() > 1000  # the test has power
+
+
+# ---- replay ----
+
+
+def disturb(parameters, size=0.05):
+    """Makes an untrained adapter, which changes nothing, one that does."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.data += size * torch.randn(parameter.shape, generator=generator)
+
+
+@needs_models
+def test_replay_gives_the_recorded_log_probs(states):
+    """At any temperature, in any batch, with the adapter that sampled and with no other."""
+    actor = load(temperature=0.7)
+    disturb(actor.add_adapter(4))
+    proposals = actor.propose(*first(states, 6), seeds=range(6), n=4)
+    for rows in (slice(0, 24), slice(5, 12)):
+        mask, recorded = proposals.mask[rows], proposals.log_probs[rows]
+        with actor.adapter(), torch.no_grad():
+            assert (actor.log_probs(proposals, rows) - recorded)[mask].abs().max() < 1e-4
+        with torch.no_grad():
+            assert (actor.log_probs(proposals, rows) - recorded)[mask].abs().max() > 1e-3
+
+
+@needs_models
+def test_replay_equals_a_loop_over_tokens(actor, states):
+    """An independent reference: one forward pass per token, no padding, no cache."""
+    proposals = actor.propose(*first(states, 2), seeds=[0, 1])
+    with torch.no_grad():
+        replayed = actor.log_probs(proposals, slice(None))
+    for row in range(2):
+        inputs = actor.inputs(proposals.images[row : row + 1], proposals.prompts[row : row + 1])
+        ids = inputs["input_ids"]
+        for position, token in enumerate(completion(proposals, row)):
+            with torch.no_grad():
+                logits = actor.model(
+                    input_ids=ids, pixel_values=inputs["pixel_values"], use_cache=False
+                ).logits
+            expected = logits[0, -1].double().log_softmax(-1)[token].item()
+            assert replayed[row, position].item() == pytest.approx(expected, abs=1e-4)
+            ids = torch.cat([ids, torch.tensor([[token]])], 1)
+
+
+@needs_models
+def test_a_folders_sampling_defaults_are_dropped(states):
+    """A repetition penalty would change what is sampled and would not be seen in the replay."""
+    plain = load().propose(*first(states, 3), seeds=range(3)).ids
+    actor = load()
+    defaults = {"min_p": 0.9, "top_k": 1, "repetition_penalty": 3.0, "no_repeat_ngram_size": 1}
+    defaults |= {"suppress_tokens": [5, 6, 7], "min_new_tokens": 60, "do_sample": True}
+    for name, value in defaults.items():
+        setattr(actor.model.generation_config, name, value)
+    again = Actor(actor.model, actor.processor, max_new_tokens=64)
+    assert torch.equal(again.propose(*first(states, 3), seeds=range(3)).ids, plain)
+
+
+@needs_models
+def test_a_model_without_an_end_token_is_refused(actor):
+    model = load().model
+    model.generation_config.eos_token_id = None
+    with pytest.raises(ValueError, match="no eos_token_id"):
+        Actor(model, actor.processor)
+
+
+@needs_models
+def test_truncated_completions_are_counted(states):
+    actor = load(max_new_tokens=3)
+    proposals = actor.propose(*first(states, 4), seeds=range(4))
+    assert proposals.truncated == [True] * 4
+    assert proposals.instructions == [None] * 4
+    assert proposals.mask.all()
