@@ -54,7 +54,7 @@ from safetensors.torch import save_file
 
 from config import TrainConfig, load_config
 from grpo import clipped_loss, gaussian_kl, group_advantages, k3_kl
-from loop import Trajectory, build
+from loop import Trajectory, build, sha256_sums
 from report import record, say, write
 from sgiou import SceneGraph, load_laion_sg
 
@@ -560,15 +560,19 @@ class Run:
             file.write(json.dumps({"iteration": done} | self.seconds) + "\n")
         self.warn()
         if validated:
-            self.trained.save_adapter(self.folder / "adapter")
+            self.save_adapter()
             record(self.folder, trajectories, done)
         self.save_checkpoint()
         if self.stopped:
             raise KeyboardInterrupt
         self.seconds, self.began = {}, time.perf_counter()
 
+    def save_adapter(self):
+        self.trained.save_adapter(self.folder / "adapter")
+        write(self.folder / "adapter" / "SHA256SUMS", sha256_sums(self.folder / "adapter"))
+
     def close(self):
-        self.trained.save_adapter(self.folder / "adapter")  # a killed run may not have saved it
+        self.save_adapter()  # a killed run may not have got there
         say(f"adapter: {self.folder / 'adapter'}")
         self.lock.close()
 
