@@ -54,7 +54,7 @@ from safetensors.torch import save_file
 
 from config import TrainConfig, load_config
 from grpo import clipped_loss, gaussian_kl, group_advantages, k3_kl
-from loop import Trajectory, build
+from loop import Trajectory, build, sha256_sums
 from report import record, say, write
 from sgiou import SceneGraph, load_laion_sg
 
@@ -483,10 +483,11 @@ def validate(loop, first, config):
 
 
 class Run:
-    """The folder of a run: data, metrics, validation, checkpoint, adapter. No algorithm in here.
+    """The files of a run: data, validation, metrics, checkpoint, adapter. No algorithm in here.
 
-    The checkpoint is complete after every iteration: parameters, optimizer state, config, number of
-    iterations. It is written aside and renamed, so a kill or a full disk leaves the previous one.
+    The checkpoint holds all that a resumed run needs: parameters, optimizer state, metrics so far
+    and config. It is written aside and renamed after every iteration, so a kill or a full disk
+    leaves the previous one.
     """
 
     MAY_CHANGE = ("iterations", "validate_every", "run")  # keys that a resumed run may change
@@ -498,23 +499,22 @@ class Run:
         self.folder = Path(config.run)
         self.checkpoint = self.folder / "checkpoint.safetensors"
         (self.folder / "adapter").mkdir(parents=True, exist_ok=True)
-        self.lock = open(
-            self.folder / "lock", "a"
-        )  # released when this process exits for any reason
+        # Released when this process exits for any reason.
+        self.lock = open(self.folder / "lock", "a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{self.folder}: another process is training in this folder") from None
-        if resume and not self.checkpoint.exists():
-            raise ValueError(f"{self.folder}: holds no checkpoint; start without --resume")
-        if self.checkpoint.exists() and not resume:
+        if resume != self.checkpoint.exists():
             raise ValueError(
-                f"{self.folder}: holds a run; continue it with --resume, or set run=another/folder"
+                f"{self.folder}: holds no checkpoint; start without --resume"
+                if resume
+                else f"{self.folder}: holds a run; continue it with --resume, or set run=another"
             )
         self.graphs = self.read(config.data, config.data_limit or None)
         held_out = self.read(config.validation, config.validation_limit)
-        self.first = self.load_checkpoint() if resume else 0
-        self.rows = self.read_metrics() if resume else []
+        self.rows = self.load_checkpoint() if resume else []  # metrics by iteration, from 0 on
+        self.first = max(len(self.rows) - 1, 0)
         write(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         write(self.folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
         self.first_images = loop.start(held_out, list(range(len(held_out))))
@@ -548,10 +548,10 @@ class Run:
         self.began = now
 
     def finish(self, iteration, metrics):
-        """End an iteration: validate if it is time, log, and save all that a resumed run needs."""
+        """End an iteration: validate if it is time, log, and save."""
         done, config = iteration + 1, self.config
-        due = done % config.validate_every == 0 or done == config.iterations
-        if due:
+        validated = done % config.validate_every == 0 or done == config.iterations
+        if validated:
             scores, trajectories = validate(self.loop, self.first_images, config)
             metrics |= scores
             self.lap("validate")
@@ -559,18 +559,32 @@ class Run:
         with (self.folder / "seconds.jsonl").open("a") as file:
             file.write(json.dumps({"iteration": done} | self.seconds) + "\n")
         self.warn()
-        if due:
-            self.trained.save_adapter(self.folder / "adapter")
+        if validated:
+            self.save_adapter()
             record(self.folder, trajectories, done)
-        self.save_checkpoint(done)
+        self.save_checkpoint()
         if self.stopped:
             raise KeyboardInterrupt
         self.seconds, self.began = {}, time.perf_counter()
 
+    def save_adapter(self):
+        self.trained.save_adapter(self.folder / "adapter")
+        write(self.folder / "adapter" / "SHA256SUMS", sha256_sums(self.folder / "adapter"))
+
     def close(self):
-        self.trained.save_adapter(self.folder / "adapter")  # a killed run may not have saved it
+        self.save_adapter()  # a killed run may not have got there
         say(f"adapter: {self.folder / 'adapter'}")
         self.lock.close()
+
+    def log(self, done, metrics, end=""):
+        """One line of metrics.jsonl, and one that a person can read."""
+        self.rows.append({"iteration": done} | metrics)
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+        names = "reward before kl malformed flat_groups replay_error ratio_error grad_norm"
+        names += " clipped_low clipped_high val_checker val_sg_iou"
+        shown = [f"{name} {metrics[name]:.3g}" for name in names.split() if name in metrics]
+        say(f"{done:4d}  {'  '.join(shown)}{end}")
 
     def warn(self):
         """Say so if nothing was learned for some time; raise if no gradient was finite."""
@@ -588,43 +602,26 @@ class Run:
                 "each group are the same, or no image fails the Checker; look at the report"
             )
 
-    def log(self, done, metrics, end=""):
-        """One line of metrics.jsonl, and one that a person can read."""
-        self.rows.append({"iteration": done} | metrics)
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
-        short = {"flat_groups": "flat", "replay_error": "replay", "ratio_error": "max|rho-1|"}
-        short |= {"grad_norm": "grad", "clipped_low": "clip-", "clipped_high": "clip+"}
-        names = ["reward", "before", "kl", "malformed", *short, "val_checker", "val_sg_iou"]
-        shown = [
-            f"{short.get(name, name)} {metrics[name]:.3g}" for name in names if name in metrics
-        ]
-        say(f"{done:4d}  {'  '.join(shown)}{end}")
+    def fingerprint(self):
+        """What a resumed run must share: the config and the content of the files it reads."""
+        config = {k: v for k, v in asdict(self.config).items() if k not in self.MAY_CHANGE}
+        files = [self.config.data, self.config.validation]
+        for folder in filter(None, (self.config.actor.adapter, self.config.editor.adapter)):
+            files += sorted(map(str, Path(folder).glob("*.safetensors")))
+        hashes = {
+            f"content of {f}": hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files
+        }
+        return json.loads(json.dumps(config | hashes))
 
-    def read_metrics(self):
-        """The rows up to the checkpoint's iteration; later ones will be repeated."""
-        path = self.folder / "metrics.jsonl"
-        try:
-            lines = path.read_text(encoding="utf-8").splitlines()[: self.first + 1]
-            rows = [json.loads(line) for line in lines]
-            if [row["iteration"] for row in rows] == list(range(self.first + 1)):
-                return rows
-        except (OSError, ValueError, TypeError, KeyError):
-            pass
-        raise ValueError(
-            f"{path}: does not hold iterations 0 to {self.first} of the checkpoint, each once; "
-            "start a new run"
-        )
-
-    def save_checkpoint(self, done):
+    def save_checkpoint(self):
         """Raises OSError if it cannot be written; the previous checkpoint is then still there."""
         tensors = {f"parameter.{i}": value for i, value in enumerate(self.parameters)}
         for index, state in self.optimizer.state_dict()["state"].items():
             for name, value in state.items():
                 tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        metadata = {"iterations": done, "config": asdict(self.config)}
-        metadata |= {"inputs": input_checksums(self.config), "checksum": checksum(tensors)}
+        metadata = {"metrics": self.rows, "made with": self.fingerprint()}
+        metadata["checksum"] = checksum(tensors)
         metadata = {name: json.dumps(value) for name, value in metadata.items()}
         aside = self.folder / "aside.safetensors"
         try:
@@ -635,7 +632,7 @@ class Run:
             raise OSError(f"{self.checkpoint}: cannot be written ({error})") from None
 
     def load_checkpoint(self):
-        """Restore parameters and optimizer; returns the number of iterations done.
+        """Restore parameters and optimizer; returns the metrics so far.
 
         Raises ValueError for a damaged file, and for one of another config or other input files.
         """
@@ -646,50 +643,37 @@ class Run:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             if saved["checksum"] != checksum(tensors):
                 raise ValueError("its checksum does not match")
-            then = saved["config"] | saved["inputs"]
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError, AttributeError) as error:
+            then, now = saved["made with"], self.fingerprint()
+        except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: is damaged ({error}); start in another folder") from None
-        now = json.loads(json.dumps(asdict(self.config) | input_checksums(self.config)))
         differences = [
             f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)"
             for key in {**then, **now}
-            if key not in self.MAY_CHANGE and then.get(key) != now.get(key)
+            if then.get(key) != now.get(key)
         ]
         if differences:
             raise ValueError(
                 f"{path}: was saved with a different config: {'; '.join(differences)}; undo that, "
                 "or start a new run that continues from this adapter"
             )
-        shapes = [tensors[name].shape for name in tensors if name.startswith("parameter.")]
-        if sorted(shapes) != sorted(parameter.shape for parameter in self.parameters):
-            raise ValueError(f"{path}: holds another adapter (model or rank); start a new run")
-        for index, parameter in enumerate(self.parameters):
-            parameter.data.copy_(tensors.pop(f"parameter.{index}"))
         state = {}  # of AdamW: {parameter index: {"step", "exp_avg", "exp_avg_sq"}}
         for name, value in tensors.items():
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
+            kind, index, *key = name.split(".")
+            if kind == "parameter":
+                self.parameters[int(index)].data.copy_(value)
+            else:
+                state.setdefault(int(index), {})[key[0]] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-        return saved["iterations"]
+        return saved["metrics"]
 
 
 def checksum(tensors):
-    """sha256 of named tensors; disks and copies do flip bits, and safetensors would not notice."""
+    """sha256 of named tensors. Disks and copies do flip bits, which safetensors does not notice."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def input_checksums(config):
-    """sha256 by name of the files that training reads besides the models."""
-    files = [config.data, config.validation]
-    for folder in filter(None, (config.actor.adapter, config.editor.adapter)):
-        files += sorted(str(path) for path in Path(folder).glob("*.safetensors"))
-    return {
-        f"content of {path}": hashlib.sha256(Path(path).read_bytes()).hexdigest() for path in files
-    }
 
 
 def main():
