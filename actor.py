@@ -246,7 +246,7 @@ class Actor:
         Raises ValueError if the file is damaged, or if its tensors are not those of this model.
         """
         path = Path(folder) / "adapter_model.safetensors"
-        check_adapter_file(path)
+        tensors = read_adapter(path)
         if ADAPTER in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter(ADAPTER)
         found = self.model.load_adapter(str(folder), adapter_name=ADAPTER)
@@ -259,12 +259,16 @@ class Actor:
             )
         self.model.eval()  # new LoRA layers come in training mode
         self.add_adapter(rank=None)
+        for name, parameter in self.model.named_parameters():
+            key = f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"
+            if key in tensors:  # again, in fp32: a bf16 model has rounded them
+                parameter.data.copy_(tensors[key])
 
     def save_adapter(self, folder):
         """Write what `PeftModel.from_pretrained(model, folder)` reads, with a checksum."""
         with self.adapter():
             self.model.save_pretrained(folder)
-        seal_adapter_file(Path(folder) / "adapter_model.safetensors")
+        seal_adapter(Path(folder) / "adapter_model.safetensors")
 
     def without_adapter(self):
         """The untrained Actor: the same model, but `propose` leaves the adapter off."""
@@ -310,44 +314,49 @@ class _Sampler:
         return torch.full_like(logits, -math.inf).scatter(1, ids, 0.0)
 
 
-def seal_adapter_file(path):
+def seal_adapter(path):
     """Put a checksum into the metadata of a safetensors file, and the metadata in order.
 
     The checksum is of all tensors and metadata, and of the adapter_config.json beside the file.
     """
-    header, tensors, _, digest = _read_adapter_file(path)
-    metadata = header["__metadata__"] | {"checksum": digest}
-    header["__metadata__"] = dict(sorted(metadata.items()))
+    header, tensors, _, actual = _open_adapter(path)
+    header["__metadata__"] = dict(sorted((header["__metadata__"] | {"checksum": actual}).items()))
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
+    aside = path.with_suffix(".aside")  # renamed when complete
+    aside.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
+    aside.replace(path)
 
 
-def check_adapter_file(path):
-    """Raise ValueError if the checksum of an adapter file, where it has one, does not match it.
+def read_adapter(path):
+    """The tensors of an adapter file, by name.
 
-    Also if a number is NaN or infinite.
+    Raises ValueError if its checksum, where it has one, does not match, or if a number is not
+    finite.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        _, _, stated, digest = _read_adapter_file(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
-    if stated not in (None, digest):
-        raise ValueError(f"{path} or its adapter_config.json was damaged or changed: checksum")
-    for name, tensor in load_file(path).items():
+        _, _, stated, actual = _open_adapter(path)
+        tensors = load_file(path)
+    except (ValueError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    if stated not in (None, actual):
+        raise ValueError(f"{path} or its adapter_config.json has changed since it was written")
+    for name, tensor in tensors.items():
         if not tensor.isfinite().all():
             raise ValueError(f"{path} holds NaN or infinite numbers in {name}")
+    return tensors
 
 
-def _read_adapter_file(path):
-    """(header, bytes of the tensors, checksum that the header states or None, actual checksum)."""
+def _open_adapter(path):
+    """(header, bytes of the tensors, the checksum in the header or None, the actual checksum)."""
     data = path.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")  # safetensors: length, JSON header, tensors
     header, tensors = json.loads(data[8:start]), data[start:]
     stated = header.setdefault("__metadata__", {}).pop("checksum", None)
     config = path.with_name("adapter_config.json")
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode() + tensors)
-    digest.update(config.read_bytes() if config.exists() else b"")
-    return header, tensors, stated, digest.hexdigest()
+    actual = hashlib.sha256(json.dumps(header, sort_keys=True).encode() + tensors)
+    actual.update(config.read_bytes() if config.exists() else b"")
+    return header, tensors, stated, actual.hexdigest()
