@@ -5,8 +5,11 @@ without an image is one too, so Diffuser and Editor can share one set of weights
 the pipeline call (size, steps, guidance, text length) come from `call:` in the YAML, not from code.
 """
 
+import difflib
+import functools
 import inspect
 import sys
+from importlib import import_module
 
 
 class Diffuser:
@@ -31,12 +34,8 @@ class Diffuser:
     def load(cls, path, device="cpu", dtype="float32", **settings):
         """Load a local folder or Hub id; dtype is the name of a torch dtype."""
         import torch
-        from diffusers import DiffusionPipeline
 
-        pipeline = DiffusionPipeline.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True
-        )
-        return cls(pipeline.to(device), **settings)
+        return cls(load_pipeline(path, getattr(torch, dtype)).to(device), **settings)
 
     def problem(self, prompt):
         """Why the text encoder cannot read a prompt, as one clause, or None if it can.
@@ -81,11 +80,14 @@ class Diffuser:
     def generate(self, prompts, seeds):
         """One PIL image per prompt and seed, independent of what else is in the batch.
 
-        Raises ValueError if the pipeline returns only black images.
+        Raises ValueError if the pipeline fails or returns only black images.
         """
         import torch
 
-        images = []
+        # With `offload: true` an update leaves the transformer on the GPU. The text encoder needs
+        # the room. Without offload this does nothing.
+        self.pipeline.maybe_free_model_hooks()
+        name, images = type(self.pipeline).__name__, []
         for start in range(0, len(prompts), self.batch_size):
             part = slice(start, start + self.batch_size)
             # Noise drawn on the CPU is the same on every device.
@@ -93,12 +95,90 @@ class Diffuser:
             call = dict(self.call)
             if isinstance(call.get("negative_prompt"), str):  # some pipelines want one per prompt
                 call["negative_prompt"] = [call["negative_prompt"]] * len(prompts[part])
-            output = self.pipeline(prompt=prompts[part], generator=generators, **call)
-            if all(image.getbbox() is None for image in output.images):  # NaN becomes black, too
+            try:
+                made = self.pipeline(prompt=prompts[part], generator=generators, **call).images
+            except Exception as error:  # of any kind: it comes from the depths of the pipeline
+                reason = " ".join(str(error).split())[:300]
+                raise ValueError(f"{name} fails with this 'diffuser.call': {reason}") from error
+            if all(image.getbbox() is None for image in made):  # NaN becomes black, too
                 raise ValueError(
-                    f"{type(self.pipeline).__name__} returns only black images: its numbers "
-                    "overflow (set 'diffuser.dtype' to bfloat16 or float32) or its weights are "
-                    "damaged"
+                    f"{name} returns only black images: its numbers overflow (set 'diffuser.dtype' "
+                    "to bfloat16 or float32) or its weights are damaged"
                 )
-            images += output.images
+            asked = call.get("width"), call.get("height")
+            if all(asked) and made[0].size != asked:
+                warn_of_size("diffuser.call", asked, made[0].size)
+            images += made
         return images
+
+
+# ---- also in editor.py, so that each of them works alone ----
+
+
+def load_pipeline(path, dtype):
+    """A diffusers pipeline from safetensors. Raises ValueError if weights are missing.
+
+    diffusers alone would fill the gaps of a text encoder with random numbers.
+    """
+    import torch
+    from diffusers import DiffusionPipeline
+
+    options = {"dtype": dtype, "use_safetensors": True}
+    models = {}
+    for name, entry in DiffusionPipeline.load_config(path).items():
+        library, kind = entry if isinstance(entry, list) else (None, None)
+        if library not in ("diffusers", "transformers"):
+            continue
+        kind = getattr(import_module(library), kind)
+        if not issubclass(kind, torch.nn.Module):
+            continue
+        models[name], info = kind.from_pretrained(
+            path, subfolder=name, output_loading_info=True, **options
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
+    return DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **models, **options)
+
+
+@functools.cache  # prints a message once
+def warn_of_size(key, asked, made):
+    """Say that a pipeline makes another size (width, height) than its call asks for."""
+    width, height = made
+    print(
+        f"key '{key}': asked for width {asked[0]} and height {asked[1]}, and the images are "
+        f"{width} x {height}; ask for a size that the model makes",
+        file=sys.stderr,
+    )
+
+
+def check_call(key, kind, call):
+    """Compare the arguments of a pipeline's call with the signature of its class.
+
+    Raises ValueError for an argument that is unknown or has no effect.
+    """
+    takes = inspect.signature(kind.__call__).parameters
+    for name in call:
+        if name not in takes:
+            near = difflib.get_close_matches(name, takes, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(f"key '{key}': {kind.__name__} takes no {name}{hint}")
+    sigmas = call.get("sigmas")
+    if sigmas is not None:
+        numbers = isinstance(sigmas, list) and all(type(s) in (int, float) for s in sigmas)
+        if (
+            not numbers
+            or not sigmas
+            or not all(a > b for a, b in zip([1.1, *sigmas], [*sigmas, 0]))
+        ):
+            raise ValueError(f"key '{key}.sigmas' is {sigmas}; make it fall from 1 to above 0")
+        if call.get("num_inference_steps", len(sigmas)) != len(sigmas):
+            raise ValueError(
+                f"key '{key}': sigmas are {len(sigmas)} steps; drop num_inference_steps"
+            )
+    if "true_cfg_scale" in takes:
+        guided = call.get("true_cfg_scale", takes["true_cfg_scale"].default) > 1
+        has_prompt = call.get("negative_prompt") is not None
+        if guided != has_prompt and ("true_cfg_scale" in call or has_prompt):
+            raise ValueError(
+                f"key '{key}': true_cfg_scale above 1 and negative_prompt need one another"
+            )

@@ -1,7 +1,7 @@
 """Editor: the model that carries out an instruction on an image and keeps the rest of it.
 
-RL-RIG (arXiv 2602.19974) calls it the Inverse Diffuser. Any diffusers instruction-editing pipeline
-with flow matching works. Phase 2 trains a LoRA adapter of its transformer.
+RL-RIG (arXiv 2602.19974) calls it the Inverse Diffuser. It is an instruction-editing pipeline of
+diffusers with flow matching. Phase 2 trains a LoRA adapter of its transformer.
 
 `edit` is an ordinary pipeline call, which integrates the flow's ODE. `rollout` makes the same call,
 but a window of its denoising steps becomes stochastic (`sde_step` in grpo.py) and is recorded:
@@ -17,21 +17,53 @@ pipeline never sees it.
 """
 
 import copy
+import functools
+import hashlib
+import inspect
+import json
+import os
+import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
 
+import safetensors.torch
 import torch
+from PIL import Image, ImageOps
 
 from grpo import sde_step
 
 ADAPTER = "editor"
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
 TARGETS += ("to_qkv_mlp_proj",)  # FLUX.2's single blocks have q, k and v in one matrix
-# This pipeline edits a batch of different images. The others read a list of images as references
-# for one edit, so they get one image and instruction per call.
-BATCHED = ("FluxKontextPipeline",)
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
-CACHED = ("Flux2KleinKVPipeline",)  # its steps share keys and values, so none can be replayed alone
+
+
+class Kind(NamedTuple):
+    """What differs between the pipelines that can be the Editor."""
+
+    scale: str  # the argument of its call that is the guidance scale
+    rescaled: bool = False  # guidance keeps the length of the conditional answer, per token
+    batched: bool = False  # edits different images in one call; to the others they are references
+    last: bool = False  # the latents' tokens come after those of the image that is edited
+    call: dict = {}  # arguments of its call that are always set
+
+
+# Recorded, replayed and checked against finite differences in tests/test_pipeline_families.py. Add
+# a pipeline here only together with that test: a wrong gradient shows nowhere else.
+PIPELINES = {
+    "FluxKontextPipeline": Kind("true_cfg_scale", batched=True),
+    "Flux2KleinPipeline": Kind("guidance_scale"),
+    "QwenImageEditPipeline": Kind("true_cfg_scale", rescaled=True),
+    "QwenImageEditPlusPipeline": Kind("true_cfg_scale", rescaled=True),
+    # By default its later steps read keys and values that the first one cached. A replay would read
+    # them too, and the gradient through the cached tokens would be missing.
+    "QwenImage21Pipeline": Kind("true_cfg_scale", last=True, call={"use_kv_cache": False}),
+    "BriaFiboEditPipeline": Kind("guidance_scale"),
+    "BriaFibo2Pipeline": Kind("guidance_scale"),
+}
 
 
 @dataclass
@@ -39,13 +71,13 @@ class RecordedStep:
     """One stochastic denoising step of B images; tensors in fp32 except those in `calls`."""
 
     calls: list[tuple]  # (positional, keyword) arguments of the transformer; one call is common
-    guidance: tuple | None  # None for one plain answer per image, otherwise see `find_guidance`
     sample: torch.Tensor  # (B, tokens, channels) latents x before the step
     next_sample: torch.Tensor  # (B, tokens, channels) latents x' after it
     sigma: float
     sigma_next: float
     noise_level: float
     log_prob: torch.Tensor  # (B,) recorded while sampling
+    mean: torch.Tensor  # (B, tokens, channels) of x' while sampling
 
 
 @dataclass
@@ -60,18 +92,23 @@ class Editor:
     """An instruction-editing pipeline.
 
     Args:
-        pipeline: the loaded pipeline; may be the Diffuser's. Its transformer is frozen here.
+        pipeline: a loaded pipeline of a class in PIPELINES; may be the Diffuser's. Its transformer
+            is frozen here.
         call: keyword arguments of every pipeline call.
         batch_size: images per call.
         template: what the pipeline reads; {} stands for the instruction.
     """
 
     def __init__(self, pipeline, call=None, batch_size=64, template="{}"):
+        self.kind = find_kind(type(pipeline).__name__, type(pipeline.scheduler).__name__)
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.transformer.requires_grad_(False)
-        self.batched = type(pipeline).__name__ in BATCHED
-        self.call = call or {}
+        self.batched = self.kind.batched
+        self.call = self.kind.call | (call or {})
+        for name, value in self.kind.call.items():
+            if self.call[name] != value:
+                raise ValueError(f"key 'editor.call.{name}' has to be {value}; leave it out")
         self.batch_size = batch_size
         self.template = template
         self.has_adapter = False
@@ -79,34 +116,33 @@ class Editor:
     @classmethod
     def load(cls, path, device="cpu", dtype="float32", **settings):
         """Load a local folder or Hub id; dtype is the name of a torch dtype."""
+        cls.check(path)
+        return cls(load_pipeline(path, getattr(torch, dtype)).to(device), **settings)
+
+    @staticmethod
+    def check(path):
+        """Raise ValueError for a pipeline that cannot be the Editor; reads only its index file."""
         from diffusers import DiffusionPipeline
 
-        cls.check(path)
-        pipeline = DiffusionPipeline.from_pretrained(
-            path, dtype=getattr(torch, dtype), use_safetensors=True
-        )
-        return cls(pipeline.to(device), **settings)
+        index = DiffusionPipeline.load_config(path)
+        find_kind(index["_class_name"], (index.get("scheduler") or [None, None])[1])
 
     def edit(self, images, instructions, seeds):
         """One edited PIL image per image, instruction and seed, whatever else is in the batch.
 
-        Raises ValueError if the pipeline returns only black images.
+        Images of any mode are read upright and over white. Where `call` has height and width, an
+        image of another size is stretched to that size first.
+        Raises ValueError if the pipeline fails or returns only black images.
         """
         edited = []
-        start = 0
-        while start < len(images):
-            stop = start + 1  # grow the batch while the pipeline can take it in one call
-            while stop < min(start + self.batch_size, len(images)) and (
-                self.batched or _same_edit(images[start : stop + 1], instructions[start : stop + 1])
-            ):
-                stop += 1
-            part = slice(start, stop)
+        size = self.batch_size if self.batched else 1
+        for start in range(0, len(images), size):
+            part = slice(start, start + size)
             edited += self._call(images[part], instructions[part], seeds[part])
-            start = stop
         return edited
 
     def rollout(self, images, instructions, seeds, noise_seeds, window, noise_level):
-        """Edit B images in one call, with stochastic steps in the window; records those steps.
+        """Edit B images with stochastic steps; call it under `torch.no_grad()`.
 
         Args:
             seeds: of the initial latents. Samples of a group have the same seed, so they also
@@ -114,10 +150,10 @@ class Editor:
             noise_seeds: of the noise in the window, all different.
             window: range of step indices, without the last step.
             noise_level: a in `sde_step`.
-        Raises ValueError for a pipeline whose steps cannot be replayed.
+        Raises ValueError as `edit` does, and if a step cannot be replayed.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
-        with _recording(self.pipeline, generators, window, noise_level) as steps:
+        with self._recording(generators, window, noise_level) as steps:
             edited = self._call(images, instructions, seeds)
         return Rollout(edited, steps)
 
@@ -127,7 +163,7 @@ class Editor:
             self.pipeline.transformer(*positional, **keywords)[0]
             for positional, keywords in step.calls
         ]
-        velocity = _velocity(predictions, step.sample, step.guidance)
+        velocity = self._velocity(predictions, step.sample)
         _, log_prob, mean, std = sde_step(
             velocity,
             step.sample,
@@ -140,35 +176,140 @@ class Editor:
 
     def _call(self, images, instructions, seeds):
         """One pipeline call with the adapter active."""
-        call = dict(self.call)
-        if _same_edit(images, instructions):  # encode the image and the text once
+        name, call = type(self.pipeline).__name__, dict(self.call)
+        if all(image is images[0] for image in images) and len(set(instructions)) == 1:
+            # One group: encode the image and the text once.
             call["num_images_per_prompt"] = len(images)
-            images, instructions = images[0], instructions[:1]
+            images, instructions = images[:1], instructions[:1]
         elif not self.batched:
-            name = type(self.pipeline).__name__
             raise ValueError(f"{name} takes one image and one instruction per call")
+        images = [normalize_image(image) for image in images]
+        asked = call.get("width"), call.get("height")
+        if all(asked):
+            images = [image if image.size == asked else image.resize(asked) for image in images]
         if isinstance(call.get("negative_prompt"), str):  # some pipelines want one per prompt
             call["negative_prompt"] = [call["negative_prompt"]] * len(instructions)
         # A template may be JSON, where a quotation mark would end the string.
         prompts = [self.template.replace("{}", text.replace('"', "'")) for text in instructions]
+        call["image"] = images if len(images) > 1 else images[0]
         # Noise drawn on the CPU is the same on every device.
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        with self.adapter():
-            output = self.pipeline(image=images, prompt=prompts, generator=generators, **call)
-        if all(image.getbbox() is None for image in output.images):  # NaN becomes black, too
+        try:
+            with self.adapter():
+                made = self.pipeline(prompt=prompts, generator=generators, **call).images
+        except Exception as error:  # of any kind: it comes from the depths of the pipeline
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{name} fails with this 'editor.call': {reason}") from error
+        if all(image.getbbox() is None for image in made):  # NaN becomes black, too
             raise ValueError(
-                f"{type(self.pipeline).__name__} returns only black images: its numbers overflow "
-                "(set 'editor.dtype' to bfloat16 or float32) or its weights are damaged"
+                f"{name} returns only black images: its numbers overflow (set 'editor.dtype' to "
+                "bfloat16 or float32) or its weights are damaged"
             )
-        return output.images
+        if all(asked) and made[0].size != asked:
+            warn_of_size("editor.call", asked, made[0].size)
+        return made
+
+    # ---- recording ----
+
+    @contextmanager
+    def _recording(self, generators, window, noise_level):
+        """Inside this block the pipeline takes SDE steps in the window; yields the list of them.
+
+        A forward hook keeps what the transformer is called with and what it answers. The
+        scheduler's `step` is replaced by `sde_step`, which is Euler's ODE step outside the window.
+        """
+        scheduler = self.pipeline.scheduler
+        calls, predictions, steps = [], [], []
+        latents = None  # kept in fp32, whatever the pipeline's dtype
+        index = 0  # of the denoising step
+
+        def keep(_, positional, keywords, output):
+            calls.append((positional, keywords))
+            predictions.append(output[0])
+
+        def step(velocity, timestep, sample, **_):
+            nonlocal latents, index
+            latents = sample.float() if latents is None else latents
+            last = len(scheduler.sigmas) - 2
+            if window and window[-1] >= last:
+                raise ValueError(f"window {window} has to end before the last step, {last}")
+            sigma, sigma_next = scheduler.sigmas[index : index + 2].tolist()
+            level = noise_level if index in window else 0.0
+            velocity = velocity.float()
+            if level > 0:  # use what a replay will compute, which has to be the same
+                replayed = self._velocity(predictions, velocity)
+                tolerance = max(1e-4, 2 * torch.finfo(predictions[0].dtype).eps)
+                if not (replayed - velocity).norm() <= tolerance * velocity.norm():
+                    raise ValueError("its guidance cannot be replayed; turn it off")
+                velocity = replayed
+            next_latents, log_prob, mean, _ = sde_step(
+                velocity, latents, sigma, sigma_next, level, generator=generators
+            )
+            if log_prob is not None:
+                move = (latents, next_latents, sigma, sigma_next, level, log_prob, mean)
+                steps.append(RecordedStep(list(calls), *move))
+            calls.clear()
+            predictions.clear()
+            latents = next_latents
+            index += 1
+            return (next_latents.to(sample.dtype),)
+
+        hook = self.pipeline.transformer.register_forward_hook(keep, with_kwargs=True)
+        scheduler.step = step
+        try:
+            yield steps
+        finally:
+            hook.remove()
+            del scheduler.step
+
+    def _velocity(self, predictions, sample):
+        """What the transformer answered to the velocity of B latents: (B, tokens, channels) fp32.
+
+        The other tokens of an answer belong to the image that is edited. Without guidance there is
+        one answer per image, which is the velocity.
+        """
+        tokens = sample.shape[1]
+        part = slice(-tokens, None) if self.kind.last else slice(tokens)
+        answers = [prediction[:, part].float() for prediction in predictions]
+        if len(answers) == 1 and len(answers[0]) == len(sample):
+            return answers[0]
+        return self._guided_velocity(answers)
+
+    def _guided_velocity(self, answers):
+        """Classifier-free guidance, as the pipelines of PIPELINES do it; skip on a first reading.
+
+        v = u + s (c - u)            c: answer to the instruction, u: without it, s: scale
+        v = (u + s (c - u)) |c| / |u + s (c - u)|    rescaled, per token
+        """
+        if len(answers) == 1:  # one call with a batch twice as large
+            unconditional, conditional = answers[0].chunk(2)
+        else:
+            conditional, unconditional = answers
+        default = inspect.signature(self.pipeline.__call__).parameters[self.kind.scale].default
+        scale = self.call.get(self.kind.scale, default)
+        velocity = unconditional + scale * (conditional - unconditional)
+        if self.kind.rescaled:
+            length = velocity.norm(dim=-1, keepdim=True)
+            velocity = velocity * (conditional.norm(dim=-1, keepdim=True) / length)
+        return velocity
+
+    # ---- the adapter ----
 
     def add_adapter(self, rank, targets=TARGETS):
-        """Add an untrained LoRA adapter, which changes nothing yet; returns its parameters."""
+        """Make the adapter trainable; returns its parameters.
+
+        Goes on with an adapter that was loaded or trained before. Otherwise adds a new one, which
+        changes nothing yet. Either way a KL penalty is to the base model, without adapter.
+        """
         from peft import LoraConfig
 
         transformer = self.pipeline.transformer
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
-        transformer.add_adapter(config, adapter_name=ADAPTER)
+        if not self.has_adapter:
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+            transformer.add_adapter(config, adapter_name=ADAPTER)
+        found = transformer.peft_config[ADAPTER].r
+        if found != rank:
+            raise ValueError(f"the adapter that is there has rank {found}; set rank={found}")
         parameters = [p for n, p in transformer.named_parameters() if f".{ADAPTER}." in n]
         for parameter in parameters:
             parameter.data = parameter.data.float()  # Adam needs fp32 even if the model is bf16
@@ -177,10 +318,28 @@ class Editor:
         return parameters
 
     def load_adapter(self, folder):
-        """Load a folder that `save_adapter` wrote."""
-        self.pipeline.load_lora_weights(folder, adapter_name=ADAPTER)
-        self.pipeline.transformer.eval()  # new LoRA layers come in training mode
-        self.pipeline.transformer.disable_adapters()
+        """Load a folder that `save_adapter` wrote, or any LoRA that diffusers reads, in fp32.
+
+        Raises ValueError if a tensor is missing, unknown, not finite or damaged.
+        """
+        check_digest(Path(folder) / "pytorch_lora_weights.safetensors")
+        transformer = self.pipeline.transformer
+        tensors = self.pipeline.lora_state_dict(folder, use_safetensors=True)
+        self.pipeline.load_lora_weights(folder, adapter_name=ADAPTER, use_safetensors=True)
+        transformer.eval()  # new LoRA layers come in training mode
+        for name, parameter in transformer.named_parameters():
+            if f".{ADAPTER}." not in name:
+                continue
+            key = f"transformer.{name.replace(f'.{ADAPTER}.', '.')}"
+            if key not in tensors:
+                raise ValueError(f"{folder} lacks {key}; it is damaged or of another model")
+            # Again, because diffusers has rounded it to the model's dtype.
+            parameter.data = tensors.pop(key).to(parameter.device, torch.float32)
+            if not parameter.isfinite().all():
+                raise ValueError(f"{folder}: {key} holds NaN or infinity")
+        if unknown := [key for key in tensors if "alpha" not in key]:
+            raise ValueError(f"{folder} holds {unknown[0]}, which the Editor does not know")
+        transformer.disable_adapters()
         self.has_adapter = True
 
     def save_adapter(self, folder):
@@ -188,13 +347,14 @@ class Editor:
         from peft.utils import get_peft_model_state_dict
 
         transformer = self.pipeline.transformer
-        metadata = transformer.peft_config[ADAPTER].to_dict()
-        metadata = {k: sorted(v) if isinstance(v, set) else v for k, v in metadata.items()}
-        self.pipeline.save_lora_weights(
-            folder,
-            transformer_lora_layers=get_peft_model_state_dict(transformer, adapter_name=ADAPTER),
-            transformer_lora_adapter_metadata=metadata,
-        )
+        tensors = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
+        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+        config = transformer.peft_config[ADAPTER].to_dict()
+        config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
+        config = {f"transformer.{key}": value for key, value in config.items()}
+        metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config, sort_keys=True)}
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        write_tensors(Path(folder) / "pytorch_lora_weights.safetensors", tensors, metadata)
 
     def without_adapter(self):
         """The untrained Editor: the same pipeline, but `edit` leaves the adapter off."""
@@ -216,145 +376,94 @@ class Editor:
             if self.has_adapter:
                 self.pipeline.transformer.disable_adapters()
 
-    @staticmethod
-    def check(path):
-        """Raise ValueError for a pipeline that cannot be the Editor; reads only its index file."""
-        import inspect
 
-        import diffusers
-
-        index = diffusers.DiffusionPipeline.load_config(path)
-        name = index["_class_name"]
-        kind = getattr(diffusers, name, None)
-        if kind is None:
-            raise ValueError(f"diffusers {diffusers.__version__} has no {name}")
-        takes = inspect.signature(kind.__call__).parameters
-        scheduler = index.get("scheduler", [None, "no scheduler"])[1]
-        reasons = {
-            "it takes no image": "image" not in takes or "prompt" not in takes,
-            "it starts from a noised image and follows no instruction": "strength" in takes,
-            "it makes videos": "num_frames" in takes,
-            "it has no transformer": "transformer" not in index,
-            f"{scheduler} is not the Euler method of a flow": scheduler != SCHEDULER,
-            "its steps share a cache, so none can be replayed alone": name in CACHED,
-            "diffusers cannot load a LoRA into it": not hasattr(kind, "save_lora_weights"),
-        }
-        for reason, holds in reasons.items():
-            if holds:
-                raise ValueError(f"{name} cannot be trained as the Editor: {reason}")
+def find_kind(pipeline, scheduler):
+    """The `Kind` of a pipeline, by its name. Raises ValueError if it cannot be the Editor."""
+    if pipeline not in PIPELINES:
+        names = ", ".join(PIPELINES)
+        raise ValueError(f"{pipeline} cannot be trained as the Editor; use one of {names}")
+    if scheduler != SCHEDULER:
+        raise ValueError(f"{pipeline} with {scheduler} cannot be trained; give it a {SCHEDULER}")
+    return PIPELINES[pipeline]
 
 
-def _same_edit(images, instructions):
-    """Whether all rows are the same image and the same instruction."""
-    return all(image is images[0] for image in images) and len(set(instructions)) == 1
+def write_tensors(path, tensors, metadata):
+    """A safetensors file with a checksum: the same tensors and metadata give the same bytes."""
+    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
+    header, body = split_tensors(data)
+    header["__metadata__"] = metadata
+    header["__metadata__"] = metadata | {"sha256": digest(header, body)}
+    text = json.dumps(header, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    aside = path.with_suffix(".aside")  # a full disk leaves the previous file
+    aside.write_bytes(len(text).to_bytes(8, "little") + text + body)
+    os.replace(aside, path)
 
 
-@contextmanager
-def _recording(pipeline, generators, window, noise_level):
-    """Inside this block the pipeline takes SDE steps in the window; yields the list of them.
-
-    A forward hook keeps what the transformer is called with and what it answers. The scheduler's
-    `step` is replaced by `sde_step`, which is Euler's ODE step outside the window.
-    """
-    scheduler, transformer = pipeline.scheduler, pipeline.transformer
-    calls, predictions, steps = [], [], []
-    latents = None  # kept in fp32, whatever the pipeline's dtype
-    index = 0  # of the denoising step
-
-    def keep(_, positional, keywords, output):
-        calls.append((positional, keywords))
-        predictions.append(output[0])
-
-    def step(velocity, timestep, sample, **_):
-        nonlocal latents, index
-        latents = sample.float() if latents is None else latents
-        sigma, sigma_next = scheduler.sigmas[index : index + 2].tolist()
-        level = noise_level if index in window else 0.0
-        velocity, guidance = velocity.float(), None
-        if level > 0:  # what a replay will compute has to be what the pipeline computed
-            guidance = find_guidance(predictions, velocity, type(pipeline).__name__)
-            velocity = _velocity(predictions, velocity, guidance)
-        next_latents, log_prob, _, _ = sde_step(
-            velocity, latents, sigma, sigma_next, level, generator=generators
-        )
-        if log_prob is not None:
-            move = (latents, next_latents, sigma, sigma_next, level, log_prob)
-            steps.append(RecordedStep(list(calls), guidance, *move))
-        calls.clear()
-        predictions.clear()
-        latents = next_latents
-        index += 1
-        return (next_latents.to(sample.dtype),)
-
-    hook = transformer.register_forward_hook(keep, with_kwargs=True)
-    scheduler.step = step
+def check_digest(path):
+    """Raise ValueError if a file that `write_tensors` wrote has changed. Others pass."""
+    if not path.exists():
+        return
     try:
-        yield steps
-    finally:
-        hook.remove()
-        del scheduler.step
+        header, body = split_tensors(path.read_bytes())
+        found = header.get("__metadata__", {}).pop("sha256", None)
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if found and found != digest(header, body):
+        raise ValueError(f"{path} is damaged: its checksum does not match")
 
 
-def _velocity(predictions, sample, guidance):
-    """What the transformer answered to the velocity of B latents: (B, tokens, channels) fp32.
+def split_tensors(data):
+    """(header, tensors) of a safetensors file: a dictionary, and bytes."""
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
 
-    Tokens after those of the latents belong to the image that is edited.
+
+def digest(header, body):
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + body).hexdigest()
+
+
+# ---- also in diffuser.py, checker.py or actor.py, so that each of them works alone ----
+
+
+def load_pipeline(path, dtype):
+    """A diffusers pipeline from safetensors. Raises ValueError if weights are missing.
+
+    diffusers alone would fill the gaps of a text encoder with random numbers.
     """
-    if guidance is None:
-        return predictions[0][:, : sample.shape[1]].float()
-    weights, rescaled = guidance
-    answers = _answers(predictions, sample)
-    velocity = weights[0] * answers[0] + weights[1] * answers[1]
-    if rescaled:
-        length = velocity.norm(dim=-1, keepdim=True)
-        velocity = velocity * (answers[0].norm(dim=-1, keepdim=True) / length)
-    return velocity
+    import torch
+    from diffusers import DiffusionPipeline
+
+    options = {"dtype": dtype, "use_safetensors": True}
+    models = {}
+    for name, entry in DiffusionPipeline.load_config(path).items():
+        library, kind = entry if isinstance(entry, list) else (None, None)
+        if library not in ("diffusers", "transformers"):
+            continue
+        kind = getattr(import_module(library), kind)
+        if not issubclass(kind, torch.nn.Module):
+            continue
+        models[name], info = kind.from_pretrained(
+            path, subfolder=name, output_loading_info=True, **options
+        )
+        if missing := sorted(info["missing_keys"]):
+            raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
+    return DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **models, **options)
 
 
-def _answers(predictions, sample):
-    """The transformer's answers o_k about B latents, each (B, tokens, channels) fp32."""
-    rows = [part for prediction in predictions for part in prediction.split(len(sample))]
-    return [part[:, : sample.shape[1]].float() for part in rows]
+def normalize_image(image):
+    """An image from anywhere as the models read it: upright, RGB, over white."""
+    image = ImageOps.exif_transpose(image).convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
 
 
-def find_guidance(predictions, velocity, name):
-    """How a pipeline with guidance combined its transformer's answers; skip on a first reading.
-
-    Without guidance there is one answer per image, the velocity itself: returns None. With guidance
-    there are two, o_0 and o_1, from two calls or from a batch twice as large. Pipelines combine
-    them in one of two ways, and which one, with which scale s, is read off the numbers:
-
-        v = c = o_1 + s (o_0 - o_1)      classifier-free guidance
-        v = c |o_0| / |c|                rescaled, per token, to the length of o_0
-
-    Returns ((s, 1 - s), rescaled). Raises ValueError if neither gives the velocity.
-    """
-    answers = _answers(predictions, velocity)
-    tolerance = max(1e-4, 2 * torch.finfo(predictions[0].dtype).eps)
-
-    def explains(guidance):
-        error = _velocity(predictions, velocity, guidance) - velocity
-        return error.norm() / velocity.norm() <= tolerance
-
-    if len(answers) == 1 and explains(None):
-        return None
-    if len(answers) == 2:
-        o_1 = answers[1].double()
-        change = answers[0].double() - o_1
-        unit = velocity.double() / velocity.double().norm(dim=-1, keepdim=True)
-
-        def across(x):
-            """The part of x at a right angle to the velocity, which no rescaling can change."""
-            return x - (x * unit).sum(-1, keepdim=True) * unit
-
-        plain = ((velocity.double() - o_1) * change).sum() / change.square().sum()
-        rescaled = -(across(o_1) * across(change)).sum() / across(change).square().sum()
-        for scale, is_rescaled in ((plain, False), (rescaled, True)):
-            # Guidance scales in YAML have few decimals; rounding removes bf16 noise.
-            scale = round(scale.item(), 4)
-            if explains(((scale, 1 - scale), is_rescaled)):
-                return (scale, 1 - scale), is_rescaled
-    raise ValueError(
-        f"{name} combines the {len(answers)} answers of its transformer in a way that cannot be "
-        "replayed; turn its guidance off"
+@functools.cache  # prints a message once
+def warn_of_size(key, asked, made):
+    """Say that a pipeline makes another size (width, height) than its call asks for."""
+    width, height = made
+    print(
+        f"key '{key}': asked for width {asked[0]} and height {asked[1]}, and the images are "
+        f"{width} x {height}; ask for a size that the model makes",
+        file=sys.stderr,
     )

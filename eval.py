@@ -1,33 +1,37 @@
 """Evaluation: every row of the table on the same held-out prompts with the same seeds.
 
-    Diffuser                one image per prompt
-    best of N               up to N images, the Checker's choice, at the compute of the full loop
-    1 round, loop           Generate-Reflect-Edit with one edit or all of them, untrained
-    ... + phase 1, + 2      the same with the Actor's adapter, and with the Editor's as well
+    Diffuser            one image per prompt
+    best of N           the Checker's choice of N images, at the compute of the costliest loop
+    loop                Generate-Reflect-Edit, untrained
+    ... + phase 1, + 2  the same with the Actor's adapter, and with the Editor's as well
 
-Columns: SG-IoU, Entity-IoU and Relation-IoU after LAION-SG (arXiv 2412.08580), measured by the exact
-parser (embedded world only) and by a VLM that writes down the scene graph it sees; that VLM's grade
-of the image; the share of things that stay in place although an instruction does not name them;
-edits, flow-model evaluations, flow-model tokens (text and context image included) and seconds per
+Columns: SG-IoU, Entity-IoU and Relation-IoU after LAION-SG (arXiv 2412.08580), by the exact parser
+(embedded world only) and by a VLM that writes down the scene graph it sees; that VLM's grade of the
+image; the Checker's score; the share of things that no instruction names and that are still in
+place after the edits; edits; flow-model tokens, text and context image included, and seconds per
 prompt. Intervals are 95% bootstrap intervals over prompts, paired between rows.
 
     python eval.py                # the first 300 test prompts of eval.yaml
     python eval.py --full         # all of them
+    python eval.py --resume       # keep the rows that an interrupted evaluation finished
 """
 
 import argparse
 import json
 import math
+import os
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 from checker import Checker
 from config import LoopConfig, load_config
 from loop import Loop, Trajectory, build, device_and_dtype
-from report import record, write
-from sgiou import SceneGraph, load_laion_sg, parse_scene_graph, sg_iou
+from report import record, report, say, write
+from sgiou import load_laion_sg, parse_scene_graph, sg_iou
 
 IOUS = ("sg_iou", "entity_iou", "relation_iou")
 HEADINGS = {
@@ -56,64 +60,76 @@ class Row:
     name: str
     values: dict[str, list[float]]
     builds_on: str | None  # name of the row that it adds something to
-    evaluations: float  # flow-model evaluations per prompt
     tokens: float  # flow-model tokens per prompt
     seconds: float  # wall time per prompt, without measuring
 
 
-def evaluate(loop, graphs, settings, judge, relations, progress):
-    """Run and measure all systems: (rows, trajectories of the last one).
+def evaluate(loop, graphs, settings, relations, judge, rows, save):
+    """Run and measure all systems; returns the trajectories of the last one.
 
-    Args: settings: an `EvaluationConfig`; judge: a `Checker` whose VLM measures, not necessarily
-    the loop's; relations: words that it may use; progress: called with the name of a row before it runs.
+    Args: settings: an `EvaluationConfig`; relations: words that the judge may use; judge: a
+    `Checker` whose VLM measures, not necessarily the loop's; rows: a list that grows by every
+    finished `Row` and may already hold some; save: called after each.
     """
     seeds = [settings.seed + number for number in range(len(graphs))]
-    progress("Diffuser")
     with FlowMeter(loop) as generation:
         first = loop.start(graphs, seeds)
+    trajectories = first
 
-    def row(name, trajectories, meters, builds_on=None):
-        return measure(name, trajectories, meters, builds_on, judge, relations, settings.exact)
+    def add(name, meters, builds_on):
+        made = measure(trajectories, judge, relations, settings.exact)
+        tokens = sum(meter.tokens for meter in meters) / len(graphs)
+        seconds = sum(meter.seconds for meter in meters) / len(graphs)
+        rows.append(Row(name, made, builds_on, tokens, seconds))
+        save(trajectories)
 
-    rows = []
-    for suffix, system in systems(loop):
-        trajectories = first_images(first)
-        progress(f"1 round{suffix}")
-        with FlowMeter(loop) as one:
-            system.advance(trajectories)
-        base = rows[-2].name if rows else "Diffuser"
-        rows.append(row(f"1 round{suffix}", trajectories, [generation, one], base))
-        progress(f"loop{suffix}")
-        with FlowMeter(loop) as more:
-            for _ in range(loop.rounds - 1):
-                system.advance(trajectories)
-        base = rows[-2].name if len(rows) > 1 else "1 round"
-        rows.append(row(f"loop{suffix}", trajectories, [generation, one, more], base))
+    done = {row.name for row in rows}
+    if "Diffuser" not in done:
+        add("Diffuser", [generation], None)
+    before = "Diffuser"
+    for name, system in systems(loop):
+        if name not in done:
+            trajectories = first_images(first)
+            with FlowMeter(loop) as edits:
+                for _ in range(loop.rounds):
+                    system.advance(trajectories)
+            add(name, [generation, edits], before)
+        before = name
 
-    # N: as many images as the most expensive trajectory, one image and `rounds` edits, has tokens.
-    image = generation.tokens / len(graphs)
-    edits = sum(sum(result.values["edits"]) for result in rows) / len(graphs)
-    edit = sum(result.tokens - image for result in rows) / max(edits, 1e-9)
-    n = math.ceil((image + loop.rounds * edit) / image)
-    progress(f"best of {n}")
-    with FlowMeter(loop) as again:
-        sampled = best_of(loop, first, n)
-    alone = row("Diffuser", first, [generation])
-    best = row(f"best of {n}", sampled, [generation, again], "Diffuser")
-    return [alone, best, *rows], trajectories
+    # One more image for every prompt whose best one does not satisfy the Checker yet, until this
+    # has cost as many tokens per prompt as the costliest loop.
+    most = max(row.tokens for row in rows if row.name.startswith("loop"))
+    if not any(name.startswith("best of") for name in done):
+        final, trajectories = trajectories, first_images(first)
+        n, meters = 1, [generation]
+        while sum(meter.tokens for meter in meters) < most * len(graphs):
+            active = [t for t in trajectories if not t.best.reflection.satisfied]
+            if not active:
+                break
+            seeds = [t.seed + 1_000_003 * n for t in active]
+            with FlowMeter(loop) as again:
+                more = loop.start([t.graph for t in active], seeds)
+            for trajectory, made in zip(active, more):
+                trajectory.steps += made.steps
+            meters.append(again)
+            n += 1
+        add(f"best of {n}", meters, "Diffuser")
+        trajectories = final
+    return trajectories
 
 
 def systems(loop):
-    """(suffix of the row's name, `Loop`) for the untrained loop and for each trained adapter."""
+    """(name of the row, `Loop`) for the untrained loop and for each trained adapter."""
     actor, editor = loop.actor, loop.editor
-    parts = [("", actor.without_adapter(), editor.without_adapter())]
+    parts = [("loop", actor.without_adapter(), editor.without_adapter())]
     if actor.has_adapter:
-        parts.append((" + phase 1", actor, editor.without_adapter()))
+        parts.append(("loop + phase 1", actor, editor.without_adapter()))
     if editor.has_adapter:
-        parts.append((" + phase 1 + 2" if actor.has_adapter else " + phase 2", actor, editor))
+        name = "loop + phase 1 + 2" if actor.has_adapter else "loop + phase 2"
+        parts.append((name, actor, editor))
     return [
-        (suffix, Loop(loop.diffuser, loop.checker, actor, editor, loop.rounds))
-        for suffix, actor, editor in parts
+        (name, Loop(loop.diffuser, loop.checker, actor, editor, loop.rounds))
+        for name, actor, editor in parts
     ]
 
 
@@ -122,32 +138,18 @@ def first_images(trajectories):
     return [Trajectory(t.graph, t.seed, t.steps[:1]) for t in trajectories]
 
 
-def best_of(loop, trajectories, n):
-    """Up to n - 1 more images per prompt, until the best one satisfies the Checker.
-
-    They are steps of a trajectory, so that the best one is chosen as in the loop.
-    """
-    trajectories = first_images(trajectories)
-    for number in range(1, n):
-        active = [t for t in trajectories if not t.best.reflection.satisfied]
-        if not active:
-            break
-        seeds = [t.seed + 1_000_003 * number for t in active]
-        for trajectory, more in zip(active, loop.start([t.graph for t in active], seeds)):
-            trajectory.steps += more.steps
-    return trajectories
-
-
 class FlowMeter:
-    """Inside a `with` block, counts evaluations and tokens of the flow models, and seconds."""
+    """Inside a `with` block, counts the tokens that pass through the flow models, and seconds."""
 
     def __init__(self, loop):
-        self.evaluations = self.tokens = 0
+        self.tokens = 0
         pipelines = (loop.diffuser.pipeline, loop.editor.pipeline)
         self.models = {getattr(p, "transformer", None) or p.unet for p in pipelines}
 
     def __enter__(self):
-        self.hooks = [m.register_forward_pre_hook(self.count, with_kwargs=True) for m in self.models]
+        self.hooks = [
+            m.register_forward_pre_hook(self.count, with_kwargs=True) for m in self.models
+        ]
         self.began = time.perf_counter()
         return self
 
@@ -159,49 +161,28 @@ class FlowMeter:
     def count(self, _, arguments, keywords):
         hidden = arguments[0] if arguments else keywords.get("hidden_states", keywords.get("x"))
         text = keywords.get("encoder_hidden_states")
-        self.evaluations += len(hidden)
         for row in hidden:  # packed latents are (tokens, C), others (C, ..., H, W)
             self.tokens += len(row) if row.ndim == 2 else row[0].numel()
         self.tokens += len(hidden) * (text.shape[1] if text is not None else 0)
 
 
-def measure(name, trajectories, meters, builds_on, judge, relations, exact):
-    """The `Row` of one system, measured on the best image of every trajectory."""
+def measure(trajectories, judge, relations, exact):
+    """{column: one value per prompt}, measured on the best image of every trajectory."""
     graphs = [t.graph for t in trajectories]
     images = [t.best.image for t in trajectories]
     values = {}
     if exact:
-        from tiny.world import exact_graph, parse
+        from tiny.world import exact_scores, kept_share
 
-        seen = [SceneGraph(*exact_graph(found, g)) for found, g in zip(parse(images), graphs)]
-        scores = [sg_iou(pred, gold) for pred, gold in zip(seen, graphs)]
+        scores = exact_scores(images, graphs)
         values |= {name: [score[name] for score in scores] for name in IOUS}
         values["kept"] = [kept_share(t) for t in trajectories]
     scores = [sg_iou(p, g) for p, g in zip(extract(judge, images, graphs, relations), graphs)]
     values |= {f"vlm_{name}": [score[name] for score in scores] for name in IOUS}
     values["judge"] = grade(judge, images, [graph.prompt() for graph in graphs])
     values["checker"] = [t.best.reflection.score for t in trajectories]
-    values["edits"] = [sum(step.edited for step in t.steps[1:]) for t in trajectories]
-    costs = ("evaluations", "tokens", "seconds")
-    totals = {cost: sum(getattr(meter, cost) for meter in meters) / len(graphs) for cost in costs}
-    return Row(name, values, builds_on, **totals)
-
-
-def kept_share(trajectory):
-    """Of the things that instructions did not name, the share still in place after the edits.
-
-    By the exact parser, so for the embedded world only. NaN if nothing was edited.
-    """
-    from tiny.world import kept, parse
-
-    found = parse([step.image for step in trajectory.steps])
-    pairs = [
-        kept(found[step.source], things, step.instruction)
-        for step, things in zip(trajectory.steps, found)
-        if step.source is not None and step.edited
-    ]
-    total = sum(whole for _, whole in pairs)
-    return sum(part for part, _ in pairs) / total if total else math.nan
+    values["edits"] = [float(sum(step.edited for step in t.steps[1:])) for t in trajectories]
+    return values
 
 
 def extract_request(graph, relations):
@@ -269,22 +250,22 @@ def bootstrap(values, others=None, resamples=2000):
 
 def tables(rows):
     """Two tables of strings, headings first: the means, and the main column with intervals."""
+    rows = sorted(rows, key=lambda row: row.name.startswith("loop"))  # stable: loops last
     columns = [name for name in HEADINGS if name in rows[0].values]
-    costs = ["flow evals", "flow tokens", "s/prompt"]
-    means = [["", *(HEADINGS[name] for name in columns), *costs]]
+    means = [["", *(HEADINGS[name] for name in columns), "Flow tokens", "Seconds"]]
     for row in rows:
         values = [bootstrap(row.values[name])[0] for name in columns]
         cells = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
-        cells += [f"{row.evaluations:.1f}", f"{row.tokens:,.0f}", f"{row.seconds:.2f}"]
-        means.append([row.name, *cells])
+        means.append([row.name, *cells, f"{row.tokens:,.0f}", f"{row.seconds:.2f}"])
     main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
     by_name = {row.name: row for row in rows}
-    baselines = [rows[0], *(row for row in rows if row.name.startswith("best of"))]
-    against = [f"against {row.name}" for row in baselines]
-    gains = [["", "mean", *against, "against the row it builds on"]]
+    best_of = next((row for row in rows if row.name.startswith("best of")), None)
+    gains = [
+        ["", "mean", "against the Diffuser", "against best of N", "against the row it adds to"]
+    ]
     for row in rows:
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(row.values[main]))]
-        for other in (*baselines, by_name.get(row.builds_on)):
+        for other in (by_name["Diffuser"], best_of, by_name.get(row.builds_on)):
             if other is None or other is row:
                 cells.append("–")
             else:
@@ -305,9 +286,7 @@ def markdown(tables):
 
 
 def run(arguments):
-    """Evaluate, write the results, and return what is to be printed."""
-    from tqdm import tqdm
-
+    """Evaluate, saving every finished row, and return what is to be printed."""
     config = load_config(arguments.config, LoopConfig, arguments.overrides)
     settings = config.evaluation
     if settings is None:
@@ -315,6 +294,10 @@ def run(arguments):
     if config.rounds < 1:
         raise ValueError(f"{arguments.config}: key 'rounds' is 0; make it 1 or more to evaluate")
     graphs = load_laion_sg(settings.data, None if arguments.full else settings.limit)
+    folder = Path(arguments.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    made_with = {"config": asdict(config), "prompts": len(graphs)}
+    rows = finished_rows(folder / "results.json", made_with) if arguments.resume else []
     loop = build(config)
     judge = loop.checker
     if settings.judge:
@@ -323,21 +306,39 @@ def run(arguments):
         judge = Checker.load(*weights, batch_size=part.batch_size)
         judge.probe()
     graphs = loop.diffuser.readable(graphs, settings.data)
-    folder = Path(arguments.out)
-    folder.mkdir(parents=True, exist_ok=True)
-    with tqdm(total=2 + 2 * len(systems(loop)), desc="evaluating", unit="row") as bar:
 
-        def progress(name):
-            bar.set_postfix_str(name)
-            bar.update()
+    def save(trajectories):
+        say(f"  {rows[-1].name}")
+        results = {"tables": tables(rows), "rows": [vars(row) for row in rows]} | made_with
+        write(folder / "table.md", markdown(results["tables"]) + "\n")
+        write(folder / "results.json", json.dumps(results).replace("NaN", "null") + "\n")
+        if rows[-1].name.startswith("best of"):  # the page keeps the trajectories of the loop
+            report([folder])
+        else:
+            record(folder, trajectories)
 
-        rows, trajectories = evaluate(loop, graphs, settings, judge, config.relations, progress)
-    results = {"tables": tables(rows), "rows": [vars(row) for row in rows]}
-    text = markdown(results["tables"])
-    write(folder / "table.md", text + "\n")
-    write(folder / "results.json", json.dumps(results).replace("NaN", "null") + "\n")
-    page = record(folder, trajectories)
-    return f"{len(graphs)} prompts of {settings.data}\n\n{text}\n\n{folder / 'table.md'}\n{page}"
+    say(f"evaluating {len(graphs)} prompts of {settings.data}; finished rows:")
+    evaluate(loop, graphs, settings, config.relations, judge, rows, save)
+    by = "the Checker's own model" if judge is loop.checker else settings.judge.model
+    judged = f"The columns VLM and Judge are by {by}."
+    return (
+        f"\n{markdown(tables(rows))}\n\n{judged}\n{folder / 'table.md'}\n{folder / 'report.html'}"
+    )
+
+
+def finished_rows(path, made_with):
+    """The rows of an interrupted evaluation. Raises ValueError if it was another evaluation."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in results["rows"]]
+        for row in rows:
+            for name, values in row.values.items():
+                row.values[name] = [math.nan if value is None else value for value in values]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: cannot be resumed ({error}); start without --resume") from None
+    if any(results.get(key) != value for key, value in made_with.items()):
+        raise ValueError(f"{path}: is of another config; start without --resume, or set --out")
+    return rows
 
 
 def main():
@@ -345,10 +346,11 @@ def main():
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replaces a YAML value")
     parser.add_argument("--config", default="eval.yaml")
     parser.add_argument("--full", action="store_true", help="all prompts of the file")
+    parser.add_argument("--resume", action="store_true", help="keep finished rows")
     parser.add_argument("--out", default="runs/eval", help="folder for table.md and results.json")
     arguments = parser.parse_intermixed_args()
     try:
-        print(run(arguments))
+        say(run(arguments))
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         sys.exit(" ".join(f"eval.py: {str(error) or 'stopped'}".split()))
 

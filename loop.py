@@ -1,31 +1,36 @@
-"""Generate-Reflect-Edit: the loop of RL-RIG (arXiv 2602.19974).
+"""Generate-Reflect-Edit: the loop of RL-RIG (arXiv 2602.19974), composed of its four parts.
 
-image = diffuser.generate(prompt)
-reflection = checker.check(image)
-repeat up to `rounds` times, until the best image so far satisfies the Checker:
-    image, reflection = the best-scored so far
-    thought, instruction = actor.propose(image, prompt, feedback, instructions tried on image)
-    image = editor.edit(image, instruction)
+    image = diffuser.generate(prompt)
     reflection = checker.check(image)
-the answer is the best-scored image of the trajectory, not the last one
+    repeat up to `rounds` times, until the best image so far satisfies the Checker:
+        image, reflection = the best-scored so far
+        thought, instruction = actor.propose(image, prompt, feedback, instructions tried on image)
+        image = editor.edit(image, instruction)
+        reflection = checker.check(image)
+    the answer is the best-scored image of the trajectory, not the last one
 
-python loop.py "red circle left of blue square; green triangle above red circle" --seed 3
+`Loop` is that; `build` loads the parts; `main` is the command line:
+
+    python loop.py "red circle left of blue square; green triangle above red circle" --seed 3
 """
 
 import argparse
-import inspect
+import hashlib
+import logging
 import os
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
+
 from config import LoopConfig, load_config
-from report import record, save_images, story
+from report import record, save_images, say, story
 from sgiou import SceneGraph, load_laion_sg, parse_prompt
 
+PROMPTS_PER_BATCH = 32  # of a file of prompts; images are written after each batch
 ATTEMPTS = 8  # completions that an Actor gets to write an instruction that was not tried before
-TOGETHER = 32  # prompts of a file that run as one batch before their images are written
 
 
 @dataclass
@@ -77,7 +82,7 @@ class Trajectory:
 
 
 class Loop:
-    """The four parts, composed. rounds: the most edits of a trajectory."""
+    """The four parts, composed. rounds: maximum number of edits of a trajectory."""
 
     def __init__(self, diffuser, checker, actor, editor, rounds=3):
         self.diffuser = diffuser
@@ -164,7 +169,7 @@ def build(config):
 
     from actor import Actor
     from checker import Checker
-    from diffuser import Diffuser
+    from diffuser import Diffuser, check_call
     from editor import Editor
 
     diffusers.utils.logging.disable_progress_bar()
@@ -177,37 +182,35 @@ def build(config):
         load_processor = transformers.AutoProcessor.from_pretrained
         _named(f"{name}.model", load_processor, model, trust_remote_code=False)
 
-    loaded = {}  # weights by (model, device, dtype, attention)
-
-    def load(kind, name, **settings):
+    def load(kind, name, settings):
         part = getattr(config, name)
         weights = (part.model, *device_and_dtype(part))
         if hasattr(part, "attention"):
-            weights += (part.attention,)
-        settings["batch_size"] = part.batch_size
-        if weights not in loaded:
-            made = _named(f"{name}.model", kind.load, *weights, **settings)
-            is_pipeline = hasattr(made, "pipeline")
-            loaded[weights] = (made.pipeline,) if is_pipeline else (made.model, made.processor)
-        return kind(*loaded[weights], **settings)
+            settings = settings | {"attention": part.attention}
+        return _named(f"{name}.model", kind.load, *weights, **settings)
 
-    diffuser = load(Diffuser, "diffuser", call=config.diffuser.call)
-    editor = load(Editor, "editor", call=config.editor.call, template=config.editor.template)
-    checker = load(Checker, "checker")
+    def settings(name, *keys):
+        return {key: getattr(getattr(config, name), key) for key in ("batch_size", *keys)}
+
+    diffuser = load(Diffuser, "diffuser", settings("diffuser", "call"))
+    for_editor = settings("editor", "call", "template")
+    if _same_weights(config.editor, config.diffuser):
+        editor = Editor(diffuser.pipeline, **for_editor)
+    else:
+        editor = load(Editor, "editor", for_editor)
+    checker = load(Checker, "checker", settings("checker"))
     _named("checker.model", lambda _: checker.probe(), config.checker.model)
-    actor = load(
-        Actor,
-        "actor",
-        max_new_tokens=config.actor.max_new_tokens,
-        temperature=config.actor.temperature,
-        recompute=config.actor.checkpointing,
-    )
-    for name, part in (("diffuser", diffuser), ("editor", editor)):
-        kind = type(part.pipeline)
-        if unknown := set(part.call) - set(inspect.signature(kind.__call__).parameters):
-            raise ValueError(f"key '{name}.call': {kind.__name__} takes no {', '.join(unknown)}")
+    for_actor = settings("actor", "max_new_tokens", "temperature")
+    for_actor["recompute"] = config.actor.checkpointing
+    if _same_weights(config.actor, config.checker):
+        actor = Actor(checker.model, checker.processor, **for_actor)
+    else:
+        actor = load(Actor, "actor", for_actor)
+    check_call("diffuser.call", type(diffuser.pipeline), diffuser.call)
+    check_call("editor.call", type(editor.pipeline), editor.call)
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
+            _named(f"{name}.adapter", check_sums, folder)
             _named(f"{name}.adapter", part.load_adapter, folder)
     if config.editor.checkpointing:
         editor.pipeline.transformer.enable_gradient_checkpointing()
@@ -215,11 +218,38 @@ def build(config):
         for pipeline in {diffuser.pipeline, editor.pipeline}:
             pipeline.enable_model_cpu_offload()  # text encoders, transformer, VAE in turn
             pipeline.transformer.to("cuda")  # where Adam's state of a resumed run has to be
+    # From here on diffusers may say, once, that it ignores an argument of a call.
+    diffusers.utils.logging.set_verbosity_warning()
+    logging.getLogger("diffusers").handlers[0].addFilter(first_of_its_place())
     return Loop(diffuser, checker, actor, editor, config.rounds)
 
 
+def first_of_its_place():
+    """A filter for logging that lets through one message per line of code that logs."""
+    seen = set()
+
+    def is_first(record):
+        place = record.pathname, record.lineno
+        return not (place in seen or seen.add(place))
+
+    return is_first
+
+
+def sha256_sums(folder):
+    """The files of an adapter folder with their sha256, in the format of the sha256sum program."""
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
+    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files)
+
+
+def check_sums(folder):
+    """Raise ValueError if files have changed since train.py wrote them; others' folders pass."""
+    path = Path(folder) / "SHA256SUMS"
+    if path.exists() and path.read_text() != sha256_sums(folder):
+        raise ValueError(f"{path} does not match the files; one of them is damaged or was changed")
+
+
 def device_and_dtype(part):
-    """The names that "auto" stands for: CUDA in bfloat16 if there is a GPU, or the CPU in float32."""
+    """The names that "auto" stands for: CUDA in bfloat16 if there is a GPU, else CPU in float32."""
     import torch
 
     device, dtype = part.device, part.dtype
@@ -228,6 +258,10 @@ def device_and_dtype(part):
     if dtype == "auto":
         dtype = "bfloat16" if device.startswith("cuda") else "float32"
     return device, dtype
+
+
+def _same_weights(one, other):
+    return (one.model, device_and_dtype(one)) == (other.model, device_and_dtype(other))
 
 
 def _named(key, load, path, *more, **settings):
@@ -265,7 +299,6 @@ def main():
     )
     parser.add_argument("--prompts", help="a file instead: one prompt per line, or LAION-SG JSON")
     parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
-    parser.add_argument("--rounds", type=int, help="most edits of an image")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out", help="folder for images and report")
     arguments = parser.parse_intermixed_args()
@@ -273,10 +306,9 @@ def main():
     prompts = [word for word in arguments.prompt if word not in overrides]
     if len(prompts) != (arguments.prompts is None):
         parser.error("give either a prompt or --prompts FILE")
-    if arguments.rounds is not None:
-        overrides.append(f"rounds={arguments.rounds}")
     try:
-        config = load_config(arguments.config, LoopConfig, overrides)
+        # "evaluation=": the test prompts of the config are not needed here, so may be missing.
+        config = load_config(arguments.config, LoopConfig, [*overrides, "evaluation="])
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
         graphs = graphs or read_prompts(arguments.prompts, config.relations)
         loop = build(config)
@@ -285,16 +317,16 @@ def main():
                 raise ValueError(f"prompt {graph.prompt()!r}: {problem}")
         out = Path(arguments.out)
         trajectories = []
-        for first in range(0, len(graphs), TOGETHER):
-            part = graphs[first : first + TOGETHER]
+        for first in range(0, len(graphs), PROMPTS_PER_BATCH):
+            part = graphs[first : first + PROMPTS_PER_BATCH]
             seeds = [arguments.seed + first + number for number in range(len(part))]
             for trajectory in loop.run(part, seeds):
                 folder = out / f"{len(trajectories):04d}" if len(graphs) > 1 else out
                 save_images(trajectory, folder)
-                print(f"{story(trajectory)}\n\n  {folder / 'strip.png'}\n", flush=True)
+                say(f"{story(trajectory)}\n\n  {folder / 'strip.png'}\n")
                 trajectories.append(trajectory)
             page = record(out, trajectories)
-        print(f"  {page}")
+            say(f"  {len(trajectories)} of {len(graphs)} prompts: {page}")
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
         sys.exit(" ".join(f"loop.py: {str(error) or 'stopped'}".split()))
 

@@ -1,9 +1,10 @@
-"""Shows runs to a person: an HTML page without script or network, text, strips of images.
+"""Shows runs to people: an HTML page without script or network, text, and strips of images.
 
     python report.py runs/phase1                  # writes runs/phase1/report.html
     python report.py runs/phase1 runs/phase2      # writes runs/report.html: both, compared
 
-`record` makes the page, too. A run's folder holds some of these files:
+`record` makes the page, too. A run's folder holds some of these files (UTF-8). The page shows
+damaged ones as far as it can and names them.
 
     metrics.jsonl, seconds.jsonl   one line per iteration: {"iteration": 1, "reward": 0.5, ...}
     results.json                   {"tables": [{"title": str, "cells": [[str]]}]}
@@ -16,7 +17,6 @@ import base64
 import io
 import json
 import os
-import re
 import shlex
 import sys
 import textwrap
@@ -25,7 +25,6 @@ from pathlib import Path
 
 SHOWN = 100  # trajectories on a page
 SIDE = 224  # pixels of an image in a strip, and of the thumbnail of a large one
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 CHARTS = {  # title -> {figure: label}
     "Reward": {"reward": "after the edit", "before": "before"},
     "Validation": {"val_checker": "Checker", "val_sg_iou": "exact SG-IoU"},
@@ -63,21 +62,24 @@ def report(folders):
             for iteration, row in read(folder / file, numbered, damaged):
                 rows.setdefault(iteration, {}).update(row)
         runs[name] = sorted(rows.items())
-        files = sorted(folder.glob("samples/*.json"), key=lambda file: (len(file.name), file.name))
-        ends = files[:1] + files[1:][-1:]
-        galleries = [found for file in ends for found in read(file, gallery, damaged)]
+        files = sorted(folder.glob("samples/*.json"), key=lambda path: (len(path.name), path.name))
+        first_and_last = files[:1] + files[1:][-1:]
+        galleries = [found for path in first_and_last for found in read(path, gallery, damaged)]
+        # By seed: what a prompt became before training comes right above what it became after.
+        cards = sorted(sum(galleries, []), key=lambda card: card[0])
+        when = " before and after training" if len(galleries) > 1 else ""
         sections += [
             (f"Results of {name}", read(folder / "results.json", tables, damaged)),
-            (f"Before and after training {name}", before_and_after(galleries)),
-            (f"Trajectories of {name}", [cards for _, cards in galleries[-1:]]),
+            (f"Trajectories of {name}{when} (at most {SHOWN})", [card for _, card in cards]),
             (f"Command of {name}", read(folder / "command.txt", verbatim, damaged)),
             (f"Config of {name}", read(folder / "config.yaml", verbatim, damaged)),
         ]
     curves = [chart(title, figures, runs) for title, figures in CHARTS.items()]
-    files = [html(", ".join(dict.fromkeys(damaged)))]
-    sections = [("Damaged files", files), ("Curves", curves), *sections]
-    parts = [(title, "".join(contents)) for title, contents in sections]
-    body = "".join(f"<h2>{html(title)}</h2>{content}" for title, content in parts if content)
+    names = html(", ".join(dict.fromkeys(damaged)))
+    body = ""
+    for title, parts in [("Damaged files", names), ("Curves", curves), *sections]:
+        content = "".join(parts)
+        body += f"<h2>{html(title)}</h2>{content}" if content else ""
     path = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
     write(path, PAGE.format(title=html(", ".join(runs)), style=STYLE, body=body))
     return path
@@ -88,6 +90,15 @@ def write(path, text):
     aside = Path(f"{path}.{os.getpid()}.aside")
     aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(aside, path)
+
+
+def say(text):
+    """Prints a line. A terminal that lacks a character, or is gone, must not stop a run."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # "| head" has ended: what follows goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read(path, use, damaged):
@@ -105,7 +116,7 @@ def read(path, use, damaged):
 
 def numbered(line):
     row = json.loads(line)
-    return int(row["iteration"]), row
+    return int(float(row["iteration"])), row
 
 
 def html(text):
@@ -113,8 +124,8 @@ def html(text):
 
 
 def visible(text):
-    """Control characters and lone surrogates become escapes that one can see."""
-    return CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """The text with escapes such as \\x1b for control characters and lone surrogates."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def verbatim(text):
@@ -122,6 +133,7 @@ def verbatim(text):
 
 
 def tables(text):
+    """The tables of results.json as HTML."""
     parts = []
     for table in json.loads(text)["tables"]:
         rows = [f"<tr><td>{'<td>'.join(map(html, row))}" for row in table["cells"]]
@@ -131,10 +143,8 @@ def tables(text):
 
 
 def gallery(text):
-    """Trajectories of a file in samples/: (as data, as HTML)."""
-    samples = json.loads(text)
-    note = f"<p>The first {SHOWN} of {len(samples)}.</p>" if len(samples) > SHOWN else ""
-    return samples[:SHOWN], note + "".join(map(article, samples[:SHOWN]))
+    """Trajectories of a file in samples/, as (seed, HTML)."""
+    return [(sample["seed"], article(sample)) for sample in json.loads(text)[:SHOWN]]
 
 
 def article(sample):
@@ -142,36 +152,21 @@ def article(sample):
     steps, best, items = sample["steps"], sample["best"], []
     for number, step in enumerate(steps):
         verdicts = "".join(
-            f'<li class="{"yes" if p >= 0.5 else "no"}"><b>{p:.0%}</b>{html(asked)}'
-            f'<i style="--p:{p:.0%}"></i>'
+            f'<p class="{"yes" if p >= 0.5 else "no"}"><b>{p:.0%}</b>{html(asked)}'
+            f'<i style="--p:{p:.0%}"></i></p>'
             for asked, p in step["verdicts"]
         )
         kind, answer = ("best", ", the answer") if number == best else ("", "")
         items.append(
-            f'<li class="{kind}">{image(step)}<div><h4><b>{step["score"]:.2f}</b>'
-            f"image {number}{answer}</h4><ul>{verdicts}</ul><p>{html(edit(step, number))}</p>"
-            f"<em>{html(step['thought'])}</em></div>"
+            f'<li class="{kind}"><img src="{escape(step["image"])}" alt=""><div>'
+            f"<p><b>{step['score']:.2f}</b>image {number}{answer}</p>{verdicts}"
+            f"<p>{html(edit(step, number))}</p><em>{html(step['thought'])}</em></div>"
         )
     scores = f"{steps[0]['score']:.2f} → {steps[best]['score']:.2f}"
     return (
-        f"<article><h3>{html(sample['prompt'])}</h3><p>{scores} · seed {sample['seed']}</p>"
+        f"<article><h3>{html(sample['prompt'])}</h3><em>{scores} · seed {sample['seed']:d}</em>"
         f"<ol>{''.join(items)}</ol></article>"
     )
-
-
-def image(step):
-    return f'<img src="{html(step["image"])}" alt="image of score {step["score"]:.2f}">'
-
-
-def before_and_after(galleries):
-    """The answers to the same prompts in the first gallery and in the last."""
-    known = {(old["prompt"], old["seed"]): old for samples, _ in galleries[:-1] for old in samples}
-    for new in galleries[-1][0] if known else ():
-        if old := known.get((new["prompt"], new["seed"])):
-            before, after = (sample["steps"][sample["best"]] for sample in (old, new))
-            scores = f"<b>{before['score']:.2f} → {after['score']:.2f}</b>"
-            yield f'<figure class="pair">{image(before)} {image(after)}'
-            yield f"<figcaption>{scores} {html(new['prompt'])}</figcaption></figure>"
 
 
 def chart(title, figures, runs):
@@ -190,22 +185,20 @@ def chart(title, figures, runs):
     for number, (label, line) in enumerate(curves):
         look = f'class="curve" style="--hue:{255 + 137.5 * number}"'
         ends = f"{line[0][1]:.3g} → {line[-1][1]:.3g}"
-        legend.append(f"<li {look}>{html(label)} <b>{ends}</b>")
+        legend.append(f"<p {look}>{html(label)} <b>{ends}</b></p>")
         # At most 400 points: the lowest and the highest of each stretch, to keep the peaks.
         size = len(line) // 200 or 1
         stretches = [line[start : start + size] for start in range(0, len(line), size)]
         line = {pick(s, key=lambda point: point[1]) for s in stretches for pick in (min, max)}
-        across = 306 / (right - left or 1)
-        up = 150 / (high - low or 1)
-        points = [
-            f"{46 + across * (x - left):.1f} {164 - up * (y - low):.1f}" for x, y in sorted(line)
-        ]
-        paths.append(f'<path {look} d="M{"L".join(points)}h.1"/>')
+        across = [46 + 306 * (x - left) / (right - left or 1) for x, _ in sorted(line)]
+        down = [164 - 150 * (y - low) / (high - low or 1) for _, y in sorted(line)]
+        points = "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(across, down))
+        paths.append(f'<path {look} d="M{points}h.1"/>')
     return (
         f'<figure><h3>{title}</h3><svg viewBox="0 0 360 186"><path d="M46 14h306M46 164h306"/>'
         f'{"".join(paths)}<text x="40" y="18">{high:.2g}</text><text x="40" y="168">{low:.2g}'
         f'</text><text x="52" y="182">{left}</text><text x="352" y="182">{right}</text></svg>'
-        f"<ul>{''.join(legend)}</ul></figure>"
+        f"{''.join(legend)}</figure>"
     )
 
 
@@ -306,39 +299,35 @@ def save_images(trajectory, folder):
 STYLE = """
 :root { color-scheme: light dark; --paper: light-dark(#fdfcf9, #17181b);
   --ink: light-dark(#22201c, #e7e4dd); --muted: light-dark(#6f6a61, #9d988e);
-  --rule: light-dark(#e4dfd5, #34363b); --yes: light-dark(#2c7a4b, #6cc493);
-  --no: light-dark(#b3372b, #f08b7c) }
-* { box-sizing: border-box; margin: 0; padding: 0; list-style: none }
-body { background: var(--paper); color: var(--ink); max-width: 72rem; margin: auto;
-  padding: 3rem 1.25rem; font: 14px/1.5 system-ui, sans-serif; overflow-wrap: anywhere }
+  --rule: light-dark(#e4dfd5, #34363b) }
+* { box-sizing: border-box; margin: 0; padding: 0 }
+body { background: var(--paper); color: var(--ink); font: 14px/1.5 system-ui, sans-serif;
+  max-width: 72rem; margin: auto; padding: 3rem 1.25rem; overflow-wrap: anywhere }
 h1, h2, h3 { font: 500 1.1rem/1.25 "Iowan Old Style", Palatino, Georgia, serif }
-h1 { font-size: 2.6rem } h2 { font-size: 1.6rem; margin: 3rem 0 1.25rem } b { font-weight: 600 }
-header p, h3 + p, caption, figcaption, em { color: var(--muted) } h4 { font-weight: 500 }
+h1 { font-size: 2.6rem } h2 { font-size: 1.6rem; margin: 3rem 0 1.25rem }
+b { font-weight: 600 } em, caption { color: var(--muted) } pre { white-space: pre-wrap }
 .wide { overflow-x: auto } table { border-collapse: collapse; white-space: nowrap }
-td { text-align: right; padding: .35rem .55rem; border-bottom: 1px solid var(--rule);
-  font-variant-numeric: tabular-nums } tr:first-child, td:first-child { font-weight: 500 }
+td { text-align: right; padding: .35rem .55rem; border-bottom: 1px solid var(--rule) }
 caption, td:first-child { text-align: left } .wide + .wide { margin-top: 2rem }
-pre { white-space: pre-wrap; padding: 1rem; border: 1px solid var(--rule) }
-figure { display: inline-block; vertical-align: top; margin: 0 1.5rem 2rem 0;
-  width: min(100%, 21.5rem) }
-.pair { width: 9.25rem } .pair img { width: 47% }
+figure { display: inline-block; vertical-align: top; width: min(100%, 21.5rem);
+  margin: 0 1.5rem 2rem 0; break-inside: avoid }
 text { font-size: 10.5px; fill: var(--muted); text-anchor: end }
 path { stroke: var(--rule); fill: none; stroke-linecap: round; stroke-linejoin: round }
 .curve { color: light-dark(oklch(.5 .13 var(--hue)), oklch(.78 .11 var(--hue))) }
 path.curve { stroke: currentColor; stroke-width: 1.75 }
-article { border-top: 1px solid var(--rule); padding: 1rem 0 2rem }
-ol { display: grid; gap: 1.5rem; margin-top: 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(var(--column, 230px), 1fr)) }
+article { border-top: 1px solid var(--rule); padding: 1rem 0 2rem; break-inside: avoid }
+ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr));
+  gap: 1.5rem; margin-top: 1rem; list-style: none }
 img { width: 100%; border-radius: 3px } img[src^="data:image/png"] { image-rendering: pixelated }
-.best img { outline: 3px solid; outline-offset: 2px } article b { float: right }
-article ul { margin: .4rem 0 } article ul li { margin-bottom: .3rem } .no { color: var(--no) }
+.best img { outline: 3px solid; outline-offset: 2px }
+li p { margin: .3rem 0 } li b { float: right; margin-left: .5rem }
 i { display: block; clear: both; height: 3px; background:
   linear-gradient(currentColor 0 0) 0 / var(--p) 100% no-repeat var(--rule) }
-.yes i { color: var(--yes) }
-@media (max-width: 40rem) { ol { --column: 100% }
-  ol > li { display: grid; grid-template-columns: 2fr 3fr; gap: 1rem; align-items: start } }
+.no { color: light-dark(#b3372b, #f08b7c) } .yes i { color: light-dark(#2c7a4b, #6cc493) }
+@media (max-width: 40rem) {
+  li { display: grid; grid-template-columns: 2fr 3fr; gap: 1rem; align-items: start } }
 @media print { :root { color-scheme: light; --paper: #fff } body { padding: 0; font-size: 8pt }
-  article, figure { break-inside: avoid } h2 { break-after: avoid } ol { --column: 120px } }
+  ol { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) } }
 """
 PAGE = """<!doctype html>
 <html lang="en">
@@ -348,8 +337,9 @@ PAGE = """<!doctype html>
  content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 <title>{title} · RL-RIG</title>
 <style>{style}</style>
-<header><p>RL-RIG · Generate, Reflect, Edit</p><h1>{title}</h1></header>
-<main>{body}</main>
+<em>RL-RIG · Generate, Reflect, Edit</em>
+<h1>{title}</h1>
+{body}
 </html>
 """
 
@@ -357,9 +347,8 @@ PAGE = """<!doctype html>
 def main():
     parser = argparse.ArgumentParser(description="Makes the page of a run, or compares several.")
     parser.add_argument("runs", nargs="+", metavar="run", help="folder, such as runs/phase1")
-    sys.stdout.reconfigure(errors="backslashreplace")  # a locale may not have a path's letters
     try:
-        print(report(parser.parse_args().runs))
+        say(str(report(parser.parse_args().runs)))
     except (ValueError, OSError) as error:
         sys.exit(" ".join(f"report.py: {error}".split()))
 

@@ -1,22 +1,27 @@
 """Reflection-GRPO (RL-RIG, arXiv 2602.19974): trains the Actor (phase 1) or the Editor (phase 2).
 
-Read `phase1`, then `phase2`; everything below them is bookkeeping. Both go through the same steps:
+Read `phase1`, then `phase2`, then the functions they call. `Run`, at the end, only keeps files.
+Both phases repeat the same seven steps in every iteration:
 
-    states      images of training prompts that the Checker is not satisfied with
-    sample      a group of G samples per state
-    reward      the Checker's score of the edited image against the prompt's original scene graph
-    advantages  each sample compared with its own group
-    update      replay the recorded actions with gradient, clipped loss, KL to the base model
+    1 states      images of training prompts that the Checker is not satisfied with
+    2 sample      a group of G samples per state
+    3 reward      the Checker's score of the edited image against the prompt's scene graph
+    4 advantages  each sample compared with the other samples of its group
+    5 reference   log-probs or means of the base model, for the KL
+    6 replay      the recorded actions get a log-prob again, now with gradient
+    7 update      clipped loss + KL, one optimizer step
 
-                phase 1: the Actor                    phase 2: the Editor
-    sample      a completion, then edited             an edited image
-    action      a token                               a denoising step in a random SDE window
-    a group     one state, one edit seed: it          one state, one instruction, one latent seed:
-    shares      compares instructions, not luck       it compares the noise in the window
+                   phase 1: the Actor                 phase 2: the Editor
+    a sample       a completion, and the edit         an edited image
+                   that it asks for
+    an action      a token                            a denoising step in a random SDE window
+    a group        one image, one seed of the         one image, one instruction, one seed of the
+    shares         edits: instructions are compared,  latents and all steps before the window: the
+                   not the Editor's luck              noise in the window is compared
 
-Each iteration has `rounds` rounds, like the loop: a later round starts from what an earlier one
-made. All randomness is drawn from (seed, iteration, round), so a resumed run gives the same adapter
-bit for bit on a CPU.
+An iteration has `rounds` rounds of steps 1-3: a later round starts from what the one before made,
+as in the loop. All randomness is drawn from (seed, iteration, round), so a resumed run ends with
+the same adapter, on a CPU bit for bit.
 
     python train.py --phase 1 --config phase1.yaml
     python train.py --phase 2 --config phase2.yaml kl=0 --resume
@@ -24,6 +29,7 @@ bit for bit on a CPU.
 
 import argparse
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -35,6 +41,12 @@ import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+# Waiting OpenMP threads spin. By default they do it for so long that a second busy process makes an
+# iteration ten times slower. Has to be set before torch is imported.
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+if __name__ == "__main__":  # until there is something to save, Ctrl-C simply ends the process
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import torch
 import yaml
 from safetensors import SafetensorError, safe_open
@@ -42,9 +54,9 @@ from safetensors.torch import save_file
 
 from config import TrainConfig, load_config
 from grpo import clipped_loss, gaussian_kl, group_advantages, k3_kl
-from loop import Trajectory, build
-from report import record, write
-from sgiou import SceneGraph, load_laion_sg, sg_iou
+from loop import Trajectory, build, sha256_sums
+from report import record, say, write
+from sgiou import SceneGraph, load_laion_sg
 
 # Added to the seed of a round, so that its edits and their noise have seeds of their own.
 EDIT_SEEDS, NOISE_SEEDS = 2_000_000, 1_000_000
@@ -64,40 +76,35 @@ class State:
 class Samples:
     """The N = states * G samples of one round; those of a group are neighbors."""
 
-    starts: list[State]  # (N) where each sample started
-    outcomes: list[State]  # (N) what it led to
+    before: list[State]  # (N) where each sample started
+    after: list[State]  # (N) what it led to
     rewards: list[float]  # (N)
-    groups: list[int]  # (N)
+    advantages: torch.Tensor  # (N, 1)
+    kept: torch.Tensor  # (N, 1) bool, False in flat groups
     actions: object  # what was recorded: `Proposals` (phase 1) or a list of `Rollout`s (phase 2)
 
-    def advantages(self, config, device="cpu"):
-        """Advantages (N, 1) and kept (N, 1), which is False in flat groups."""
-        rewards, groups = torch.tensor(self.rewards), torch.tensor(self.groups)
-        pair = group_advantages(rewards, groups, config.advantage_eps, config.flat_range)
-        return [each[:, None].to(device) for each in pair]
 
-
-def phase1(loop, config, resume=False, changed=False):
+def phase1(loop, config, resume=False):
     """Train the Actor through the frozen Editor."""
     actor, G = loop.actor, config.group_size
-    clip_bounds = (config.clip_low, config.clip_high)
     torch.manual_seed(config.seed)
     parameters = actor.add_adapter(config.rank)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    run = Run(loop, config, actor, parameters, optimizer, resume, changed)
+    # Locks the folder, loads the data and, to resume, the checkpoint; validates the start.
+    run = Run(loop, config, actor, parameters, optimizer, resume)
 
     for iteration in range(run.first, config.iterations):
         # 1. States: new images that do not satisfy the Checker.
-        states, solved = unsatisfied_images(loop, run.graphs, config, iteration)
+        states, satisfied = unsatisfied_images(loop, run.graphs, config, iteration)
         run.lap("generate")
         rounds = []  # the `Samples` of each round
-        for number in range(config.rounds):
+        for round in range(config.rounds):
             if not states:
                 break
-            rng = random.Random(f"{config.seed} round {iteration} {number}")
+            rng = random.Random(f"{config.seed} round {iteration} {round}")
             seed = rng.randrange(1 << 30)
 
-            # 2. Sample: G completions per state.
+            # 2. Sample G completions per state.
             proposals = actor.propose(
                 [state.image for state in states],
                 [state.graph.prompt() for state in states],
@@ -106,107 +113,107 @@ def phase1(loop, config, resume=False, changed=False):
                 tried=[state.tried for state in states],
                 n=G,
             )
-            starts = [state for state in states for _ in range(G)]  # (N)
+            before = [state for state in states for _ in range(G)]  # (N)
             groups = [group for group in range(len(states)) for _ in range(G)]  # (N)
             run.lap("act")
 
-            # 3. Edit and check. All edits of a group have one seed, so that their rewards differ
-            # only by the instruction. Equal instructions of a group are therefore edited once.
-            keys = list(zip(groups, proposals.instructions))  # (N)
-            todo = [key for key in dict.fromkeys(keys) if key[1] not in (None, "none")]
+            # Carry out the instructions. All edits of a group have one seed, so that their rewards
+            # differ only by the instruction; equal instructions of a group are edited only once,
+            # and those that were tried on this image before not at all.
+            asked = list(zip(groups, proposals.instructions))  # (N)
+            edits = [pair for pair in dict.fromkeys(asked) if is_new_edit(states[pair[0]], pair[1])]
             images = loop.editor.edit(
-                [states[group].image for group, _ in todo],
-                [instruction for _, instruction in todo],
-                [seed + EDIT_SEEDS + group for group, _ in todo],
+                [states[group].image for group, _ in edits],
+                [instruction for _, instruction in edits],
+                [seed + EDIT_SEEDS + group for group, _ in edits],
             )
             run.lap("edit")
-            reflections = loop.checker.check(images, [states[group].graph for group, _ in todo])
+            reflections = loop.checker.check(images, [states[group].graph for group, _ in edits])
             run.lap("check")
-            made = dict(zip(todo, zip(images, reflections)))
 
-            # 4. Reward: the Checker's score of the edited image. "none" and malformed completions
-            # leave the image as it was; a malformed one loses a penalty as well.
-            outcomes = [
-                State(start.graph, *made.get(key, (start.image, start.reflection)))
-                for key, start in zip(keys, starts)
-            ]
+            # 3. Reward: the Checker's score of the edited image. "none", malformed completions and
+            # repeated instructions leave the image as it was; a malformed one also loses a penalty.
+            edited = {
+                pair: State(states[pair[0]].graph, image, reflection)
+                for pair, image, reflection in zip(edits, images, reflections)
+            }
+            after = [edited.get(pair, states[pair[0]]) for pair in asked]  # (N)
             rewards = [
-                outcome.reflection.score - config.malformed * (instruction is None)
-                for outcome, instruction in zip(outcomes, proposals.instructions)
+                state.reflection.score - config.malformed * (instruction is None)
+                for state, instruction in zip(after, proposals.instructions)
             ]  # (N)
-            rounds.append(Samples(starts, outcomes, rewards, groups, proposals))
-            states = next_states(starts, outcomes, proposals.instructions, G, rng)
 
-        # 5. Advantages, and micro-batches of R completions. Flat groups and padding are masked out.
+            # 4. Advantages within each group.
+            advantages, kept = compare(rewards, groups, config)  # (N, 1) each
+            rounds.append(Samples(before, after, rewards, advantages, kept, proposals))
+            states = next_states(before, after, proposals.instructions, G, rng)
+
+        # Micro-batches of R completions. Padding and flat groups are masked out.
         batches = []  # (proposals, rows, advantages (R, 1), mask (R, T))
         for samples in rounds:
             proposals = samples.actions
-            advantages, kept = samples.advantages(config, proposals.ids.device)  # (N, 1) each
-            for start in range(0, len(samples.rewards), config.micro_batch):
-                rows = slice(start, start + config.micro_batch)
-                mask = proposals.mask[rows] & kept[rows]
+            for first in range(0, len(samples.rewards), config.micro_batch):
+                rows = slice(first, first + config.micro_batch)
+                advantages, kept = samples.advantages[rows], samples.kept[rows]
+                mask = proposals.mask[rows] & kept.to(proposals.mask.device)
                 if mask.any():
-                    batches.append((proposals, rows, advantages[rows], mask))
+                    batches.append((proposals, rows, advantages.to(mask.device), mask))
         count = sum(mask.sum().item() for *_, mask in batches)  # trained tokens of the iteration
 
-        # 6. The KL reference is the base model. Outside `adapter()` that is what the Actor is.
+        # 5. Reference. Outside `adapter()` the Actor is the base model.
         references = []  # (R, T) each, the same for all updates
         if config.kl > 0:
             with torch.no_grad():
                 references = [actor.log_probs(proposals, rows) for proposals, rows, *_ in batches]
 
-        # 7. Update. The loss of every micro-batch is divided by the count of the whole step.
-        figures = summarize(rounds, solved, config) | completion_figures(rounds)
+        metrics = describe(rounds, satisfied, config) | describe_completions(rounds)
         set_learning_rate(optimizer, config, iteration)
         for update in range(config.updates if batches else 0):  # Adam moves even on a zero gradient
             optimizer.zero_grad()
-            totals = {}
+            stats = {}
             for index, (proposals, rows, advantages, mask) in enumerate(batches):
-                recorded = proposals.log_probs[rows]  # (R, T)
+                old_log_probs = proposals.log_probs[rows]  # (R, T)
                 with actor.adapter():
+                    # 6. Replay. Before the first update the policy is the one that sampled.
                     log_probs = actor.log_probs(proposals, rows)  # (R, T)
                     if update == 0:
-                        errors = (log_probs.detach() - recorded).abs()[mask]
                         # The mean: with a bf16 KV cache single tokens can differ a lot.
-                        check_on_policy(errors, errors.mean().item(), config, figures)
-                    loss, stats = clipped_loss(
-                        log_probs, recorded, advantages, mask, count, *clip_bounds
+                        check_on_policy(log_probs, old_log_probs, mask, torch.mean, config, metrics)
+                    # 7. Update. Dividing by the count of the whole iteration makes the gradients
+                    # of the micro-batches add up to that of one large batch.
+                    kl = k3_kl(log_probs, references[index]) if references else None  # (R, T)
+                    loss = policy_loss(
+                        log_probs, old_log_probs, advantages, mask, count, kl, config, stats
                     )
-                    if config.kl > 0:
-                        kl = torch.where(mask, k3_kl(log_probs, references[index]), 0).sum()
-                        loss = loss + config.kl * kl / count
-                        stats["kl"] = kl.item() / count
                     loss.backward()
-                add_stats(totals, stats)
-            optimizer_step(optimizer, parameters, config, figures, totals)
+            optimizer_step(optimizer, parameters, config, stats, metrics)
         run.lap("update")
-        run.finish(iteration, figures)
+        run.finish(iteration, metrics)
     run.close()
 
 
-def phase2(loop, config, resume=False, changed=False):
-    """Train the Editor on the instructions of the Actor, as phase 1 left it."""
+def phase2(loop, config, resume=False):
+    """Train the Editor on the instructions that the Actor writes."""
     editor, G = loop.editor, config.group_size
-    clip_bounds = (config.clip_low, config.clip_high)
     check_window(editor, config)
     torch.manual_seed(config.seed)
     parameters = editor.add_adapter(config.rank)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    run = Run(loop, config, editor, parameters, optimizer, resume, changed)
+    run = Run(loop, config, editor, parameters, optimizer, resume)
 
     for iteration in range(run.first, config.iterations):
         # 1. States: new images that do not satisfy the Checker.
-        states, solved = unsatisfied_images(loop, run.graphs, config, iteration)
+        states, satisfied = unsatisfied_images(loop, run.graphs, config, iteration)
         run.lap("generate")
         rounds = []  # the `Samples` of each round
-        asked = unedited = 0
-        for number in range(config.rounds):
+        asked = 0  # states for which the Actor was asked for an instruction
+        for round in range(config.rounds):
             if not states:
                 break
-            rng = random.Random(f"{config.seed} round {iteration} {number}")
+            rng = random.Random(f"{config.seed} round {iteration} {round}")
             seed = rng.randrange(1 << 30)
 
-            # 2. One instruction per state. States for which the Actor wrote none are left out.
+            # 2. One instruction per state. A state for which the Actor writes none is left out.
             proposals = loop.actor.propose(
                 [state.image for state in states],
                 [state.graph.prompt() for state in states],
@@ -214,103 +221,102 @@ def phase2(loop, config, resume=False, changed=False):
                 seeds=range(seed, seed + len(states)),
                 tried=[state.tried for state in states],
             )
-            pairs = [
+            edits = [
                 (state, instruction)
                 for state, instruction in zip(states, proposals.instructions)
-                if instruction not in (None, "none")
+                if is_new_edit(state, instruction)
             ]
             asked += len(states)
-            unedited += len(states) - len(pairs)
             run.lap("act")
 
-            # 3. Sample: G edits per state. A group shares the instruction, the initial latents and
-            # all steps before the window; its members differ by the noise in the window alone.
-            starts = [state for state, _ in pairs for _ in range(G)]  # (N)
-            instructions = [instruction for _, instruction in pairs for _ in range(G)]  # (N)
-            groups = [group for group in range(len(pairs)) for _ in range(G)]  # (N)
-            first = random.Random(f"{seed} window").randint(0, config.window_start)
-            window = range(first, first + config.window)
+            # Sample G edits per state. A group shares the instruction, the initial latents and all
+            # steps before the window; its members differ only by the noise in the window.
+            before = [state for state, _ in edits for _ in range(G)]  # (N)
+            instructions = [instruction for _, instruction in edits for _ in range(G)]  # (N)
+            groups = [group for group in range(len(edits)) for _ in range(G)]  # (N)
+            start = random.Random(f"{seed} window").randint(0, config.window_start)
+            window = range(start, start + config.window)
             # Whole groups per call; a pipeline that takes one image per call gets one group.
             chunk = G * (max(config.micro_batch // G, 1) if editor.batched else 1)
             rollouts = []
-            with torch.no_grad():
-                for start in range(0, len(starts), chunk):
-                    rows = range(start, min(start + chunk, len(starts)))
+            for first in range(0, len(before), chunk):
+                rows = range(first, min(first + chunk, len(before)))
+                with torch.no_grad():
                     rollout = editor.rollout(
-                        [starts[row].image for row in rows],
+                        [before[row].image for row in rows],
                         [instructions[row] for row in rows],
                         [seed + EDIT_SEEDS + groups[row] for row in rows],
                         [seed + NOISE_SEEDS + row for row in rows],
                         window,
                         config.noise_level,
                     )
-                    rollouts.append(rollout)
+                rollouts.append(rollout)
             run.lap("edit")
 
-            # 4. Reward: the Checker's score of the edited image.
+            # 3. Reward: the Checker's score of the edited image.
             images = [image for rollout in rollouts for image in rollout.images]  # (N)
-            reflections = loop.checker.check(images, [start.graph for start in starts])
+            graphs = [state.graph for state in before]
+            reflections = loop.checker.check(images, graphs)
             run.lap("check")
-            outcomes = [
-                State(start.graph, image, reflection)
-                for start, image, reflection in zip(starts, images, reflections)
-            ]
+            after = [State(*parts) for parts in zip(graphs, images, reflections)]  # (N)
             rewards = [reflection.score for reflection in reflections]  # (N)
-            rounds.append(Samples(starts, outcomes, rewards, groups, rollouts))
-            states = next_states(starts, outcomes, instructions, G, rng)
 
-        # 5. Advantages, and micro-batches: one recorded step of R edits each. Flat groups are
-        # masked out.
+            # 4. Advantages within each group.
+            advantages, kept = compare(rewards, groups, config)  # (N, 1) each
+            rounds.append(Samples(before, after, rewards, advantages, kept, rollouts))
+            states = next_states(before, after, instructions, G, rng)
+
+        # Micro-batches: one recorded step of the R edits of a rollout. Flat groups are masked out.
         batches = []  # (step, advantages (R, 1), mask (R, 1))
         for samples in rounds:
-            start = 0
+            first = 0
             for rollout in samples.actions:
-                rows = slice(start, start + len(rollout.images))
-                start = rows.stop
-                device = rollout.steps[0].log_prob.device
-                advantages, kept = samples.advantages(config, device)  # (N, 1) each
-                if kept[rows].any():
-                    batches += [(step, advantages[rows], kept[rows]) for step in rollout.steps]
+                rows = slice(first, first + len(rollout.images))
+                first = rows.stop
+                if samples.kept[rows].any():
+                    device = rollout.steps[0].log_prob.device
+                    advantages = samples.advantages[rows].to(device)
+                    mask = samples.kept[rows].to(device)
+                    batches += [(step, advantages, mask) for step in rollout.steps]
         count = sum(mask.sum().item() for *_, mask in batches)  # trained steps of the iteration
 
-        # 6. The KL reference is the base model. Outside `adapter()` that is what the Editor is.
-        references = []  # the means of the base model's steps, (R, tokens, channels) each
+        # 5. Reference. Outside `adapter()` the Editor is the base model.
+        references = []  # means of the base model's steps, (R, tokens, channels) each
         if config.kl > 0:
             with torch.no_grad():
                 references = [editor.log_probs(step)[1] for step, *_ in batches]
 
-        # 7. Update. The loss of every micro-batch is divided by the count of the whole step.
-        figures = summarize(rounds, solved, config) | {"unedited": unedited / max(asked, 1)}
+        metrics = describe(rounds, satisfied, config)
+        metrics["unedited"] = 1 - metrics["groups"] / max(asked, 1)
         set_learning_rate(optimizer, config, iteration)
         for update in range(config.updates if batches else 0):  # Adam moves even on a zero gradient
             optimizer.zero_grad()
-            totals = {}
+            stats = {}
             for index, (step, advantages, mask) in enumerate(batches):
-                recorded = step.log_prob[:, None]  # (R, 1)
+                old_log_probs = step.log_prob[:, None]  # (R, 1)
                 with editor.adapter():
-                    log_probs, mean, std = editor.log_probs(step)
-                    log_probs = log_probs[:, None]  # (R, 1)
+                    # 6. Replay. Before the first update the policy is the one that sampled.
+                    log_prob, mean, std = editor.log_probs(step)  # (R,), (R, tokens, channels)
+                    log_probs = log_prob[:, None]  # (R, 1)
                     if update == 0:
-                        errors = (log_probs.detach() - recorded).abs()[mask]
-                        check_on_policy(errors, errors.max().item(), config, figures)
-                    loss, stats = clipped_loss(
-                        log_probs, recorded, advantages, mask, count, *clip_bounds
+                        check_on_policy(log_probs, old_log_probs, mask, torch.max, config, metrics)
+                    # 7. Update, as in phase 1. E[log rho] = -KL(old, new): with thousands of
+                    # dimensions rho falls below the clip range whatever the advantage. GRPO-Guard
+                    # (arXiv 2510.22319) adds the KL back.
+                    log_probs = log_probs + gaussian_kl(mean, step.mean, std)[:, None]
+                    kl = gaussian_kl(mean, references[index], std)[:, None] if references else None
+                    loss = policy_loss(
+                        log_probs, old_log_probs, advantages, mask, count, kl, config, stats
                     )
-                    if config.kl > 0:
-                        kl = gaussian_kl(mean, references[index], std)[:, None]  # (R, 1)
-                        kl = torch.where(mask, kl, 0).sum()
-                        loss = loss + config.kl * kl / count
-                        stats["kl"] = kl.item() / count
                     loss.backward()
-                add_stats(totals, stats)
-            optimizer_step(optimizer, parameters, config, figures, totals)
+            optimizer_step(optimizer, parameters, config, stats, metrics)
         run.lap("update")
-        run.finish(iteration, figures)
+        run.finish(iteration, metrics)
     run.close()
 
 
 def unsatisfied_images(loop, graphs, config, iteration):
-    """Up to `groups` states for round 1, and the share of new images that were right at once."""
+    """Up to `groups` states for round 1, and the share of new images that satisfy the Checker."""
     rng = random.Random(f"{config.seed} states {iteration}")
     states, generated = [], 0
     while len(states) < config.groups and generated < 10 * config.groups:
@@ -324,36 +330,48 @@ def unsatisfied_images(loop, graphs, config, iteration):
     return states[: config.groups], 1 - len(states) / max(generated, 1)
 
 
-def next_states(starts, outcomes, instructions, group_size, rng):
-    """The states of the next round: one per group, as the loop would go on.
+def is_new_edit(state, instruction):
+    """Whether the loop would carry it out: it asks for an edit that was not tried here before."""
+    return instruction not in (None, "none", *state.tried)
+
+
+def next_states(before, after, instructions, group_size, rng):
+    """The states of the next round: one per group, as the loop would continue.
 
     Continue from one random sample of the group if it scored higher than the image it started from.
-    Otherwise continue from that image; its Actor will read that the instruction did not help.
+    Otherwise continue from that image, and let the Actor read that the instruction did not help.
     A state that satisfies the Checker is done.
     """
     states = []
-    for start in range(0, len(starts), group_size):
-        member = start + rng.randrange(group_size)
-        before, after, instruction = starts[member], outcomes[member], instructions[member]
-        if after.reflection.score > before.reflection.score:
-            state = after
-        elif instruction in (None, "none", *before.tried):
-            state = before
-        else:
-            state = replace(before, tried=(*before.tried, instruction))
+    for first in range(0, len(before), group_size):
+        member = first + rng.randrange(group_size)
+        state, new, instruction = before[member], after[member], instructions[member]
+        if new.reflection.score > state.reflection.score:
+            state = new
+        elif is_new_edit(state, instruction):
+            state = replace(state, tried=(*state.tried, instruction))
         if not state.reflection.satisfied:
             states.append(state)
     return states
 
 
-def check_on_policy(errors, error, config, figures):
-    """Before the first update the policy is still the one that sampled, so replay = recording.
+def compare(rewards, groups, config):
+    """Advantages (N, 1), and which samples are kept (N, 1): False in flat groups."""
+    pair = group_advantages(
+        torch.tensor(rewards), torch.tensor(groups), config.advantage_eps, config.flat_range
+    )
+    return [each[:, None] for each in pair]
 
-    errors: |replayed - recorded log-prob| of a micro-batch; error: what of them must stay within
-    the tolerance. Raises ValueError otherwise: the update would train on something else than what
-    was sampled. Never assume old = new here; this is where bugs of a rollout show.
+
+def check_on_policy(log_probs, old_log_probs, mask, reduce, config, metrics):
+    """Raise ValueError if replayed log-probs are not the recorded ones before the first update.
+
+    Then the update would train on something other than what was sampled. Never set old = new
+    instead: this check is where the bugs of a rollout show.
     """
-    figures["replay_error"] = max(figures.get("replay_error", 0.0), errors.max().item())
+    errors = (log_probs.detach() - old_log_probs).abs()[mask]
+    metrics["replay_error"] = max(metrics.get("replay_error", 0.0), errors.max().item())
+    error = reduce(errors).item()
     if not error <= config.tolerance:  # `not <=` also catches NaN
         raise ValueError(
             f"a replayed log-prob differs from the recorded one by {error:.1e}, more than "
@@ -362,57 +380,71 @@ def check_on_policy(errors, error, config, figures):
         )
 
 
+def policy_loss(log_probs, old_log_probs, advantages, mask, count, kl, config, stats):
+    """Clipped loss plus weighted KL of one micro-batch, and its share of the step's stats.
+
+    Shapes as in `clipped_loss`; kl: (R, T) per action, or None. Both terms are sums over the
+    trained actions divided by count, the trained actions of the whole iteration.
+    """
+    loss, found = clipped_loss(
+        log_probs, old_log_probs, advantages, mask, count, config.clip_low, config.clip_high
+    )
+    if kl is not None:
+        kl = torch.where(mask, kl, 0).sum()
+        loss = loss + config.kl * kl / count
+        found["kl"] = kl.item() / count
+    for name, value in found.items():
+        before = stats.get(name, 0)
+        stats[name] = max(before, value) if name == "ratio_error" else before + value
+    return loss
+
+
 def set_learning_rate(optimizer, config, iteration):
     """Linear warm-up over the first `warmup` iterations."""
-    warmth = min(1, (iteration + 1) / max(config.warmup, 1))
-    optimizer.param_groups[0]["lr"] = config.learning_rate * warmth
+    scale = min(1, (iteration + 1) / max(config.warmup, 1))
+    optimizer.param_groups[0]["lr"] = config.learning_rate * scale
 
 
-def add_stats(totals, stats):
-    """Sum the stats of a micro-batch into those of the step; of ratio_error keep the maximum."""
-    for name, value in stats.items():
-        before = totals.get(name, 0)
-        totals[name] = max(before, value) if name == "ratio_error" else before + value
+def optimizer_step(optimizer, parameters, config, stats, metrics):
+    """Clip the gradient and step, or skip a step whose gradient is not finite.
 
-
-def optimizer_step(optimizer, parameters, config, figures, totals):
-    """Clip the gradient and step, or skip the step if the gradient is not finite."""
+    The metrics of an iteration are those of its last step.
+    """
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
     if math.isfinite(norm):
         optimizer.step()
-        figures |= totals | {"grad_norm": norm}
+        metrics |= stats | {"grad_norm": norm}
     else:
-        figures["skipped"] += 1
+        metrics["skipped"] += 1
 
 
-def summarize(rounds, solved, config):
-    """The figures that both phases log."""
+def describe(rounds, satisfied, config):
+    """The metrics of an iteration's samples, for both phases (docs/training.md explains each)."""
     rewards = [reward for samples in rounds for reward in samples.rewards]
-    before = [start.reflection.score for samples in rounds for start in samples.starts]
+    before = [state.reflection.score for samples in rounds for state in samples.before]
+    kept = [flag for samples in rounds for flag in samples.kept.flatten().tolist()]
     average = mean(rewards)
     return {
         "reward": average,
         "reward_std": mean([(reward - average) ** 2 for reward in rewards]) ** 0.5,
         "before": mean(before),
-        "solved_at_once": solved,
+        "solved_at_once": satisfied,
         "samples": len(rewards),
         "groups": len(rewards) // config.group_size,
-        "flat_groups": mean(
-            [not kept for samples in rounds for kept in samples.advantages(config)[1]]
-        ),
+        "flat_groups": 1 - mean(kept) if kept else 0,
         "skipped": 0,
     }
 
 
-def completion_figures(rounds):
-    """What phase 1 logs about its completions: shares, and the mean length in tokens."""
+def describe_completions(rounds):
+    """Metrics of phase 1: shares of completions, and their mean length in tokens."""
     if not rounds:
         return {}
     proposals = [samples.actions for samples in rounds]
-    instructions = [text for each in proposals for text in each.instructions]
+    instructions = [instruction for each in proposals for instruction in each.instructions]
     return {
-        "malformed": mean([text is None for text in instructions]),
-        "none": mean([text == "none" for text in instructions]),
+        "malformed": mean([instruction is None for instruction in instructions]),
+        "none": mean([instruction == "none" for instruction in instructions]),
         "truncated": mean([cut for each in proposals for cut in each.truncated]),
         "length": sum(each.mask.sum().item() for each in proposals) / len(instructions),
     }
@@ -424,7 +456,7 @@ def mean(values):
 
 def check_window(editor, config):
     """Raise ValueError if the SDE window may reach the last denoising step, which is the ODE's."""
-    steps = editor.call.get("num_inference_steps", math.inf)
+    steps = len(editor.call.get("sigmas") or "") or editor.call.get("num_inference_steps", math.inf)
     if config.window_start + config.window >= steps:
         raise ValueError(
             f"keys 'window_start', 'window': the window may reach step {config.window_start} + "
@@ -432,74 +464,82 @@ def check_window(editor, config):
         )
 
 
-def validate(loop, start, config):
+def validate(loop, first, config):
     """Run the loop on the validation prompts, always from the same generated images.
 
-    Returns ({"val_checker", "val_sg_iou"}: the Checker's score and, in the embedded world, the exact
-    metric of the best images, which nothing is trained on; the trajectories).
+    Returns the metrics and the trajectories. val_checker: the Checker's score of the best images.
+    val_sg_iou: their exact metric, which nothing is trained on; embedded world only.
     """
-    trajectories = [Trajectory(t.graph, t.seed, list(t.steps)) for t in start]
+    trajectories = [Trajectory(t.graph, t.seed, list(t.steps)) for t in first]
     for _ in range(config.rounds):
         loop.advance(trajectories)
-    figures = {"val_checker": mean([t.best.reflection.score for t in trajectories])}
+    metrics = {"val_checker": mean([t.best.reflection.score for t in trajectories])}
     if config.exact:
-        from tiny.world import exact_graph, parse
+        from tiny.world import exact_scores
 
-        found = parse([t.best.image for t in trajectories])
-        exact = [SceneGraph(*exact_graph(f, t.graph)) for f, t in zip(found, trajectories)]
-        scores = [sg_iou(seen, t.graph)["sg_iou"] for seen, t in zip(exact, trajectories)]
-        figures["val_sg_iou"] = mean(scores)
-    return figures, trajectories
+        scores = exact_scores([t.best.image for t in trajectories], [t.graph for t in trajectories])
+        metrics["val_sg_iou"] = mean([score["sg_iou"] for score in scores])
+    return metrics, trajectories
 
 
 class Run:
-    """The folder of a run: data, metrics, validation, checkpoint, adapter. No algorithm in here.
+    """The files of a run: data, validation, metrics, checkpoint, adapter. No algorithm in here.
 
-    The checkpoint is complete after every iteration: parameters, optimizer state, config, number of
-    iterations. It is written aside and renamed, so a kill or a full disk leaves the previous one.
+    The checkpoint holds all that a resumed run needs: parameters, optimizer state, metrics so far
+    and config. It is written aside and renamed after every iteration, so a kill or a full disk
+    leaves the previous one.
     """
 
     MAY_CHANGE = ("iterations", "validate_every", "run")  # keys that a resumed run may change
     PATIENCE = 5  # iterations in a row with nothing to learn before the run says so
 
-    def __init__(self, loop, config, trained, parameters, optimizer, resume, changed):
+    def __init__(self, loop, config, trained, parameters, optimizer, resume):
         self.loop, self.config, self.trained = loop, config, trained
         self.parameters, self.optimizer = parameters, optimizer
         self.folder = Path(config.run)
         self.checkpoint = self.folder / "checkpoint.safetensors"
         (self.folder / "adapter").mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "a")  # released when this process ends, however
+        # Released when this process exits for any reason.
+        self.lock = open(self.folder / "lock", "a")
         try:
             fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{self.folder}: another process is training in this folder") from None
-        if resume and not self.checkpoint.exists():
-            raise ValueError(f"{self.folder}: holds no checkpoint; start without --resume")
-        if self.checkpoint.exists() and not resume:
+        if resume != self.checkpoint.exists():
             raise ValueError(
-                f"{self.folder}: holds a run; continue it with --resume, or set run=another/folder"
+                f"{self.folder}: holds no checkpoint; start without --resume"
+                if resume
+                else f"{self.folder}: holds a run; continue it with --resume, or set run=another"
             )
         self.graphs = self.read(config.data, config.data_limit or None)
         held_out = self.read(config.validation, config.validation_limit)
-        self.first = self.load_checkpoint(changed) if resume else 0
-        self.rows = self.read_metrics() if self.first else []
-        write(self.folder / "metrics.jsonl", "".join(row + "\n" for row in self.rows))
+        self.rows = self.load_checkpoint() if resume else []  # metrics by iteration, from 0 on
+        self.first = max(len(self.rows) - 1, 0)
+        write(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in self.rows))
         write(self.folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
-        self.start = loop.start(held_out, list(range(len(held_out))))
-        if not self.first:
-            self.save_checkpoint(0)
-            figures, trajectories = validate(loop, self.start, config)
-            self.log(0, figures)
+        self.first_images = loop.start(held_out, list(range(len(held_out))))
+        if not resume:
+            metrics, trajectories = validate(loop, self.first_images, config)
+            self.log(0, metrics)
             record(self.folder, trajectories)
-        self.say(
+        say(
             f"training {sum(p.numel() for p in parameters):,} parameters; an iteration: up to "
             f"{config.groups} states x {config.group_size} samples in each of {config.rounds} "
             f"rounds, {config.updates} updates"
         )
+        self.stopped = False
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self.stop)
         self.seconds, self.began = {}, time.perf_counter()
 
     def read(self, path, limit):
         return self.loop.diffuser.readable(load_laion_sg(path, limit), path)
+
+    def stop(self, number, frame):
+        """Handle a signal: stop after this iteration, or at once if it is the second signal."""
+        signal.signal(number, signal.SIG_DFL)
+        self.stopped = True
+        say("stopping after this iteration; once more to stop at once")
 
     def lap(self, stage):
         """Add the time since the last lap to a stage."""
@@ -507,31 +547,48 @@ class Run:
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.began
         self.began = now
 
-    def finish(self, iteration, figures):
-        """End an iteration: validate if it is time, log, and save all that a resumed run needs."""
+    def finish(self, iteration, metrics):
+        """End an iteration: validate if it is time, log, and save."""
         done, config = iteration + 1, self.config
-        due = done % config.validate_every == 0 or done == config.iterations
-        if due:
-            scores, trajectories = validate(self.loop, self.start, config)
-            figures |= scores
+        validated = done % config.validate_every == 0 or done == config.iterations
+        if validated:
+            scores, trajectories = validate(self.loop, self.first_images, config)
+            metrics |= scores
             self.lap("validate")
-        self.log(done, figures, f"  {sum(self.seconds.values()):.1f}s")
+        self.log(done, metrics, f"  {sum(self.seconds.values()):.1f}s")
         with (self.folder / "seconds.jsonl").open("a") as file:
             file.write(json.dumps({"iteration": done} | self.seconds) + "\n")
         self.warn()
-        if due:
-            self.trained.save_adapter(self.folder / "adapter")
+        if validated:
+            self.save_adapter()
             record(self.folder, trajectories, done)
-        self.save_checkpoint(done)
+        self.save_checkpoint()
+        if self.stopped:
+            raise KeyboardInterrupt
         self.seconds, self.began = {}, time.perf_counter()
 
+    def save_adapter(self):
+        self.trained.save_adapter(self.folder / "adapter")
+        write(self.folder / "adapter" / "SHA256SUMS", sha256_sums(self.folder / "adapter"))
+
     def close(self):
-        self.trained.save_adapter(self.folder / "adapter")  # a killed run may not have saved it
-        self.say(f"adapter: {self.folder / 'adapter'}")
+        self.save_adapter()  # a killed run may not have got there
+        say(f"adapter: {self.folder / 'adapter'}")
+        self.lock.close()
+
+    def log(self, done, metrics, end=""):
+        """One line of metrics.jsonl, and one that a person can read."""
+        self.rows.append({"iteration": done} | metrics)
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+        names = "reward before kl malformed flat_groups replay_error ratio_error grad_norm"
+        names += " clipped_low clipped_high val_checker val_sg_iou"
+        shown = [f"{name} {metrics[name]:.3g}" for name in names.split() if name in metrics]
+        say(f"{done:4d}  {'  '.join(shown)}{end}")
 
     def warn(self):
         """Say so if nothing was learned for some time; raise if no gradient was finite."""
-        recent = [json.loads(row) for row in self.rows[1:][-self.PATIENCE :]]
+        recent = self.rows[1:][-self.PATIENCE :]
         if len(recent) < self.PATIENCE:
             return
         if all(row["skipped"] for row in recent):
@@ -540,45 +597,32 @@ class Run:
                 "is from before any harm: lower learning_rate, or use a wider dtype"
             )
         if all(row["flat_groups"] > 0.95 or not row["samples"] for row in recent):
-            self.say(
+            say(
                 f"warning: nothing to learn from in {self.PATIENCE} iterations: the rewards within "
                 "each group are the same, or no image fails the Checker; look at the report"
             )
 
-    def log(self, done, figures, end=""):
-        """One line of metrics.jsonl, and one that a person can read."""
-        self.rows.append(json.dumps({"iteration": done} | figures))
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(self.rows[-1] + "\n")
-        short = {"flat_groups": "flat", "replay_error": "replay", "ratio_error": "max|rho-1|"}
-        short |= {"grad_norm": "grad", "clipped_low": "clip-", "clipped_high": "clip+"}
-        names = ["reward", "before", "kl", "malformed", *short, "val_checker", "val_sg_iou"]
-        shown = [
-            f"{short.get(name, name)} {figures[name]:.3g}" for name in names if name in figures
-        ]
-        self.say(f"{done:4d}  {'  '.join(shown)}{end}")
+    def fingerprint(self):
+        """What a resumed run must share: the config and the content of the files it reads."""
+        config = {k: v for k, v in asdict(self.config).items() if k not in self.MAY_CHANGE}
+        files = [self.config.data, self.config.validation]
+        for folder in filter(None, (self.config.actor.adapter, self.config.editor.adapter)):
+            files += sorted(map(str, Path(folder).glob("*.safetensors")))
+        hashes = {
+            f"content of {f}": hashlib.sha256(Path(f).read_bytes()).hexdigest() for f in files
+        }
+        return json.loads(json.dumps(config | hashes))
 
-    def say(self, line):
-        print(line, flush=True)
-        with (self.folder / "log").open("a") as file:
-            file.write(line + "\n")
-
-    def read_metrics(self):
-        """The lines up to the checkpoint's iteration; later ones will be made again."""
-        path = self.folder / "metrics.jsonl"
-        rows = path.read_text().splitlines()[: self.first + 1]
-        if len(rows) <= self.first or not rows[-1].endswith("}"):
-            raise ValueError(f"{path}: lacks iterations of the checkpoint; start a new run")
-        return rows
-
-    def save_checkpoint(self, done):
+    def save_checkpoint(self):
         """Raises OSError if it cannot be written; the previous checkpoint is then still there."""
         tensors = {f"parameter.{i}": value for i, value in enumerate(self.parameters)}
         for index, state in self.optimizer.state_dict()["state"].items():
             for name, value in state.items():
                 tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value)
-        tensors = {name: value.detach().clone().contiguous() for name, value in tensors.items()}
-        metadata = {"iterations": str(done), "config": json.dumps(asdict(self.config))}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        metadata = {"metrics": self.rows, "made with": self.fingerprint()}
+        metadata["checksum"] = checksum(tensors)
+        metadata = {name: json.dumps(value) for name, value in metadata.items()}
         aside = self.folder / "aside.safetensors"
         try:
             save_file(tensors, aside, metadata)
@@ -587,41 +631,49 @@ class Run:
             aside.unlink(missing_ok=True)
             raise OSError(f"{self.checkpoint}: cannot be written ({error})") from None
 
-    def load_checkpoint(self, changed):
-        """Restore parameters and optimizer; returns the number of iterations done.
+    def load_checkpoint(self):
+        """Restore parameters and optimizer; returns the metrics so far.
 
-        Raises ValueError for a damaged file and, unless `changed`, for one of another config.
+        Raises ValueError for a damaged file, and for one of another config or other input files.
         """
         path = self.checkpoint
         try:
             with safe_open(path, "pt") as file:
-                metadata = file.metadata()
+                saved = {name: json.loads(value) for name, value in file.metadata().items()}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
-            saved, done = json.loads(metadata["config"]), int(metadata["iterations"])
-        except (OSError, SafetensorError, TypeError, KeyError, ValueError) as error:
+            if saved["checksum"] != checksum(tensors):
+                raise ValueError("its checksum does not match")
+            then, now = saved["made with"], self.fingerprint()
+        except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: is damaged ({error}); start in another folder") from None
-        now = json.loads(json.dumps(asdict(self.config)))
         differences = [
-            f"{key} ({saved.get(key)!r} then, {now.get(key)!r} now)"
-            for key in {**saved, **now}
-            if key not in self.MAY_CHANGE and saved.get(key) != now.get(key)
+            f"{key} ({then.get(key)!r} then, {now.get(key)!r} now)"
+            for key in {**then, **now}
+            if then.get(key) != now.get(key)
         ]
-        if differences and not changed:
+        if differences:
             raise ValueError(
-                f"{path}: was made with another config: {'; '.join(differences)}; undo that, or "
-                "add --changed to continue with the new one"
+                f"{path}: was saved with a different config: {'; '.join(differences)}; undo that, "
+                "or start a new run that continues from this adapter"
             )
-        shapes = [tensors[n].shape for n in tensors if n.startswith("parameter.")]
-        if sorted(shapes) != sorted(parameter.shape for parameter in self.parameters):
-            raise ValueError(f"{path}: holds another adapter (model or rank); start a new run")
-        for index, parameter in enumerate(self.parameters):
-            parameter.data.copy_(tensors.pop(f"parameter.{index}"))
         state = {}  # of AdamW: {parameter index: {"step", "exp_avg", "exp_avg_sq"}}
         for name, value in tensors.items():
-            _, index, key = name.split(".")
-            state.setdefault(int(index), {})[key] = value
+            kind, index, *key = name.split(".")
+            if kind == "parameter":
+                self.parameters[int(index)].data.copy_(value)
+            else:
+                state.setdefault(int(index), {})[key[0]] = value
         self.optimizer.load_state_dict(self.optimizer.state_dict() | {"state": state})
-        return done
+        return saved["metrics"]
+
+
+def checksum(tensors):
+    """sha256 of named tensors. Disks and copies do flip bits, which safetensors does not notice."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 def main():
@@ -630,27 +682,17 @@ def main():
     parser.add_argument("--phase", type=int, choices=(1, 2), required=True)
     parser.add_argument("--config", help="default: phase1.yaml or phase2.yaml")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
-    parser.add_argument("--changed", action="store_true", help="resume with a changed config")
     arguments = parser.parse_intermixed_args()
     path = arguments.config or f"phase{arguments.phase}.yaml"
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
-    folder = None
     try:
         config = load_config(path, TrainConfig, arguments.overrides)
-        folder = Path(config.run)
         if config.phase not in (None, arguments.phase):
             raise ValueError(f"{path}: is for phase {config.phase}; use --phase {config.phase}")
-        name, train = (("actor", phase1), ("editor", phase2))[arguments.phase - 1]
-        if getattr(config, name).adapter:
-            raise ValueError(f"{path}: key '{name}.adapter': this phase trains a new one; drop it")
-        train(build(config), config, arguments.resume, arguments.changed)
-    except (ValueError, FloatingPointError, RuntimeError) as error:
+        train = (phase1, phase2)[arguments.phase - 1]
+        train(build(config), config, arguments.resume)
+    except (ValueError, FloatingPointError, RuntimeError, OSError, SafetensorError) as error:
         sys.exit(" ".join(f"train.py: {error}".split()))
-    except (OSError, SafetensorError) as error:  # SafetensorError does not name the file
-        sys.exit(" ".join(f"train.py: {folder}: {error}".split()))
     except KeyboardInterrupt:
-        if folder is None or not (folder / "checkpoint.safetensors").exists():
-            sys.exit("stopped before the first checkpoint")
         words = ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
         sys.exit(f"stopped; continue with: {shlex.join(words)}")
 

@@ -1,6 +1,27 @@
+"""The shipped models, loaded once for all tests. Nothing may come from the network."""
+
+import copy
 import os
 import sys
+from pathlib import Path
 
-root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, root)
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+
+@pytest.fixture(scope="session")
+def shipped():
+    """The `Loop` of phase1.yaml, without adapters. Tests must leave it as it is."""
+    from config import TrainConfig, load_config
+    from loop import build
+
+    return build(load_config(ROOT / "phase1.yaml", TrainConfig))
+
+
+@pytest.fixture
+def loop(shipped):
+    """A copy of the shipped loop, for tests that add adapters or change settings."""
+    return copy.deepcopy(shipped)

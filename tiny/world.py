@@ -12,6 +12,7 @@ validation and test show combinations of objects that no training picture holds.
 """
 
 import json
+import math
 import random
 import zlib
 from collections import namedtuple
@@ -141,6 +142,29 @@ def exact_graph(things, gold):
                     if word:
                         triples.append((subject_name, word, object_name))
     return [thing.name for thing in things], triples
+
+
+def exact_scores(images, graphs):
+    """`sg_iou` of each image with its graph, as the parser sees the image (the exact metric)."""
+    from sgiou import SceneGraph, sg_iou
+
+    seen = [SceneGraph(*exact_graph(things, gold)) for things, gold in zip(parse(images), graphs)]
+    return [sg_iou(pred, gold) for pred, gold in zip(seen, graphs)]
+
+
+def kept_share(trajectory):
+    """Of the things that no instruction named, the share still in place after its edit.
+
+    NaN if nothing was edited.
+    """
+    found = parse([step.image for step in trajectory.steps])
+    pairs = [
+        kept(found[step.source], things, step.instruction)
+        for step, things in zip(trajectory.steps, found)
+        if step.edited
+    ]
+    total = sum(whole for _, whole in pairs)
+    return sum(part for part, _ in pairs) / total if total else math.nan
 
 
 def split_of(names):

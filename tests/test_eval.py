@@ -1,0 +1,416 @@
+"""eval.py: rows, columns, intervals and costs of the table; the two measurements of a VLM."""
+
+import json
+import math
+import random
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from scripted import EDIT_SEEDS, GRAPH, MOVE, RIGHT, WRONG, Script, move
+
+import eval
+from checker import reflect
+from loop import Step, Trajectory
+from sgiou import SceneGraph
+from tiny.world import Thing, kept_share, laion_entry, render
+
+SETTINGS = SimpleNamespace(seed=10, exact=True)
+
+
+class Flow(torch.nn.Module):
+    """A flow model: what `FlowMeter` counts."""
+
+    def forward(self, hidden_states, encoder_hidden_states=None):
+        return hidden_states
+
+
+@pytest.fixture(autouse=True)
+def measuring(monkeypatch):
+    """The VLM's measurements, scripted: an image of a score from 0.5 on shows the whole graph."""
+
+    def extract(vlm, images, graphs, relations=None):
+        return [g if image.score >= 0.5 else SceneGraph((), ()) for image, g in zip(images, graphs)]
+
+    real = eval.extract, eval.grade
+    monkeypatch.setattr(eval, "extract", extract)
+    monkeypatch.setattr(eval, "grade", lambda vlm, images, prompts: [i.score for i in images])
+    return real
+
+
+# ---- the rows ----
+
+# A prompt's further images for `best of N` have its seed plus multiples of EDIT_SEEDS.
+SCORES = {10: [0.1, 0.2, 0.9], 11: [0.3, 0.6], 12: [0.8], 13: [0.2, 0.1, 0.1, 0.1]}
+SCORES |= {seed + EDIT_SEEDS * k: [0.15 + 0.1 * k] for seed in (10, 11, 13) for k in range(1, 9)}
+
+
+def evaluated(rounds=3, rows=None, **parts):
+    """({name: row}, the trajectories of the last system)."""
+    script = Script(SCORES, {13: [None, "none", MOVE]}, Flow())
+    actor, editor = parts.get("actor", script), parts.get("editor", script)
+    loop = eval.Loop(script, script, actor, editor, rounds)
+    rows = [] if rows is None else rows
+    last = eval.evaluate(loop, [GRAPH] * 4, SETTINGS, ["left of"], script, rows, lambda _: None)
+    return {row.name: row for row in rows}, last
+
+
+def test_rows():
+    rows, last = evaluated()
+    assert list(rows) == ["Diffuser", "loop", "best of 3"]
+    assert [row.builds_on for row in rows.values()] == [None, "Diffuser", "Diffuser"]
+    scores = {name: row.values["checker"] for name, row in rows.items()}
+    assert scores["Diffuser"] == pytest.approx([0.1, 0.3, 0.8, 0.2])
+    assert scores["loop"] == pytest.approx([0.9, 0.6, 0.8, 0.2])
+    assert scores["loop"] == [t.best.reflection.score for t in last]
+    assert scores["best of 3"] == pytest.approx([0.35, 0.35, 0.8, 0.35])
+    edits = {name: row.values["edits"] for name, row in rows.items()}
+    assert edits == {"Diffuser": [0] * 4, "loop": [2, 1, 0, 1], "best of 3": [0] * 4}
+    for name, row in rows.items():
+        right = [float(score >= 0.5) for score in scores[name]]
+        assert row.values["sg_iou"] == row.values["vlm_sg_iou"] == right
+        assert row.values["judge"] == pytest.approx(scores[name])
+        assert row.values["entity_iou"] == [1.0] * 4  # both objects are always there
+
+
+def test_best_of_n_costs_at_least_what_the_loop_costs_and_one_image_less_costs_less():
+    """A generated image takes 36 tokens in the scripted flow model, an edit 42."""
+    rows, _ = evaluated()
+    assert rows["Diffuser"].tokens == 36
+    assert rows["loop"].tokens == (4 * 36 + 4 * 42) / 4 == 78
+    assert rows["best of 3"].tokens == (4 * 36 + 2 * 3 * 36) / 4 == 90  # prompt 12 is satisfied
+    assert rows["loop"].seconds > rows["Diffuser"].seconds > 0
+
+
+def test_best_of_n_stops_for_a_prompt_once_its_best_image_satisfies(monkeypatch):
+    scores = {seed: [0.1] * 9 for seed in (10, 11, 12, 13)}
+    scores |= {s + EDIT_SEEDS * k: [0.1] for s in (10, 11, 12) for k in range(1, 9)}
+    scores |= {13 + EDIT_SEEDS: [0.2], 13 + 2 * EDIT_SEEDS: [0.9]}  # and no third one
+    monkeypatch.setattr(sys.modules[__name__], "SCORES", scores)
+    rows, _ = evaluated()
+    name = list(rows)[-1]
+    assert int(name.split()[-1]) > 3
+    assert rows[name].values["checker"] == pytest.approx([0.1, 0.1, 0.1, 0.9])
+
+
+@pytest.mark.parametrize(
+    ("actor_has", "editor_has", "names"),
+    [
+        (False, False, ["loop"]),
+        (True, False, ["loop", "loop + phase 1"]),
+        (True, True, ["loop", "loop + phase 1", "loop + phase 1 + 2"]),
+        (False, True, ["loop", "loop + phase 2"]),
+    ],
+)
+def test_every_adapter_adds_a_row(actor_has, editor_has, names):
+    actor, editor = Script(SCORES, transformer=Flow()), Script(SCORES, transformer=Flow())
+    actor.has_adapter, editor.has_adapter = actor_has, editor_has
+    rows, _ = evaluated(2, actor=actor, editor=editor)
+    assert list(rows)[1:-1] == names
+    assert [rows[name].builds_on for name in names] == ["Diffuser", *names[:-1]]
+    # Two rounds of each system, in this order.
+    proposed = [call.adapter for call in actor.made("propose")]
+    assert proposed == ["phase 1" in name for name in names for _ in "12"]
+    edited = [call.adapter for call in editor.made("edit")]
+    assert edited == ["2" in name for name in names for _ in "12"]
+
+
+def test_finished_rows_are_not_run_again():
+    whole, _ = evaluated()
+    for count in (1, 2, 3):
+        rows = list(whole.values())[:count]
+        again, _ = evaluated(rows=list(rows))
+        assert list(again) == list(whole)
+        assert all(again[row.name] is row for row in rows)
+        assert str([row.values for row in again.values()]) == str(
+            [row.values for row in whole.values()]
+        )
+
+
+# ---- the columns ----
+
+
+def parts(diffuser, editor):
+    pipelines = [
+        SimpleNamespace(pipeline=SimpleNamespace(transformer=m)) for m in (diffuser, editor)
+    ]
+    return SimpleNamespace(diffuser=pipelines[0], editor=pipelines[1])
+
+
+def test_flow_meter_counts_tokens():
+    flow = Flow()
+    with eval.FlowMeter(parts(flow, flow)) as meter:  # one model in both parts is counted once
+        flow(torch.zeros(3, 16, 8), encoder_hidden_states=torch.zeros(3, 20, 8))
+        flow(hidden_states=torch.zeros(2, 32, 8), encoder_hidden_states=torch.zeros(2, 10, 8))
+        flow(torch.zeros(5, 4, 6, 7))  # latents that are not packed, without text
+    assert meter.tokens == 3 * 36 + 2 * 42 + 5 * 42
+    flow(torch.zeros(1, 16, 8))
+    assert meter.tokens == 3 * 36 + 2 * 42 + 5 * 42 and not flow._forward_pre_hooks
+
+
+def test_flow_meter_counts_two_models_and_lets_go_after_an_error():
+    first, second = Flow(), Flow()
+    with pytest.raises(KeyError), eval.FlowMeter(parts(first, second)) as meter:
+        first(torch.zeros(1, 16, 8))
+        second(torch.zeros(1, 32, 8))
+        raise KeyError
+    assert meter.tokens == 48
+    assert not first._forward_pre_hooks and not second._forward_pre_hooks
+
+
+def edited(*scenes, sources=(0, 1), instruction=MOVE):
+    """A trajectory of drawn images, each edited from the step that `sources` says."""
+    images = [Image.fromarray(render(things)) for things in scenes]
+    steps = [Step(images[0], reflect(GRAPH, [0] * 3))]
+    for source, image in zip(sources, images[1:]):
+        steps.append(Step(image, reflect(GRAPH, [0] * 3), source, "", instruction))
+    return Trajectory(GRAPH, 0, steps)
+
+
+def test_kept_is_the_share_of_unnamed_things_that_stay_within_two_pixels():
+    owl, fox = Thing("green circle", 9, 17), Thing("yellow square", 25, 25)
+    before = [*WRONG, owl, fox]
+
+    def kept(*after, **settings):
+        return kept_share(edited(before, *after, **settings))
+
+    assert kept([*RIGHT, owl, fox]) == 1
+    assert kept([*RIGHT, owl._replace(x=11, y=15), fox]) == 1
+    assert kept([*RIGHT, owl._replace(x=12), fox]) == 0.5
+    assert kept([*RIGHT, fox]) == 0.5
+    assert kept([*RIGHT, owl._replace(name="red square"), fox]) == 0.5
+    assert kept(RIGHT) == 0
+    assert kept([*RIGHT, owl, fox], [*RIGHT, fox]) == 0.75
+    # The second edit did not start from the first: the third image is compared with the first one.
+    assert kept([*RIGHT, fox], [*RIGHT, owl, fox], sources=(0, 0)) == 0.75
+    assert math.isnan(kept())  # no edit
+    assert math.isnan(kept(before, instruction="none"))
+    assert math.isnan(kept(before, instruction=None))
+    assert math.isnan(kept_share(edited(WRONG, RIGHT)))  # both things are named
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """(images, graphs): 12 random scenes drawn exactly, each with a graph that is true of it."""
+    from tiny.world import random_scene, random_triples
+
+    rng = random.Random(0)
+    images, graphs = [], []
+    while len(graphs) < 12:
+        things = random_scene(rng, 3, "val")
+        if triples := random_triples(rng, things):
+            names = [name for a, _, b in triples for name in (a, b)]
+            graphs.append(SceneGraph(dict.fromkeys(names), triples))
+            images.append(Image.fromarray(render(things)))
+    return images, graphs
+
+
+def test_a_vlm_extracts_the_scene_graph_of_a_drawing(shipped, drawn, measuring):
+    extract, _ = measuring
+    images, graphs = drawn
+    relations = ["left of", "right of", "above", "below"]
+    scores = [
+        eval.sg_iou(*pair)["sg_iou"]
+        for pair in zip(extract(shipped.checker, images, graphs, relations), graphs)
+    ]
+    assert sum(scores) / len(scores) > 0.7, scores
+    own_words = extract(shipped.checker, images[:2], graphs[:2])  # the relations of each graph
+    for seen, graph in zip(own_words, graphs):
+        assert {r for _, r, _ in seen.triples} <= {r for _, r, _ in graph.triples}
+
+
+def test_a_vlm_grades_right_drawings_higher(shipped, drawn, measuring):
+    _, grade = measuring
+    images, graphs = drawn
+    prompts = [graph.prompt() for graph in graphs]
+    right = grade(shipped.checker, images, prompts)
+    wrong = grade(shipped.checker, images[1:] + images[:1], prompts)
+    assert all(0 <= score <= 1 for score in right + wrong)
+    assert sum(right) > sum(wrong) + 1
+
+
+# ---- the intervals ----
+
+
+def naive_interval(values, resamples=4000):
+    """The percentile bootstrap with Python's own generator, one resample at a time."""
+    rng = random.Random(1)
+    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(resamples))
+    return means[int(0.025 * resamples)], means[int(0.975 * resamples)]
+
+
+def test_bootstrap_agrees_with_a_naive_one():
+    rng = random.Random(2)
+    values = [rng.random() ** 3 for _ in range(60)]
+    mean, low, high = eval.bootstrap(values)
+    naive_low, naive_high = naive_interval(values)
+    assert mean == pytest.approx(sum(values) / 60)
+    assert low == pytest.approx(naive_low, abs=0.08 * (high - low))
+    assert high == pytest.approx(naive_high, abs=0.08 * (high - low))
+
+
+def test_bootstrap_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(3)
+    hits = 0
+    for _ in range(200):
+        _, low, high = eval.bootstrap(rng.normal(0.3, 1.0, 60).tolist())
+        hits += low <= 0.3 <= high
+    assert 0.89 <= hits / 200 <= 0.985
+
+
+def test_bootstrap_of_paired_differences():
+    rng = random.Random(4)
+    luck = [rng.gauss(0, 10) for _ in range(40)]
+    better = [value + 1 + rng.gauss(0, 0.1) for value in luck]
+    mean, low, high = eval.bootstrap(better, luck)
+    assert 0.9 < low < mean < high < 1.1
+    assert eval.bootstrap(luck, luck) == (0, 0, 0)
+
+
+def test_bootstrap_leaves_out_what_has_no_value():
+    nan = math.nan
+    assert eval.bootstrap([1.0, nan, 1.0]) == (1, 1, 1)
+    assert eval.bootstrap([3.0, nan, 5.0], [1.0, 1.0, nan]) == (2, 2, 2)
+    assert all(map(math.isnan, eval.bootstrap([nan, nan])))
+    assert all(map(math.isnan, eval.bootstrap([])))
+
+
+# ---- the tables ----
+
+
+def test_tables():
+    nan = math.nan
+    base = eval.Row("Diffuser", {"vlm_sg_iou": [0.25] * 4, "kept": [nan] * 4}, None, 288, 1)
+    values = {"vlm_sg_iou": [0.75] * 4, "kept": [nan, 0.5, 1, nan]}
+    better = eval.Row("loop", values, "Diffuser", 1600, 2.5)
+    best = eval.Row("best of 3", {"vlm_sg_iou": [1.0] * 4, "kept": [nan] * 4}, "Diffuser", 864, 3)
+    means, gains = eval.tables([base, better, best])
+    assert means["cells"] == [  # the loops come last
+        ["", "SG-IoU (VLM)", "Kept", "Flow tokens", "Seconds"],
+        ["Diffuser", "0.250", "–", "288", "1.00"],
+        ["best of 3", "1.000", "–", "864", "3.00"],
+        ["loop", "0.750", "0.750", "1,600", "2.50"],
+    ]
+    gain, loss = "+0.500 [+0.500, +0.500]", "-0.250 [-0.250, -0.250]"
+    assert gains["cells"][1] == [
+        "Diffuser",
+        "0.250 [0.250, 0.250]",
+        "–",
+        loss[:1] + "0.750 [-0.750, -0.750]",
+        "–",
+    ]
+    assert gains["cells"][3] == ["loop", "0.750 [0.750, 0.750]", gain, loss, gain]
+    lines = eval.markdown([means, gains]).splitlines()
+    assert lines[:2] == [
+        "|  | SG-IoU (VLM) | Kept | Flow tokens | Seconds |",
+        "|---|---|---|---|---|",
+    ]
+    assert lines[6].startswith("SG-IoU (VLM), with 95% intervals")
+    eval.tables([base])  # after the first row
+
+
+# ---- the command line ----
+
+
+@pytest.fixture
+def program(monkeypatch, tmp_path):
+    """Runs eval.py on 5 prompts with a script in place of the models; returns the output folder."""
+    entries = [laion_entry(number, GRAPH.triples) for number in range(5)]
+    (tmp_path / "data.json").write_text(json.dumps(entries))
+    config = tmp_path / "config.yaml"
+    names = ("diffuser", "checker", "actor", "editor")
+    config.write_text("".join(f"{part}: {{model: {tmp_path}}}\n" for part in names))
+    with config.open("a") as file:
+        file.write("relations: [left of, above]\nrounds: 2\n")
+        file.write("evaluation: {data: data.json, exact: true, limit: 3}\n")
+    scores = {seed: [0.1, 0.9] for seed in range(5)}
+    scores |= {seed + EDIT_SEEDS * k: [0.2] for seed in range(5) for k in range(1, 9)}
+    out = tmp_path / "out"
+
+    def run_program(*arguments):
+        script = Script(scores, transformer=Flow())
+        monkeypatch.setattr(eval, "build", lambda config: script.loop(config.rounds))
+        monkeypatch.setattr(
+            sys, "argv", ["eval.py", *arguments, "--config", str(config), "--out", str(out)]
+        )
+        eval.main()
+        return out
+
+    return run_program
+
+
+def strict(constant):
+    raise ValueError(f"{constant} is not JSON")
+
+
+def results(out):
+    return json.loads((out / "results.json").read_text(), parse_constant=strict)
+
+
+def test_the_command_writes_table_results_and_page(program, capsys):
+    out = program()
+    table = (out / "table.md").read_text()
+    printed = capsys.readouterr().out
+    assert "evaluating 3 prompts of " in printed and table.strip() in printed
+    assert "by the Checker's own model" in printed
+    assert [row["name"] for row in results(out)["rows"]] == ["Diffuser", "loop", "best of 3"]
+    assert eval.markdown(results(out)["tables"]) == table.strip()
+    for row in results(out)["rows"]:
+        assert set(row["values"]) == set(eval.HEADINGS)
+        assert all(len(column) == 3 for column in row["values"].values())  # the limit
+    # The page shows the trajectories of the last loop, not those of best of N.
+    samples = json.loads((out / "samples" / "0000.json").read_text())
+    assert [step["instruction"] for step in samples[0]["steps"]] == [None, move(1)]
+    assert (out / "report.html").exists()
+
+
+def test_full_takes_all_prompts_and_options_mix_with_overrides(program, capsys):
+    program("evaluation.exact=false", "--full", "evaluation.seed=0")
+    assert "evaluating 5 prompts of " in capsys.readouterr().out
+
+
+def test_an_interrupted_evaluation_keeps_its_rows_and_can_be_resumed(program, monkeypatch, capsys):
+    measure, measured = eval.measure, []
+
+    def interrupted(*arguments):
+        measured.append(arguments)
+        if len(measured) == 2:
+            raise KeyboardInterrupt
+        return measure(*arguments)
+
+    monkeypatch.setattr(eval, "measure", interrupted)
+    with pytest.raises(SystemExit, match="stopped"):
+        program()
+    out = program("--resume")
+    assert [row["name"] for row in results(out)["rows"]] == ["Diffuser", "loop", "best of 3"]
+    assert len(measured) == 4  # one row, the interruption, two more rows
+    program("--resume")
+    assert len(measured) == 4
+    with pytest.raises(SystemExit, match="is of another config"):
+        program("--resume", "rounds=3")
+    (out / "results.json").write_text("[]")
+    with pytest.raises(SystemExit, match="cannot be resumed"):
+        program("--resume")
+
+
+def test_another_vlm_can_measure(program, monkeypatch, tmp_path, capsys):
+    """evaluation.judge: the loop's Checker scores, the judge measures."""
+    judges = []
+    loaded = SimpleNamespace()
+    monkeypatch.setattr(eval.Checker, "load", lambda *weights, **settings: loaded)
+    monkeypatch.setattr(
+        eval, "grade", lambda vlm, images, prompts: judges.append(vlm) or [0.0] * len(images)
+    )
+    program(f"evaluation.judge={{model: {tmp_path}}}")
+    assert judges and all(vlm is loaded for vlm in judges)
+    assert f"The columns VLM and Judge are by {tmp_path}." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("override", ["evaluation=null", "rounds=0"])
+def test_what_cannot_be_evaluated_is_refused(program, override):
+    with pytest.raises(SystemExit) as ended:
+        program(override)
+    assert f"'{override.split('=')[0]}'" in ended.value.code

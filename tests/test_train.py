@@ -1,0 +1,673 @@
+"""train.py: what both phases compute, checked against loops written out; runs that are stopped.
+
+Most tests train the policies of toys.py, which have four numbers. At the end, the shipped models.
+"""
+
+import contextlib
+import copy
+import json
+import math
+import resource
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import toys
+from conftest import ROOT
+from safetensors import safe_open
+from scripted import GRAPH
+
+import train
+from checker import reflect
+from config import TrainConfig, load_config
+from train import phase1, phase2
+
+SMALL = [
+    "exact=false",
+    "groups=3",
+    "group_size=4",
+    "rounds=2",
+    "iterations=1",
+    "validation_limit=2",
+]
+PHASES = pytest.mark.parametrize("phase", [phase1, phase2])
+
+
+def settings(phase, folder, *overrides):
+    """A small config for toys."""
+    path = ROOT / f"{phase.__name__}.yaml"
+    more = ["window=2", "clip_low=0.2", "clip_high=0.3"] if phase is phase2 else []
+    return load_config(path, TrainConfig, [*SMALL, *more, f"run={folder}", *overrides])
+
+
+def trained(loop, phase):
+    return loop.actor if phase is phase1 else loop.editor
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """Notes the rounds of every iteration, and weights and gradient before every step."""
+    seen = {"rounds": [], "weights": [], "gradients": []}
+    summarize, optimizer_step = train.summarize, train.optimizer_step
+
+    def note_rounds(rounds, *rest):
+        seen["rounds"].append(rounds)
+        return summarize(rounds, *rest)
+
+    def note_gradient(optimizer, parameters, *rest):
+        seen["weights"].append(parameters[0].detach().clone())
+        seen["gradients"].append(parameters[0].grad.clone())
+        return optimizer_step(optimizer, parameters, *rest)
+
+    monkeypatch.setattr(train, "summarize", note_rounds)
+    monkeypatch.setattr(train, "optimizer_step", note_gradient)
+    return seen
+
+
+# ---- what is trained on ----
+
+
+def test_phase1_a_group_shares_state_and_edit_seed(tmp_path, watched):
+    loop = toys.loop()
+    phase1(loop, settings(phase1, tmp_path, "rounds=1"))
+    ((samples,),) = watched["rounds"]
+    assert samples.groups == [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]
+    assert len({id(start) for start in samples.starts}) == 3
+    for group in range(3):
+        assert len({id(start) for start in samples.starts[4 * group : 4 * group + 4]}) == 1
+    images, instructions, seeds = max(loop.editor.edits, key=lambda call: len(call[0]))
+    group_of = {id(samples.starts[4 * group].image): group for group in range(3)}
+    groups = [group_of[id(image)] for image in images]
+    assert len(set(zip(groups, seeds))) == len(set(groups)) == len(set(seeds))  # a seed a group
+    assert len(set(zip(groups, instructions))) == len(images)  # equal instructions: edited once
+    # Equal instructions of a group have equal outcomes, so only the instruction decides.
+    for i in range(12):
+        for j in range(4 * (i // 4), 4 * (i // 4) + 4):
+            if samples.actions.instructions[i] == samples.actions.instructions[j]:
+                assert samples.rewards[i] == samples.rewards[j]
+
+
+def test_phase1_none_and_malformed_leave_the_image_and_malformed_costs(tmp_path, watched):
+    phase1(toys.loop(), settings(phase1, tmp_path, "rounds=1", "groups=8", "malformed=0.2"))
+    ((samples,),) = watched["rounds"]
+    instructions = samples.actions.instructions
+    assert set(instructions) == {"good", "bad", "none", None}
+    for start, outcome, reward, text in zip(
+        samples.starts, samples.outcomes, samples.rewards, instructions
+    ):
+        before = start.reflection.score
+        if text in ("none", None):
+            assert outcome.image is start.image
+            assert reward == pytest.approx(before - 0.2 * (text is None))
+        else:
+            assert outcome.image is not start.image
+            assert reward == outcome.reflection.score == pytest.approx(outcome.image.score)
+    row = metrics(tmp_path)[1]
+    assert row["malformed"] == instructions.count(None) / 32
+    assert row["none"] == instructions.count("none") / 32
+    assert row["length"] == pytest.approx(samples.actions.mask.sum().item() / 32)
+
+
+def test_phase2_a_group_shares_all_but_the_noise(tmp_path, watched):
+    loop = toys.loop()
+    phase2(loop, settings(phase2, tmp_path, "groups=6"))
+    for samples, call in zip(watched["rounds"][0], loop.editor.rollouts):
+        images, instructions, seeds, noise_seeds, window = call
+        assert len(window) == 2 and window.stop < 8
+        for start in range(0, len(images), 4):
+            group = slice(start, start + 4)
+            assert len(set(samples.groups[group])) == 1
+            assert len({id(image) for image in images[group]}) == 1
+            assert len(set(instructions[group])) == len(set(seeds[group])) == 1
+        assert len(set(seeds)) == len(images) // 4
+        assert len(set(noise_seeds) | set(seeds)) == len(images) + len(images) // 4
+        assert not {"none", None} & set(instructions)
+
+
+def test_phase2_leaves_out_states_without_an_instruction(tmp_path, watched, monkeypatch):
+    loop = toys.loop()
+    propose = loop.actor.propose
+
+    def first_only(images, *rest, **more):
+        proposals = propose(images, *rest, **more)
+        proposals.instructions = ["good"] + [None, "none"] * len(images)
+        del proposals.instructions[len(images) :]
+        return proposals
+
+    monkeypatch.setattr(loop.actor, "propose", first_only)
+    phase2(loop, settings(phase2, tmp_path, "rounds=1"))
+    ((samples,),) = watched["rounds"]
+    assert len(samples.rewards) == 4
+    assert metrics(tmp_path)[1]["unedited"] == pytest.approx(2 / 3)
+
+
+def test_phase2_takes_one_group_per_call_where_the_pipeline_takes_one_image(tmp_path):
+    loop = toys.loop()
+    loop.editor.batched = False
+    phase2(loop, settings(phase2, tmp_path))
+    assert all(len(images) == 4 for images, *_ in loop.editor.rollouts)
+
+
+def test_phase2_refuses_a_window_that_may_reach_the_last_step(tmp_path):
+    for first, length in ((7, 1), (0, 8), (4, 4)):
+        overrides = [f"window_start={first}", f"window={length}"]
+        with pytest.raises(ValueError, match="before the last step"):
+            phase2(toys.loop(), settings(phase2, tmp_path, *overrides))
+    phase2(toys.loop(), settings(phase2, tmp_path, "window_start=0", "window=7"))
+
+
+def test_a_later_round_continues_from_one_sample_of_each_group_if_it_is_better():
+    def state(score):
+        return train.State(GRAPH, None, reflect(GRAPH, [score] * 3))
+
+    before, better, worse, done = state(0.2), state(0.3), state(0.1), state(0.6)
+    for outcomes, following in (
+        ([worse, better], [before, better]),  # for sample 0 and for sample 1
+        ([done, before], [None, before]),  # a state that satisfies the Checker is done
+    ):
+        for sample, expected in enumerate(following):
+            rng = SimpleNamespace(randrange=lambda size, sample=sample: sample)
+            states = train.next_states([before] * 4, outcomes * 2, 2, rng)
+            assert states == [expected] * 2 if expected else states == []
+
+
+def test_the_states_of_round_2_are_those_that_round_1_left(tmp_path, watched, monkeypatch):
+    left, next_states = [], train.next_states
+    monkeypatch.setattr(
+        train, "next_states", lambda *given: left.append(next_states(*given)) or left[-1]
+    )
+    phase1(toys.loop(), settings(phase1, tmp_path, "groups=8"))
+    ((_, second),) = watched["rounds"]
+    assert second.starts == [state for state in left[0] for _ in range(4)] != []
+
+
+def test_the_states_of_round_1_do_not_satisfy_the_checker(tmp_path):
+    loop, config = toys.loop(), settings(phase1, tmp_path, "groups=5")
+    graphs = train.load_laion_sg(config.data, 20)
+    states, solved = train.unsatisfied_images(loop, graphs, config, iteration=0)
+    assert len(states) == 5 and not any(state.reflection.satisfied for state in states)
+    assert 0 <= solved < 1
+    again, _ = train.unsatisfied_images(loop, graphs, config, iteration=0)
+    other, _ = train.unsatisfied_images(loop, graphs, config, iteration=1)
+    scores = [[s.image.score for s in each] for each in (states, again, other)]
+    assert scores[0] == scores[1] != scores[2]
+    # If every image is right at once, the search ends.
+    loop.diffuser.generate = lambda prompts, seeds: [toys.image(0.9) for _ in seeds]
+    assert train.unsatisfied_images(loop, graphs, config, 0) == ([], 1.0)
+    phase1(loop, config)
+    assert metrics(tmp_path)[1]["samples"] == 0
+
+
+# ---- the update ----
+
+
+def naive_advantages(samples, config):
+    """{row: advantage} of all samples that are not in a flat group."""
+    found = {}
+    for group in set(samples.groups):
+        rows = [row for row, other in enumerate(samples.groups) if other == group]
+        rewards = [samples.rewards[row] for row in rows]
+        mean = sum(rewards) / len(rewards)
+        std = math.sqrt(sum((reward - mean) ** 2 for reward in rewards) / len(rewards))
+        if max(rewards) - min(rewards) > config.flat_range:
+            found |= {r: (samples.rewards[r] - mean) / (std + config.advantage_eps) for r in rows}
+    return found
+
+
+def clipped_gain(rho, advantage, config):
+    """PPO's objective: beyond the bound, a constant."""
+    if advantage > 0 and rho > 1 + config.clip_high:
+        return torch.tensor((1 + config.clip_high) * advantage)
+    if advantage < 0 and rho < 1 - config.clip_low:
+        return torch.tensor((1 - config.clip_low) * advantage)
+    return rho * advantage
+
+
+def naive_gradient(phase, rounds, config, weights):
+    """The gradient of the loss, action by action, in one piece. Also the number of actions."""
+    weights = weights.clone().requires_grad_()
+    losses = []
+    for samples in rounds:
+        advantages = naive_advantages(samples, config)
+        if phase is phase1:
+            now, base = weights.log_softmax(0), torch.zeros(4).log_softmax(0)
+            for row, advantage in advantages.items():
+                for token in range(toys.LENGTH):
+                    if samples.actions.mask[row, token]:
+                        word = samples.actions.ids[row, token]
+                        rho = (now[word] - samples.actions.log_probs[row, token]).exp()
+                        ratio = (base[word] - now[word]).exp()
+                        kl = ratio - ratio.log() - 1
+                        losses.append(config.kl * kl - clipped_gain(rho, advantage, config))
+        else:
+            first = 0  # row of the rollout's first image
+            for rollout in samples.actions:
+                for row in range(len(rollout.images)):
+                    if first + row not in advantages:
+                        continue
+                    for step in rollout.steps:
+                        mean = step.sample[row] + weights
+                        log_prob = toys.gaussian(step.next_sample[row], mean).mean()
+                        rho = (log_prob - step.log_prob[row]).exp()
+                        kl = (weights**2).mean() / (2 * toys.STD**2)
+                        gain = clipped_gain(rho, advantages[first + row], config)
+                        losses.append(config.kl * kl - gain)
+                first += len(rollout.images)
+    (sum(losses) / len(losses)).backward()
+    return weights.grad, len(losses)
+
+
+@PHASES
+@pytest.mark.parametrize("kl", [0, 0.5])
+def test_every_gradient_is_that_of_the_loss_written_out(tmp_path, watched, phase, kl):
+    """All rounds in one mean over the trained actions: no flat group, no padding, no prefix."""
+    config = settings(phase, tmp_path, "iterations=3", "updates=3", f"kl={kl}", "learning_rate=0.1")
+    phase(toys.loop(), config)
+    assert len(watched["gradients"]) == 9
+    steps = zip(watched["weights"], watched["gradients"])
+    for number, (weights, gradient) in enumerate(steps):
+        expected, _ = naive_gradient(phase, watched["rounds"][number // 3], config, weights)
+        assert gradient == pytest.approx(expected, abs=2e-6)
+        assert gradient.abs().max() > 1e-4
+    rows = metrics(tmp_path)[1:]
+    assert all(row["ratio_error"] > 0.01 for row in rows)  # of the last update
+    assert all(("kl" in row) == (kl > 0) for row in rows)
+
+
+@PHASES
+def test_micro_batches_do_not_change_the_update(tmp_path, watched, phase):
+    for size in (4, 8, 64) if phase is phase2 else (1, 5, 64):
+        phase(
+            toys.loop(), settings(phase, tmp_path / str(size), f"micro_batch={size}", "updates=1")
+        )
+    first, *others = watched["gradients"]
+    for other in others:
+        assert other == pytest.approx(first, abs=1e-6)
+
+
+@PHASES
+def test_the_reference_is_the_base_model_evaluated_once_before_the_updates(tmp_path, phase):
+    loop = toys.loop()
+    part = trained(loop, phase)
+    log_probs, active = part.log_probs, []
+    part.log_probs = lambda *arguments: active.append(part.active) or log_probs(*arguments)
+    for kl in (0, 0.1):
+        active.clear()
+        overrides = ["rounds=1", "updates=3", f"kl={kl}", "micro_batch=64"]
+        phase(loop, settings(phase, tmp_path / str(kl), *overrides))
+        steps = 2 if phase is phase2 else 1  # of the window; phase 1 has one micro-batch
+        if phase is phase2:
+            active = active[steps:]  # the toy also calls it while sampling
+        assert active == [False] * (steps if kl else 0) + [True] * 3 * steps
+
+
+@PHASES
+def test_flat_groups_are_left_out_and_nothing_moves_if_all_are_flat(tmp_path, watched, phase):
+    phase(toys.loop(), settings(phase, tmp_path, "flat_range=2"))
+    assert watched["gradients"] == []
+    row = metrics(tmp_path)[1]
+    assert row["flat_groups"] == 1 and "grad_norm" not in row
+    assert torch.equal(toys.saved(tmp_path), torch.zeros(4))
+
+
+@PHASES
+def test_training_raises_the_reward(tmp_path, phase):
+    loop = toys.loop()
+    overrides = ["iterations=40", "learning_rate=0.05", "kl=0.001", "updates=1", "groups=8"]
+    phase(loop, settings(phase, tmp_path, *overrides))
+    rows = metrics(tmp_path)
+    gains = [row["reward"] - row["before"] for row in rows[1:]]
+    assert sum(gains[-5:]) / 5 > sum(gains[:5]) / 5 + 0.1
+    if phase is phase1:
+        assert toys.saved(tmp_path).argmax() == toys.WORDS.index("good")
+        assert rows[-1]["val_checker"] >= rows[0]["val_checker"]
+    else:
+        assert toys.saved(tmp_path).mean() > 0.2
+
+
+def test_learning_rate_warms_up():
+    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+    config = settings(phase1, "x", "learning_rate=0.5", "warmup=4")
+    rates = []
+    for iteration in range(6):
+        train.set_learning_rate(optimizer, config, iteration)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+
+
+# ---- the on-policy check and gradients that are not finite ----
+
+
+def off_by(part, error):
+    """Make the part replay something else than it sampled, as dropout would."""
+    log_probs = part.log_probs
+
+    def wrong(*arguments):
+        found = log_probs(*arguments)
+        if not part.active or not torch.is_grad_enabled():
+            return found
+        if isinstance(found, tuple):
+            return found[0] + error, *found[1:]
+        return found + error
+
+    part.log_probs = wrong
+
+
+@PHASES
+@pytest.mark.parametrize("error", [1e-3, -1e-3, math.nan, math.inf])
+def test_a_rollout_that_cannot_be_replayed_stops_the_run(tmp_path, phase, error):
+    loop = toys.loop()
+    off_by(trained(loop, phase), error)
+    with pytest.raises(ValueError, match="differs from the recorded one by"):
+        phase(loop, settings(phase, tmp_path, "tolerance=1e-4"))
+    assert len(metrics(tmp_path)) == 1  # iteration 0
+
+
+@PHASES
+def test_one_action_alone_stops_phase_2_but_not_phase_1(tmp_path, phase):
+    """bf16 caches make single tokens differ: phase 1 compares the mean, phase 2 the maximum."""
+    loop = toys.loop()
+    error = torch.zeros(64, 1) if phase is phase1 else torch.zeros(64)
+    error[0] = 3e-4
+    part, log_probs = trained(loop, phase), trained(loop, phase).log_probs
+
+    def wrong(*arguments):
+        found = log_probs(*arguments)
+        if not torch.is_grad_enabled():
+            return found
+        if isinstance(found, tuple):
+            return found[0] + error[: len(found[0])], *found[1:]
+        return found + error[: len(found)]
+
+    part.log_probs = wrong
+    overrides = ["tolerance=1e-4", "rounds=1", "groups=8", "micro_batch=64", "flat_range=0"]
+    refused = pytest.raises(ValueError, match="differs") if phase is phase2 else None
+    with refused or contextlib.nullcontext():
+        phase(loop, settings(phase, tmp_path, *overrides))
+
+
+def with_infinite_gradient(part):
+    """The log-probs are right, but the derivative of the square root at 0 is infinite."""
+    log_probs = part.log_probs
+
+    def sick(*arguments):
+        found = log_probs(*arguments)
+        extra = part.current().sub(part.current().detach()).abs().sqrt().sum()
+        return (found[0] + extra, *found[1:]) if isinstance(found, tuple) else found + extra
+
+    part.log_probs = sick
+
+
+@PHASES
+def test_gradients_that_are_not_finite_are_skipped_and_five_iterations_stop_the_run(
+    tmp_path, phase
+):
+    loop = toys.loop()
+    with_infinite_gradient(trained(loop, phase))
+    with pytest.raises(FloatingPointError, match="5 iterations in a row"):
+        phase(loop, settings(phase, tmp_path, "iterations=9", "updates=2", "kl=0"))
+    rows = metrics(tmp_path)
+    assert len(rows) == 6 and all(row["skipped"] == 2 for row in rows[1:])
+    assert torch.equal(trained(loop, phase).weights, torch.zeros(4))
+
+
+def test_five_iterations_with_nothing_to_learn_are_reported(tmp_path, capsys):
+    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=4", "flat_range=2"))
+    assert "nothing to learn" not in capsys.readouterr().out
+    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=5", "flat_range=2"), resume=True)
+    assert "nothing to learn" in capsys.readouterr().out
+
+
+# ---- the folder of a run ----
+
+
+@PHASES
+def test_what_a_run_writes(tmp_path, phase, capsys):
+    config = settings(phase, tmp_path, "iterations=3", "validate_every=2")
+    phase(toys.loop(), config)
+    rows = metrics(tmp_path)
+    assert [row["iteration"] for row in rows] == [0, 1, 2, 3]
+    assert set(rows[0]) == {"iteration", "val_checker"}  # before training
+    assert ["val_checker" in row for row in rows] == [True, False, True, True]
+    seconds = [json.loads(line) for line in (tmp_path / "seconds.jsonl").open()]
+    assert [row["iteration"] for row in seconds] == [1, 2, 3]
+    assert {"generate", "act", "edit", "check", "update"} <= set(seconds[0])
+    assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == [
+        "0000.json",
+        "0002.json",
+        "0003.json",
+    ]
+    assert load_config(tmp_path / "config.yaml", TrainConfig) == config
+    assert (tmp_path / "report.html").exists() and (tmp_path / "command.txt").exists()
+    assert torch.equal(toys.saved(tmp_path), trained_weights(tmp_path))
+    printed = capsys.readouterr().out
+    assert printed == (tmp_path / "log").read_text() and "reward" in printed
+
+
+def trained_weights(folder):
+    with safe_open(folder / "checkpoint.safetensors", "pt") as file:
+        return file.get_tensor("parameter.0")
+
+
+def test_validation_always_starts_from_the_same_images(tmp_path):
+    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=4", "validate_every=1"))
+    starts = []
+    for path in sorted((tmp_path / "samples").iterdir()):
+        starts.append([sample["steps"][0]["image"] for sample in json.loads(path.read_text())])
+    assert len(starts) == 5 and all(start == starts[0] for start in starts)
+
+
+@PHASES
+@pytest.mark.parametrize("iterations", [1, 3])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, phase, iterations):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    phase(toys.loop(), settings(phase, whole, "iterations=4"))
+    phase(toys.loop(), settings(phase, parts, f"iterations={iterations}"))
+    phase(toys.loop(), settings(phase, parts, "iterations=4"), resume=True)
+    assert torch.equal(toys.saved(whole), toys.saved(parts))
+    final = [metrics(folder) for folder in (whole, parts)]
+    final[1][iterations].pop("val_checker")  # its last iteration is always validated
+    assert final[0] == final[1]
+
+
+@contextlib.contextmanager
+def full_disk(after):
+    """No file may grow beyond `after` bytes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (after, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
+    path = tmp_path / "checkpoint.safetensors"
+    phase1(toys.loop(), settings(phase1, tmp_path))
+    before = path.read_bytes()
+    with full_disk(200_000), pytest.raises(OSError, match="cannot be written") as caught:
+        phase1(toys.loop(), settings(phase1, tmp_path, "iterations=3"), resume=True)
+    assert str(path) in str(caught.value)
+    del caught  # its traceback holds the run, and the run its lock
+    assert path.read_bytes() == before and not (tmp_path / "aside.safetensors").exists()
+    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=3"), resume=True)
+    assert len(metrics(tmp_path)) == 4
+
+
+def flip(content):
+    content = bytearray(content)
+    content[8:60] = bytes(reversed(content[8:60]))
+    return content
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda c, n=n: c[:n] for n in (0, 5, 100, 3000, -1)] + [flip, lambda c: b"x" * len(c)],
+)
+def test_a_damaged_checkpoint_is_named(tmp_path, damage):
+    phase1(toys.loop(), settings(phase1, tmp_path))
+    path = tmp_path / "checkpoint.safetensors"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(ValueError, match="is damaged") as caught:
+        phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2"), resume=True)
+    assert str(path) in str(caught.value)
+
+
+def test_a_changed_config_is_refused_unless_it_is_meant(tmp_path):
+    phase1(toys.loop(), settings(phase1, tmp_path))
+    config = settings(phase1, tmp_path, "kl=0.5", "iterations=2")
+    with pytest.raises(ValueError, match=r"kl \(0.03 then, 0.5 now\)") as caught:
+        phase1(toys.loop(), config, resume=True)
+    assert "iterations" not in str(caught.value) and "--changed" in str(caught.value)
+    del caught
+    phase1(toys.loop(), config, resume=True, changed=True)
+    assert len(metrics(tmp_path)) == 3
+
+
+def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
+    phase1(toys.loop(), settings(phase1, tmp_path))
+    with pytest.raises(ValueError, match="another adapter"):
+        config = settings(phase1, tmp_path, "rank=4", "iterations=2")
+        phase1(toys.loop(), config, resume=True, changed=True)
+
+
+def test_metrics_that_lack_iterations_are_refused(tmp_path):
+    phase1(toys.loop(), settings(phase1, tmp_path))
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(path.read_text()[:-20])
+    with pytest.raises(ValueError, match="metrics.jsonl: lacks iterations"):
+        phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2"), resume=True)
+
+
+def test_a_folder_that_holds_a_run_is_protected(tmp_path):
+    phase1(toys.loop(), settings(phase1, tmp_path))
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    with pytest.raises(ValueError, match="holds a run; continue it with --resume"):
+        phase1(toys.loop(), settings(phase1, tmp_path))
+    with pytest.raises(ValueError, match="holds no checkpoint; start without --resume"):
+        phase1(toys.loop(), settings(phase1, tmp_path / "new"), resume=True)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_two_runs_cannot_share_a_folder(tmp_path):
+    loop, second = toys.loop(), []
+    generate = loop.diffuser.generate
+
+    def start_another(*arguments):
+        loop.diffuser.generate = generate
+        with pytest.raises(ValueError, match="another process is training") as caught:
+            phase1(toys.loop(), settings(phase1, tmp_path))
+        second.append(str(caught.value))
+        return generate(*arguments)
+
+    loop.diffuser.generate = start_another
+    phase1(loop, settings(phase1, tmp_path))
+    assert len(second) == 1 and str(tmp_path) in second[0]
+
+
+# ---- processes that are stopped ----
+
+
+@contextlib.contextmanager
+def running(phase, folder, *overrides, script="tests/toys.py"):
+    """train.py in another process, entered once its first iteration is done."""
+    number = phase.__name__[-1]
+    command = [sys.executable, script, "--phase", number, f"run={folder}", *overrides]
+    process = subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={"TOY_SECONDS": "0.1", "OMP_NUM_THREADS": "1", "PATH": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A shell's background jobs inherit that Ctrl-C is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
+    path = folder / "metrics.jsonl"
+    while process.poll() is None and not (path.exists() and path.read_text().count("\n") > 1):
+        time.sleep(0.02)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def toy_words(phase, *overrides):
+    more = ["window=2", "clip_low=0.2", "clip_high=0.3"] if phase is phase2 else []
+    return [*SMALL, *more, *overrides]
+
+
+@PHASES
+def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path, phase):
+    with running(phase, tmp_path / "parts", *toy_words(phase, "iterations=1000")) as process:
+        time.sleep(0.25)
+        process.kill()
+    done = len(metrics_up_to_a_cut_line(tmp_path / "parts"))
+    for folder in ("parts", "whole"):
+        config = settings(phase, tmp_path / folder, f"iterations={done + 2}")
+        phase(toys.loop(), config, resume=folder == "parts")
+    assert torch.equal(*(toys.saved(tmp_path / folder) for folder in ("parts", "whole")))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+
+
+def metrics_up_to_a_cut_line(folder):
+    return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if line[-1] == "}"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_stopped_run_says_how_to_resume(tmp_path, number):
+    folder = tmp_path / "a run"
+    with running(phase1, folder, *toy_words(phase1, "iterations=1000")) as process:
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode not in (0, None)
+    (line,) = errors.splitlines()
+    assert line.startswith("stopped; continue with: python ") and line.endswith(" --resume")
+    assert shlex.split(line.partition(": ")[2])[4] == f"run={folder}"
+
+
+# ---- the shipped models ----
+
+TINY = ["groups=2", "group_size=4", "rounds=1", "validation_limit=2", "iterations=2"]
+
+
+@PHASES
+def test_the_shipped_models_train_and_resume_bit_for_bit(tmp_path, phase, shipped, loop):
+    """Also between processes: one run is killed by signal 9 after its first iteration."""
+    path = ROOT / f"{phase.__name__}.yaml"
+    with running(phase, tmp_path / "parts", *TINY, script="train.py") as process:
+        process.kill()
+
+    def config(folder):
+        return load_config(path, TrainConfig, [*TINY, f"run={tmp_path / folder}"])
+
+    other = copy.deepcopy(shipped)
+    if config("whole").actor.adapter:
+        for each in (loop, other):
+            each.actor.load_adapter(config("whole").actor.adapter)
+    phase(loop, config("whole"))
+    phase(other, config("parts"), resume=True)
+    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+    assert metrics(whole) == metrics(parts)
+    assert "val_sg_iou" in metrics(whole)[0] and "val_sg_iou" in metrics(whole)[2]
+    assert adapter(whole)[1] == adapter(parts)[1]
+    for name, tensor in adapter(whole)[0].items():
+        assert torch.equal(tensor, adapter(parts)[0][name])
+
+
+def adapter(folder):
+    """(tensors, metadata). Not the file's bytes: safetensors orders its metadata at random."""
+    with safe_open(next((folder / "adapter").glob("*.safetensors")), "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
