@@ -12,8 +12,6 @@ sees it; otherwise the policy would grade itself.
 """
 
 import copy
-import hashlib
-import json
 import math
 import re
 from contextlib import contextmanager
@@ -243,10 +241,15 @@ class Actor:
     def load_adapter(self, folder):
         """Load a folder that `save_adapter` or peft wrote.
 
-        Raises ValueError if the file is damaged, or if its tensors are not those of this model.
+        Raises ValueError if its tensors are not those of this model, or not finite.
         """
+        from safetensors.torch import load_file
+
         path = Path(folder) / "adapter_model.safetensors"
-        tensors = read_adapter(path)
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path} holds NaN or infinite numbers in {name}")
         if ADAPTER in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter(ADAPTER)
         found = self.model.load_adapter(str(folder), adapter_name=ADAPTER)
@@ -265,10 +268,13 @@ class Actor:
                 parameter.data.copy_(tensors[key])
 
     def save_adapter(self, folder):
-        """Write what `PeftModel.from_pretrained(model, folder)` reads, with a checksum."""
+        """Write what `PeftModel.from_pretrained(model, folder)` reads."""
         with self.adapter():
             self.model.save_pretrained(folder)
-        seal_adapter(Path(folder) / "adapter_model.safetensors")
+        path = Path(folder) / "adapter_model.safetensors"
+        data = path.read_bytes()  # write it anew: safetensors gives its files mode 0600
+        path.unlink()
+        path.write_bytes(data)
 
     def without_adapter(self):
         """The untrained Actor: the same model, but `propose` leaves the adapter off."""
@@ -312,51 +318,3 @@ class _Sampler:
         ids = torch.searchsorted(cdf, uniform, right=True)  # (N, 1), never of probability 0
         self.log_probs.append(token_log_probs(logits[:, None], ids, self.temperature))
         return torch.full_like(logits, -math.inf).scatter(1, ids, 0.0)
-
-
-def seal_adapter(path):
-    """Put a checksum into the metadata of a safetensors file, and the metadata in order.
-
-    The checksum is of all tensors and metadata, and of the adapter_config.json beside the file.
-    """
-    header, tensors, _, actual = _open_adapter(path)
-    header["__metadata__"] = dict(sorted((header["__metadata__"] | {"checksum": actual}).items()))
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    aside = path.with_suffix(".aside")  # renamed when complete
-    aside.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
-    aside.replace(path)
-
-
-def read_adapter(path):
-    """The tensors of an adapter file, by name.
-
-    Raises ValueError if its checksum, where it has one, does not match, or if a number is not
-    finite.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        _, _, stated, actual = _open_adapter(path)
-        tensors = load_file(path)
-    except (ValueError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged: {error}") from None
-    if stated not in (None, actual):
-        raise ValueError(f"{path} or its adapter_config.json has changed since it was written")
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path} holds NaN or infinite numbers in {name}")
-    return tensors
-
-
-def _open_adapter(path):
-    """(header, bytes of the tensors, the checksum in the header or None, the actual checksum)."""
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")  # safetensors: length, JSON header, tensors
-    header, tensors = json.loads(data[8:start]), data[start:]
-    stated = header.setdefault("__metadata__", {}).pop("checksum", None)
-    config = path.with_name("adapter_config.json")
-    actual = hashlib.sha256(json.dumps(header, sort_keys=True).encode() + tensors)
-    actual.update(config.read_bytes() if config.exists() else b"")
-    return header, tensors, stated, actual.hexdigest()

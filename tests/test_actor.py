@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from actor import Actor, parse_completion, read_adapter, request
+from actor import Actor, parse_completion, request
 from sgiou import SceneGraph
 from tiny import world
 
@@ -359,7 +359,7 @@ def test_an_adapter_stays_in_fp32_in_a_bf16_model(saved):
 
 
 def changed(saved, folder, change):
-    """The saved adapter with its tensors changed, and without a checksum as peft writes it."""
+    """The saved adapter with its tensors changed, as another program could have written them."""
     shutil.copytree(saved[0], folder)
     path = folder / "adapter_model.safetensors"
     save_file(change(load_file(path)), path, {"format": "pt"})
@@ -392,41 +392,12 @@ def test_an_adapter_that_does_not_fit_is_refused_by_name(saved, tmp_path, change
 
 
 @needs_models
-def test_peft_files_without_a_checksum_and_alpha_keys_are_accepted(saved, tmp_path):
+def test_alpha_keys_are_accepted(saved, tmp_path):
     folder, proposals, expected = saved
     actor = load()
     add_alpha = {"base_model.model.model.language_model.layers.0.mlp.up_proj.alpha": torch.ones(1)}
     actor.load_adapter(changed(saved, tmp_path / "adapter", lambda tensors: tensors | add_alpha))
     assert torch.equal(scores(actor, proposals), expected)
-
-
-@needs_models
-def test_every_flipped_bit_is_noticed(saved, tmp_path):
-    shutil.copytree(saved[0], tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    data = path.read_bytes()
-    rng = random.Random(0)
-    header = range(8, 8 + int.from_bytes(data[:8], "little"))
-    for position in [*rng.sample(header, 50), *(rng.randrange(len(data)) for _ in range(50))]:
-        damaged = bytearray(data)
-        damaged[position] ^= 1 << rng.randrange(7)
-        path.write_bytes(damaged)
-        try:
-            tensors = read_adapter(path)
-        except ValueError as error:
-            assert str(path) in str(error)
-        else:  # a bit of the word "checksum", or of the padding of the header
-            good = load_file(saved[0] / path.name)
-            assert all(torch.equal(tensors[name], good[name]) for name in good)
-
-
-@needs_models
-def test_a_changed_alpha_is_noticed(saved, tmp_path):
-    shutil.copytree(saved[0], tmp_path / "adapter")
-    path = tmp_path / "adapter" / "adapter_config.json"
-    path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 400'))
-    with pytest.raises(ValueError, match="has changed"):
-        load().load_adapter(tmp_path / "adapter")
 
 
 @needs_models
@@ -438,6 +409,9 @@ def test_the_same_adapter_gives_the_same_bytes(tmp_path):
     for name in names:
         files = [(tmp_path / folder / name).read_bytes() for folder in ("one", "two")]
         assert files[0] == files[1]
+    assert (tmp_path / "one" / names[0]).stat().st_mode == (
+        tmp_path / "one" / names[1]
+    ).stat().st_mode
     assert {path.name for path in (tmp_path / "one").iterdir()} <= {
         *names,
         "generation_config.json",
