@@ -498,11 +498,10 @@ class Run:
         self.folder = Path(config.run)
         self.checkpoint = self.folder / "checkpoint.safetensors"
         (self.folder / "adapter").mkdir(parents=True, exist_ok=True)
-        self.lock = open(
-            self.folder / "lock", "a"
-        )  # released when this process exits for any reason
+        self.lock = open(self.folder / "lock", "a")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Released when this process exits for any reason. A notebook may lock it again.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{self.folder}: another process is training in this folder") from None
         if resume and not self.checkpoint.exists():
@@ -528,8 +527,8 @@ class Run:
             f"rounds, {config.updates} updates"
         )
         self.stopped = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        self.handlers = {number: signal.signal(number, self.stop) for number in numbers}
         self.seconds, self.began = {}, time.perf_counter()
 
     def read(self, path, limit):
@@ -537,7 +536,7 @@ class Run:
 
     def stop(self, number, frame):
         """Handle a signal: stop after this iteration, or at once if it is the second signal."""
-        signal.signal(number, signal.SIG_DFL)
+        signal.signal(number, self.handlers[number])
         self.stopped = True
         say("stopping after this iteration; once more to stop at once")
 
@@ -571,6 +570,8 @@ class Run:
         self.trained.save_adapter(self.folder / "adapter")  # a killed run may not have saved it
         say(f"adapter: {self.folder / 'adapter'}")
         self.lock.close()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
 
     def warn(self):
         """Say so if nothing was learned for some time; raise if no gradient was finite."""
