@@ -12,9 +12,13 @@ sees it; otherwise the policy would grade itself.
 """
 
 import copy
+import hashlib
+import json
+import math
 import re
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 
 import torch
@@ -30,8 +34,9 @@ SYSTEM = (
 )
 FORM = re.compile(r"\s*<think>(.*?)</think>\s*<edit>(.*?)</edit>\s*", re.DOTALL)
 ADAPTER = "actor"
-# The language model only: the vision tower stays as the Checker knows it.
-TARGETS = r".*(language|text)_model\..*(q|k|v|o|gate|up|down)_proj"
+# The language model only: the vision tower stays as the Checker knows it. in_proj_*, out_proj: of
+# linear attention (Qwen3.5).
+TARGETS = r".*(language|text)_model\..*((q|k|v|o|gate|up|down|out)_proj|in_proj\w*)"
 
 
 def request(prompt, feedback, tried=()):
@@ -116,12 +121,26 @@ class Actor:
             self.model.disable_input_require_grads()  # for the reentrant kind only
 
     @classmethod
-    def load(cls, path, device="cpu", dtype="float32", **settings):
-        """Load a local folder or Hub id; dtype is the name of a torch dtype."""
+    def load(cls, path, device="cpu", dtype="float32", attention="", **settings):
+        """Load a local folder or Hub id.
+
+        Args: dtype: name of a torch dtype; attention: `attn_implementation`, "" for the default.
+        Raises ValueError if the folder lacks weights, which would silently be random.
+        """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        return cls(model.to(device), AutoProcessor.from_pretrained(path), **settings)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention or None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        if lacking := sorted(info["missing_keys"]):
+            raise ValueError(f"the weights of {path} lack {len(lacking)} tensors: {lacking[:3]}")
+        return cls(model.to(device), processor, **settings)
 
     def propose(self, images, prompts, feedback, seeds, n=1, tried=None):
         """Sample n completions for each of B images.
@@ -133,16 +152,16 @@ class Actor:
         """
         tried = tried or [()] * len(images)
         chats = [self.chat(*texts) for texts in zip(prompts, feedback, tried, strict=True)]
-        images = [image for image in images for _ in range(n)]  # (N)
-        chats = [chat for chat in chats for _ in range(n)]  # (N)
-        random_numbers = [Random(f"{seed} {k}") for seed in seeds for k in range(n)]  # (N)
-        settings = {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.end_ids}
+        # `top_k` would be 50. The sampler below leaves one token to choose from anyway.
+        settings = {"do_sample": True, "top_k": 0, "num_return_sequences": n}
+        settings |= {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.end_ids}
         ids, log_probs = [], []  # per batch: (rows, T_batch)
-        with self.adapter(), torch.no_grad():
-            for start in range(0, len(images), self.batch_size * n):
-                rows = slice(start, start + self.batch_size * n)
-                inputs = self.inputs(images[rows], chats[rows])
-                sampler = _Sampler(random_numbers[rows], self.temperature)
+        with self.adapter(), torch.no_grad(), torch.random.fork_rng():
+            for start in range(0, len(images), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                inputs = self.inputs(images[part], chats[part])
+                random_numbers = [Random(f"{seed} {k}") for seed in seeds[part] for k in range(n)]
+                sampler = _Sampler(random_numbers, self.temperature)
                 output = self.model.generate(**inputs, **settings, logits_processor=[sampler])
                 ids.append(output[:, inputs["input_ids"].shape[1] :])
                 log_probs.append(torch.cat(sampler.log_probs, 1))
@@ -150,10 +169,13 @@ class Actor:
         missing = [(0, longest - part.shape[1]) for part in ids]
         ids = torch.cat([pad(*row, value=self.end_ids[0]) for row in zip(ids, missing)])  # (N, T)
         log_probs = torch.cat([pad(*row) for row in zip(log_probs, missing)])  # (N, T)
+        chats = [chat for chat in chats for _ in range(n)]  # (N)
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
-        parsed = [parse_completion(text) for text in texts]
+        # A template for thinking may give the opening tag itself.
+        opened = ["<think>" * chat.rstrip().endswith("<think>") for chat in chats]
+        parsed = [parse_completion(tag + text) for tag, text in zip(opened, texts)]
         return Proposals(
-            images=images,
+            images=[image for image in images for _ in range(n)],
             prompts=chats,
             ids=ids,
             mask=completion_mask(ids, self.end_ids),
@@ -190,7 +212,9 @@ class Actor:
             {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
         ]
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True)
+        template = str(getattr(self.processor, "chat_template", ""))
+        settings = {"enable_thinking": False} if "enable_thinking" in template else {}
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, **settings)
 
     def inputs(self, images, chats):
         """Tokenized, left-padded model inputs, one row per image and chat prompt."""
@@ -200,28 +224,47 @@ class Actor:
         return batch.to(self.model.device, self.model.dtype)
 
     def add_adapter(self, rank):
-        """Add an untrained LoRA adapter, which changes nothing yet; returns its parameters."""
+        """Returns the parameters of the LoRA adapter: of the loaded one, or else of a new one.
+
+        A new adapter changes nothing yet. rank: of a new one.
+        """
         from peft import LoraConfig
 
-        config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
-        self.model.add_adapter(config, adapter_name=ADAPTER)
+        if ADAPTER not in getattr(self.model, "peft_config", {}):
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
+            self.model.add_adapter(config, adapter_name=ADAPTER)
+        self.has_adapter = True
         parameters = [p for n, p in self.model.named_parameters() if f".{ADAPTER}." in n]
         for parameter in parameters:
             parameter.data = parameter.data.float()  # Adam needs fp32 even if the model is bf16
         self.model.disable_adapters()
-        self.has_adapter = True
         return parameters
 
     def load_adapter(self, folder):
-        """Load a folder that `save_adapter` wrote."""
-        self.model.load_adapter(str(folder), adapter_name=ADAPTER)
-        self.model.disable_adapters()
-        self.has_adapter = True
+        """Load a folder that `save_adapter` or peft wrote.
+
+        Raises ValueError if the file is damaged, or if its tensors are not those of this model.
+        """
+        path = Path(folder) / "adapter_model.safetensors"
+        check_adapter_file(path)
+        if ADAPTER in getattr(self.model, "peft_config", {}):
+            self.model.delete_adapter(ADAPTER)
+        found = self.model.load_adapter(str(folder), adapter_name=ADAPTER)
+        unknown = [n for n in found.unexpected_keys if not n.endswith((".alpha", ".dora_scale"))]
+        if found.missing_keys or unknown:
+            self.model.delete_adapter(ADAPTER)
+            raise ValueError(
+                f"{path} is of another model: it lacks {sorted(found.missing_keys)[:2]} and has "
+                f"{sorted(unknown)[:2]}, which do not belong to this one"
+            )
+        self.model.eval()  # new LoRA layers come in training mode
+        self.add_adapter(rank=None)
 
     def save_adapter(self, folder):
-        """Write what `PeftModel.from_pretrained(model, folder)` reads."""
+        """Write what `PeftModel.from_pretrained(model, folder)` reads, with a checksum."""
         with self.adapter():
             self.model.save_pretrained(folder)
+        seal_adapter_file(Path(folder) / "adapter_model.safetensors")
 
     def without_adapter(self):
         """The untrained Actor: the same model, but `propose` leaves the adapter off."""
@@ -245,7 +288,7 @@ class Actor:
 
 
 class _Sampler:
-    """A logits processor that samples every token itself; `generate` then picks it greedily.
+    """A logits processor that samples every token itself and leaves `generate` no other choice.
 
     Each of N rows has random numbers of its own, one per token. The token is found where the
     number falls in the cumulative distribution (inverse CDF sampling).
@@ -257,11 +300,54 @@ class _Sampler:
         self.log_probs = []  # one (N, 1) fp32 per token
 
     def __call__(self, input_ids, logits):
-        """logits (N, V) of the next token -> logits whose largest is that of the sampled token."""
+        """Args: logits (N, V) of the next token. Returns logits that allow the sampled one only."""
         cdf = (logits.float() / self.temperature).softmax(-1).cumsum(-1)  # (N, V)
         # 24 bits, so that the number is exact in fp32 and below 1.
         uniform = [[source.getrandbits(24) / 2**24] for source in self.random_numbers]
         uniform = torch.tensor(uniform, device=cdf.device) * cdf[:, -1:]  # (N, 1)
         ids = torch.searchsorted(cdf, uniform, right=True)  # (N, 1), never of probability 0
         self.log_probs.append(token_log_probs(logits[:, None], ids, self.temperature))
-        return torch.zeros_like(logits).scatter(1, ids, 1.0)
+        return torch.full_like(logits, -math.inf).scatter(1, ids, 0.0)
+
+
+def seal_adapter_file(path):
+    """Put a checksum into the metadata of a safetensors file, and the metadata in order.
+
+    The checksum is of all tensors and metadata, and of the adapter_config.json beside the file.
+    """
+    header, tensors, _, digest = _read_adapter_file(path)
+    metadata = header["__metadata__"] | {"checksum": digest}
+    header["__metadata__"] = dict(sorted(metadata.items()))
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
+
+
+def check_adapter_file(path):
+    """Raise ValueError if the checksum of an adapter file, where it has one, does not match it.
+
+    Also if a number is NaN or infinite.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        _, _, stated, digest = _read_adapter_file(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error})") from None
+    if stated not in (None, digest):
+        raise ValueError(f"{path} or its adapter_config.json was damaged or changed: checksum")
+    for name, tensor in load_file(path).items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{path} holds NaN or infinite numbers in {name}")
+
+
+def _read_adapter_file(path):
+    """(header, bytes of the tensors, checksum that the header states or None, actual checksum)."""
+    data = path.read_bytes()
+    start = 8 + int.from_bytes(data[:8], "little")  # safetensors: length, JSON header, tensors
+    header, tensors = json.loads(data[8:start]), data[start:]
+    stated = header.setdefault("__metadata__", {}).pop("checksum", None)
+    config = path.with_name("adapter_config.json")
+    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode() + tensors)
+    digest.update(config.read_bytes() if config.exists() else b"")
+    return header, tensors, stated, digest.hexdigest()

@@ -1,19 +1,24 @@
 """Checker: the VLM that looks at an image and says which stated objects and relations it shows.
 
 Its score is the intrinsic reward of RL-RIG (arXiv 2602.19974): no label is ever used. There is one
-question per object and one per triple, and the answer is read from the logits of one forward pass,
-never from sampled text:
+question per object and one per triple, and the answer is read from the logits of the first answer
+token, never from sampled text:
 
     P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)    over all spellings of both
     score  = 1/2 mean_objects P(yes) + 1/2 mean_triples P(yes)          in [0, 1]
 
 The paper leaves the form of the answer open. A probability carries more signal than a sampled yes:
 the rewards of a group are rarely all the same.
+
+All questions about an image share one encoding of it: the model reads the prompt up to the end of
+the image once, and every question continues from a copy of that key-value cache.
 """
 
+import sys
 from dataclasses import dataclass
 
 SYSTEM = "You check pictures. Answer the question about the picture with one word: yes or no."
+LEAST_MASS = 0.05  # of yes and no together, on a blank image
 
 
 @dataclass(frozen=True)
@@ -23,11 +28,14 @@ class Reflection:
     probs: P(yes) per object, then per triple, in the order of the graph.
     score: the reward, in [0, 1].
     feedback: what is missing or wrong, in words that the Actor reads; "" if nothing is.
+    mass: mean probability of the answers yes and no together. Where it is low, the model wanted to
+        say something else and `probs` mean little.
     """
 
     probs: tuple[float, ...]
     score: float
     feedback: str
+    mass: float = 1.0
 
     @property
     def satisfied(self):
@@ -47,8 +55,14 @@ def triple_question(triple):
     return f"Is the {subject} {relation} the {object}?"
 
 
-def reflect(graph, probs):
-    """The `Reflection` made of P(yes) per object and triple of a graph."""
+def questions(graph):
+    """One question per object, then one per triple."""
+    return [*map(object_question, graph.objects), *map(triple_question, graph.triples)]
+
+
+def reflect(graph, probs, mass=1.0):
+    """The `Reflection` made of P(yes) per object and triple of a graph; numbers or tensors."""
+    probs = tuple(float(prob) for prob in probs)
     objects = list(zip(graph.objects, probs))
     triples = list(zip(graph.triples, probs[len(objects) :]))
     means = [sum(p for _, p in part) / len(part) for part in (objects, triples) if part]
@@ -59,7 +73,7 @@ def reflect(graph, probs):
         feedback.append("missing: " + ", ".join(missing))
     if wrong:
         feedback.append("wrong: " + "; ".join(wrong))
-    return Reflection(tuple(probs), sum(means) / len(means), ". ".join(feedback))
+    return Reflection(probs, sum(means) / len(means), ". ".join(feedback), float(mass))
 
 
 class Checker:
@@ -69,7 +83,7 @@ class Checker:
         model, processor: an `AutoModelForImageTextToText` and its `AutoProcessor`. The parameters
             are frozen and the tokenizer is set to pad on the left. The model may be shared with
             the Actor, whose adapter is only active while the Actor runs.
-        batch_size: questions per forward pass.
+        batch_size: questions per forward pass. The questions of one image stay together.
     """
 
     def __init__(self, model, processor, batch_size=64):
@@ -77,82 +91,200 @@ class Checker:
         self.processor = processor
         self.processor.tokenizer.padding_side = "left"
         self.batch_size = batch_size
-        self.yes = self.token_ids("yes")
-        self.no = self.token_ids("no")
+        self.yes_no = self.token_ids("yes", "no")
+        self.share = False  # the encoding of an image among its questions; see `probe`
 
     @classmethod
-    def load(cls, path, device="cpu", dtype="float32", **settings):
-        """Load a local folder or Hub id; dtype is the name of a torch dtype."""
+    def load(cls, path, device="cpu", dtype="float32", attention="", **settings):
+        """Load a local folder or Hub id.
+
+        Args: dtype: name of a torch dtype; attention: `attn_implementation`, "" for the default.
+        Raises ValueError if the folder lacks weights, which would silently be random.
+        """
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        model = AutoModelForImageTextToText.from_pretrained(path, dtype=dtype, use_safetensors=True)
-        return cls(model.to(device), AutoProcessor.from_pretrained(path), **settings)
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            path,
+            dtype=dtype,
+            attn_implementation=attention or None,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+        if lacking := sorted(info["missing_keys"]):
+            raise ValueError(f"the weights of {path} lack {len(lacking)} tensors: {lacking[:3]}")
+        return cls(model.to(device), processor, **settings)
+
+    def probe(self):
+        """Ask about two blank images whether this VLM speaks the protocol; once, after loading.
+
+        Turns sharing on if it gives what single questions give, and says so if it does not. Raises
+        ValueError if the chat template ends inside a thought, or if yes and no together have little
+        probability: the reward would be noise.
+        """
+        import torch
+        from PIL import Image
+
+        name = self.processor.tokenizer.name_or_path
+        chat = self.chat(SYSTEM, object_question("red circle"))
+        if chat.rfind("<think>") > chat.rfind("</think>"):
+            raise ValueError(
+                f"the chat template of {name} ends inside <think>, where no answer can be read; "
+                "use a template, or a VLM, that answers at once"
+            )
+        blank = [Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "gray")]
+        asked = [object_question("red circle"), triple_question(("cup", "left of", "red book"))]
+        rows = SYSTEM, [image for image in blank for _ in asked], asked * len(blank)
+        with torch.no_grad():
+            single = self.single_logits(*rows).log_softmax(-1)  # (4, V)
+            mass = single[:, sum(self.yes_no, [])].exp().sum(1).mean().item()
+            if not mass >= LEAST_MASS:  # `not >=` also catches NaN
+                raise ValueError(
+                    f"{name} gives yes and no together a probability of {mass:.1e} on a blank "
+                    "image: it does not answer the question; check its chat template"
+                )
+            try:
+                error = (self.shared_logits(*rows).log_softmax(-1) - single).abs().mean().item()
+                reason = f"the log-probs would differ by {error:.1e}"
+                self.share = error <= max(1e-3, 32 * torch.finfo(self.model.dtype).eps)
+            except Exception as failure:  # of any kind: it comes from the depths of transformers
+                reason = " ".join(str(failure).split())[:200]
+        if not self.share:
+            print(f"{name}: every question encodes its image anew; {reason}", file=sys.stderr)
 
     def check(self, images, graphs):
         """Reflect on each image. Args: B PIL images and one `SceneGraph` each.
 
         Raises ValueError for a graph without objects and for a model that answers NaN.
         """
-        asked, questions = [], []  # one question per object and triple of every image
+        asked, texts = [], []  # one question per object and triple of every image
         for image, graph in zip(images, graphs, strict=True):
             if not graph.objects:
                 raise ValueError(f"nothing to check: the graph {graph.id!r} names no object")
-            questions += [object_question(name) for name in graph.objects]
-            questions += [triple_question(triple) for triple in graph.triples]
-            asked += [image] * (len(graph.objects) + len(graph.triples))
-        if not questions:
-            return []
-        logits = self.next_token_logits(SYSTEM, asked, questions, self.yes + self.no)
-        yes, no = logits.split((len(self.yes), len(self.no)), 1)
-        probs = (yes.logsumexp(-1) - no.logsumexp(-1)).sigmoid()  # (questions,)
-        if not probs.isfinite().all():
+            texts += questions(graph)
+            asked += [image] * len(questions(graph))
+        log_probs = self.answers(SYSTEM, asked, texts, self.yes_no)  # (Q, 2)
+        if not log_probs.isfinite().all():
             raise ValueError("the Checker answers NaN; set 'checker.dtype' to bfloat16 or float32")
-        probs = probs.tolist()
-        reflections = []
-        for graph in graphs:
-            count = len(graph.objects) + len(graph.triples)
-            reflections.append(reflect(graph, probs[:count]))
-            probs = probs[count:]
-        return reflections
+        probs = (log_probs[:, 0] - log_probs[:, 1]).sigmoid()  # (Q,) P(yes) / P(yes or no)
+        masses = log_probs.exp().sum(1)  # (Q,) P(yes or no)
+        counts = [len(questions(graph)) for graph in graphs]
+        parts = zip(graphs, probs.split(counts), masses.split(counts))
+        return [reflect(graph, probs, masses.mean()) for graph, probs, masses in parts]
 
-    def next_token_logits(self, system, images, texts, ids):
-        """fp32 logits (B, len(ids)) of the first answer token to one text per image."""
+    def answers(self, system, images, texts, words):
+        """fp32 log-probs (Q, len(words)) that the answer begins with a spelling of each word.
+
+        Args: Q images and one text each; questions about one image are neighbors.
+        words: lists of token ids, as `token_ids` returns them.
+        """
         import torch
 
-        logits = []
+        log_probs = [torch.zeros(0, len(words))]
         for start in range(0, len(texts), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            inputs = self.inputs(system, images[part], texts[part])
+            rows = slice(start, start + self.batch_size)
+            read = self.shared_logits if self.share else self.single_logits
             with torch.no_grad():
-                output = self.model(**inputs, logits_to_keep=1)
-            logits.append(output.logits[:, -1, ids].float())
-        return torch.cat(logits)
+                found = read(system, images[rows], texts[rows]).log_softmax(-1)  # (rows, V)
+            found = [found[:, ids].logsumexp(1) for ids in words]
+            log_probs.append(torch.stack(found, 1).cpu())
+        return torch.cat(log_probs)
+
+    def single_logits(self, system, images, texts):
+        """fp32 logits (Q, V) of the first answer token, one sequence per question."""
+        inputs = self.inputs(system, images, texts)
+        output = self.model(**inputs, logits_to_keep=1, use_cache=False)
+        return output.logits[:, -1].float()
+
+    def shared_logits(self, system, images, texts):
+        """The same, with one encoding of an image for all its questions.
+
+        The model reads each image, up to its last image token, into a key-value cache. Every
+        question continues from a copy of it, at the positions that it would have alone.
+        """
+        import torch
+        from PIL import Image
+
+        owner, distinct = [], []  # owner (Q): index of a question's image among the distinct ones
+        for image in images:
+            if not distinct or image is not distinct[-1]:
+                distinct.append(image)
+            owner.append(len(distinct) - 1)
+
+        def behind_image(ids):
+            """True for the tokens after the last image token."""
+            return (ids == self.model.config.image_token_id).flip(1).cumsum(1).flip(1) == 0
+
+        head = self.inputs(system, distinct, [""] * len(distinct))
+        shape = head["input_ids"].shape  # (B, tokens), of which the last few are behind the image
+        length = shape[1] - behind_image(head["input_ids"])[0].sum()
+        head = {k: v[:, :length] if v.shape == shape else v for k, v in head.items()}
+        head_mask = head["attention_mask"]  # (B, length)
+        has_rope_index = hasattr(self.model.model, "get_rope_index")  # Qwen-VL: 3-D positions
+        if not has_rope_index:
+            head["position_ids"] = (head_mask.cumsum(1) - 1).clamp(min=0)
+        cache = self.model(**head, logits_to_keep=1, use_cache=True).past_key_values
+        cache.batch_select_indices(torch.tensor(owner, device=head_mask.device))
+
+        # What follows the image is the same behind any other, so a small blank one serves here.
+        different = list(dict.fromkeys(texts))
+        blank = Image.new("RGB", (64, 64))
+        ids = self.inputs(system, [blank] * len(different), different)["input_ids"]
+        ids = ids[[different.index(text) for text in texts]]  # (Q, tokens), padded on the left
+        own = behind_image(ids)
+        length = own.sum(1).max()
+        ids, own = ids[:, -length:], own[:, -length:]
+        mask = torch.cat([head_mask[owner], own.to(head_mask)], 1)  # (Q, head + tail)
+        positions = mask.cumsum(1)[:, -length:] - 1
+        if has_rope_index:
+            positions = (positions + self.model.model.rope_deltas[owner]).expand(3, *ids.shape)
+        output = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            logits_to_keep=1,
+        )
+        return output.logits[:, -1].float()
+
+    def chat(self, system, text):
+        """The chat prompt (str) of one user message about an image."""
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": system}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
+        ]
+        template = str(getattr(self.processor, "chat_template", ""))
+        settings = {"enable_thinking": False} if "enable_thinking" in template else {}
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, **settings)
 
     def inputs(self, system, images, texts):
         """Tokenized, left-padded model inputs of one user message per image."""
-        prompts = []
-        for text in texts:
-            messages = [
-                {"role": "system", "content": [{"type": "text", "text": system}]},
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
-            ]
-            prompts.append(self.processor.apply_chat_template(messages, add_generation_prompt=True))
+        chats = [self.chat(system, text) for text in texts]
         batch = self.processor(
-            images=[[image] for image in images], text=prompts, padding=True, return_tensors="pt"
+            images=[[image] for image in images], text=chats, padding=True, return_tensors="pt"
         )
         return batch.to(self.model.device, self.model.dtype)
 
-    def token_ids(self, word):
-        """The ids of all spellings of a word that are one token. Raises ValueError if none is."""
+    def token_ids(self, *words):
+        """For each word the ids of the vocabulary entries that decode to a spelling of it.
+
+        Spellings are yes, Yes and YES, each with or without a space before it. One that not every
+        word has is left out, so that no word has more than the others. Raises ValueError if none
+        is left.
+        """
         tokenizer = self.processor.tokenizer
-        found = []
-        spaced = (f" {word}", f" {word.capitalize()}")
-        for spelling in (word, word.capitalize(), word.upper(), *spaced):
-            ids = tokenizer.encode(spelling, add_special_tokens=False)
-            if len(ids) == 1 and ids[0] != tokenizer.unk_token_id and ids[0] not in found:
-                found.append(ids[0])
-        if not found:
+        vocabulary = tokenizer.get_vocab().items()
+        cases = (str.lower, str.capitalize, str.upper)
+        found = {}  # (word, case) -> ids
+        for word in words:
+            near = [id for token, id in vocabulary if word in token.lower()]
+            texts = {id: tokenizer.decode([id]).strip(" \u2581") for id in near}
+            for case in cases:
+                found[word, case] = [id for id, text in texts.items() if text == case(word)]
+        common = [case for case in cases if all(found[word, case] for word in words)]
+        if not common:
             raise ValueError(
-                f"the tokenizer has no single token for {word!r}; use another VLM as the Checker"
+                f"the tokenizer lacks single tokens for {', '.join(words)}; use another VLM"
             )
-        return found
+        return [sorted({id for case in common for id in found[word, case]}) for word in words]

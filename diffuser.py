@@ -84,6 +84,9 @@ class Diffuser:
         """
         import torch
 
+        # With `offload: true` an update leaves the transformer on the GPU. The text encoder needs
+        # the room. Without offload this does nothing.
+        self.pipeline.maybe_free_model_hooks()
         name, images = type(self.pipeline).__name__, []
         for start in range(0, len(prompts), self.batch_size):
             part = slice(start, start + self.batch_size)

@@ -227,10 +227,9 @@ def grade(vlm, images, prompts):
     """How well each image fits its prompt, in [0, 1]: the expected digit over nine."""
     import torch
 
-    digits = [vlm.token_ids(str(digit))[0] for digit in range(10)]
     texts = [judge_request(prompt) for prompt in prompts]
-    logits = vlm.next_token_logits(JUDGE, images, texts, digits)  # (B, 10)
-    return (logits.softmax(-1) @ torch.arange(10.0, device=logits.device) / 9).tolist()
+    log_probs = vlm.answers(JUDGE, images, texts, vlm.token_ids(*"0123456789"))  # (B, 10)
+    return (log_probs.softmax(-1) @ torch.arange(10.0) / 9).tolist()
 
 
 def bootstrap(values, others=None, resamples=2000):
@@ -302,8 +301,10 @@ def run(arguments):
     loop = build(config)
     judge = loop.checker
     if settings.judge:
-        weights = (settings.judge.model, *device_and_dtype(settings.judge))
-        judge = Checker.load(*weights, batch_size=settings.judge.batch_size)
+        part = settings.judge
+        weights = (part.model, *device_and_dtype(part), part.attention)
+        judge = Checker.load(*weights, batch_size=part.batch_size)
+        judge.probe()
     graphs = loop.diffuser.readable(graphs, settings.data)
 
     def save(trajectories):

@@ -178,11 +178,14 @@ def build(config):
     _named("editor.model", Editor.check, config.editor.model)
     for name in ("checker", "actor"):
         model = getattr(config, name).model
-        _named(f"{name}.model", transformers.AutoProcessor.from_pretrained, model)
+        load_processor = transformers.AutoProcessor.from_pretrained
+        _named(f"{name}.model", load_processor, model, trust_remote_code=False)
 
     def load(kind, name, settings):
         part = getattr(config, name)
         weights = (part.model, *device_and_dtype(part))
+        if hasattr(part, "attention"):
+            settings = settings | {"attention": part.attention}
         return _named(f"{name}.model", kind.load, *weights, **settings)
 
     def settings(name, *keys):
@@ -195,6 +198,7 @@ def build(config):
     else:
         editor = load(Editor, "editor", for_editor)
     checker = load(Checker, "checker", settings("checker"))
+    _named("checker.model", lambda _: checker.probe(), config.checker.model)
     for_actor = settings("actor", "max_new_tokens", "temperature")
     for_actor["recompute"] = config.actor.checkpointing
     if _same_weights(config.actor, config.checker):

@@ -1,8 +1,8 @@
-"""Real architectures with random weights: built from their configs, straight on the device.
+"""Real architectures with random weights, built directly on the current torch device.
 
-For measuring (`gpu/check.py`) and for testing, where nothing can be downloaded; the numbers stand
-in `architectures.yaml`. Tokenizers are stand-ins that know few words, and so is the processor of
-the Qwen-VL models, because the real one cannot be built without torchvision.
+For measuring (`check.py`, `memory.py`) and for testing, where nothing can be downloaded. The sizes
+are in `architectures.yaml`. The tokenizers are stand-ins that know few words. So is the processor
+of the Qwen-VL models, because the real one needs torchvision.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ VOCABULARY = "yes no 0 1 2 3 4 5 6 7 8 9 red blue circle square move the left ri
 SPECIAL = ["<|image_pad|>", "<|video_pad|>", "<|vision_start|>", "<|vision_end|>"]  # Qwen's names
 VISION_IDS = {"image_token_id": 3, "video_token_id": 4}  # ids of `SPECIAL`
 VISION_IDS |= {"vision_start_token_id": 5, "vision_end_token_id": 6}
-# A picture in a message is one placeholder, which the processor repeats for every image token.
+# An image in a message is one placeholder, which the processor repeats for every image token.
 CHAT = (
     "{% for message in messages %}{% if message.content is string %}{{ message.content }} "
     "{% else %}{% for part in message.content %}{{ image if part.type == 'image' else part.text }} "
@@ -25,9 +25,9 @@ CHAT = (
 def tokenizer(
     max_length=512, special=SPECIAL, image="<|vision_start|><|image_pad|><|vision_end|>", **more
 ):
-    """A word-level `PreTrainedTokenizerFast` with ids below 64; other words are unknown to it.
+    """A word-level `PreTrainedTokenizerFast` with ids below 64; it does not know other words.
 
-    Args: special: the tokens with ids from 3; image: what stands for a picture in a chat.
+    Args: special: the tokens with ids from 3; image: the placeholder of an image in a chat.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
@@ -50,7 +50,7 @@ def tokenizer(
 
 
 class QwenProcessor:
-    """Stands in for the processor of Qwen-VL models; its image processor is the real one."""
+    """A stand-in for the processor of Qwen-VL models; its image processor is the real one."""
 
     def __init__(self, patch_size):
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import (
@@ -79,16 +79,17 @@ class QwenProcessor:
 
 
 def build(name, tiny):
-    """One model of transformers or diffusers, by its class name, on torch's default device."""
+    """One model by its key in `architectures.yaml`, on torch's default device."""
     import diffusers
     import transformers
 
+    kind = name.split()[0]  # without the size
     settings = dict(SIZES["real"][name])
     if tiny:
-        settings |= SIZES["tiny"][name]
-    if hasattr(diffusers, name):
-        return getattr(diffusers, name)(**settings).eval()
-    kind = getattr(transformers, name)
+        settings |= SIZES["tiny"][kind]
+    if hasattr(diffusers, kind):
+        return getattr(diffusers, kind)(**settings).eval()
+    kind = getattr(transformers, kind)
     if "vision_config" in settings:
         settings |= VISION_IDS
     return kind(kind.config_class(**settings)).eval()
@@ -109,8 +110,8 @@ def kontext(tiny):
     )
 
 
-def klein(tiny):
-    """A `Flux2KleinPipeline`."""
+def klein(tiny, distilled=False):
+    """A `Flux2KleinPipeline`; the distilled one has no guidance, so one transformer call a step."""
     from diffusers import FlowMatchEulerDiscreteScheduler, Flux2KleinPipeline
 
     return Flux2KleinPipeline(
@@ -119,11 +120,12 @@ def klein(tiny):
         text_encoder=build("Qwen3ForCausalLM", tiny),
         tokenizer=tokenizer(512),
         transformer=build("Flux2Transformer2DModel", tiny),
+        is_distilled=distilled,
     )
 
 
 def qwen_vl(name, tiny):
-    """(model, processor) of a Qwen-VL class; its completions end with token 1."""
+    """(model, processor) of a Qwen-VL model; its completions end with token 1."""
     model = build(name, tiny)
     model.generation_config.eos_token_id = 1
     model.generation_config.pad_token_id = 0

@@ -1,9 +1,9 @@
 """What training costs on this GPU: both phases at the sizes of `gpu/*.yaml`, with random weights.
 
-Builds the real architectures (`architectures.yaml`) straight on the device, with nothing from the
-Hub, runs two iterations of each phase and prints one table. Without a GPU it says so and runs the
-same at tiny size on the CPU. Pictures and completions are noise, so instructions and rewards are
-made up; all else is what `train.py` runs.
+Builds the real architectures (`architectures.yaml`) directly on the device, downloads nothing, runs
+two iterations of each phase with the code of `train.py`, and prints one table. Without a GPU it
+runs at tiny size on the CPU instead. Images and completions are noise, so instructions and verdicts
+are made up; everything else is what a training run does.
 
     python gpu/check.py                 # gpu/phase1.yaml and gpu/phase2.yaml, 80 GB
     python gpu/check.py --size 24gb     # gpu/phase1_24gb.yaml and gpu/phase2_24gb.yaml
@@ -11,10 +11,13 @@ made up; all else is what `train.py` runs.
 
 import argparse
 import gc
+import itertools
+import json
 import math
 import os
+import random
 import sys
-import time
+import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -27,150 +30,116 @@ import torch  # noqa: E402
 
 from actor import Actor  # noqa: E402
 from checker import Checker, reflect  # noqa: E402
-from config import load_config  # noqa: E402
+from config import TrainConfig, load_config  # noqa: E402
 from diffuser import Diffuser  # noqa: E402
 from editor import Editor  # noqa: E402
 from loop import Loop  # noqa: E402
-from memory import checkpoint_vlm, take_turns  # noqa: E402
-from phases import SECONDS, ActorPhase, EditorPhase, State, clock  # noqa: E402
-from sgiou import SceneGraph  # noqa: E402
-from train import TrainConfig, update  # noqa: E402
+from train import phase1, phase2  # noqa: E402
 
-PIPELINES = {
-    "black-forest-labs/FLUX.1-Kontext-dev": architectures.kontext,
-    "black-forest-labs/FLUX.2-klein-base-4B": architectures.klein,
-}
 VLMS = {
-    "Qwen/Qwen2.5-VL-7B-Instruct": "Qwen2_5_VLForConditionalGeneration",
+    "Qwen/Qwen3-VL-8B-Instruct": "Qwen3VLForConditionalGeneration 8B",
     "Qwen/Qwen3-VL-4B-Instruct": "Qwen3VLForConditionalGeneration",
 }
-SMALL = ["groups=1", "group_size=2", "micro_batch=2", "rank=4", "actor.max_new_tokens=8"]
-SMALL_CALLS = {
-    "": "{height: 32, width: 32, max_area: 1024, num_inference_steps: 4, max_sequence_length: 12}",
-    "_24gb": "{height: 64, width: 64, guidance_scale: 4.0, num_inference_steps: 4,"
-    " max_sequence_length: 24, text_encoder_out_layers: [1, 2, 3]}",
+SMALL = ["groups=2", "group_size=2", "micro_batch=2", "rank=4", "actor.max_new_tokens=8"]
+SMALL_CALL = "{height: 64, width: 64, guidance_scale: %s, num_inference_steps: 4, "
+SMALL_CALL += "max_sequence_length: 24, text_encoder_out_layers: [1, 2, 3]}"
+ENTRY = {  # in LAION-SG's format; the stand-in tokenizers know these words
+    "img_id": 0,
+    "items": [
+        {"item_id": 0, "label": "circle", "attributes": ["red"]},
+        {"item_id": 1, "label": "square", "attributes": ["blue"]},
+    ],
+    "relations": [{"item1": 0, "relation": "left of", "item2": 1}],
 }
-GRAPH = SceneGraph(
-    ("red circle", "blue square", "green triangle"),
-    (("red circle", "left of", "blue square"), ("green triangle", "above", "red circle")),
-)
 
 
-class TalkingActor(Actor):
-    """Its weights are random: whatever it says is taken for an instruction, each another."""
+class InventiveActor(Actor):
+    """Its weights are random, so every completion counts as an instruction of its own."""
+
+    numbers = itertools.count()
 
     def propose(self, *arguments, **settings):
         proposals = super().propose(*arguments, **settings)
-        move = "move the red circle left of the blue square "
-        proposals.instructions = [move * (1 + i % 2) + str(i) for i in range(len(proposals.ids))]
+        count = len(proposals.instructions)
+        proposals.instructions = [f"move the circle {next(self.numbers)}" for _ in range(count)]
         return proposals
 
 
+class GuessingChecker(Checker):
+    """Asks the model and ignores its random answers: no image satisfies, no group is flat."""
+
+    def check(self, images, graphs):
+        super().check(images, graphs)
+        guesses = random.Random(0)
+        return [
+            reflect(g, [guesses.uniform(0, 0.49) for _ in range(len(g.objects) + len(g.triples))])
+            for g in graphs
+        ]
+
+
 def build(config, tiny, device):
-    """`loop.build` with random weights: a `Loop`."""
+    """`loop.build` with random weights."""
     torch.manual_seed(0)
     torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
+    distilled = "base" not in config.editor.model
+    with torch.device("cpu" if config.offload else device):
+        pipeline = architectures.klein(tiny, distilled)
     with torch.device(device):
-        pipeline = PIPELINES[config.editor.model](tiny)
-        if config.offload:
-            pipeline.to("cpu")
-        model, processor = architectures.qwen_vl(VLMS[config.actor.model], tiny)
+        vlm = architectures.qwen_vl(VLMS[config.actor.model], tiny)
     torch.set_default_dtype(torch.float32)
     diffuser = Diffuser(pipeline, config.diffuser.call, config.diffuser.batch_size)
     editor = Editor(pipeline, config.editor.call, config.editor.batch_size)
-    checker = Checker(model, processor, config.checker.batch_size)
-    actor = TalkingActor(model, processor, config.actor.batch_size, config.actor.max_new_tokens)
-    if config.actor.checkpointing:
-        checkpoint_vlm(model)
+    checker = GuessingChecker(*vlm, config.checker.batch_size)
+    actor = InventiveActor(
+        *vlm,
+        config.actor.batch_size,
+        config.actor.max_new_tokens,
+        recompute=config.actor.checkpointing,
+    )
     if config.editor.checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()
-    if config.offload:
-        take_turns((diffuser, checker, actor, editor), device)
-    return Loop(diffuser, checker, actor, editor)
+    if config.offload and device != "cpu":
+        pipeline.enable_model_cpu_offload()
+    return Loop(diffuser, checker, actor, editor, config.rounds)
 
 
-def matrix_rate(device):
-    """FLOP/s of a large matrix product, bf16 on a GPU, fp32 on a CPU."""
-    size = 1024 if device == "cpu" else 8192
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    left, right = torch.randn(2, size, size, device=device, dtype=dtype)
-    seconds = [timed(lambda: left @ right, device) for _ in range(10)]
-    return 2 * size**3 / min(seconds)
-
-
-def timed(run, device):
-    """Seconds that a function takes."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    run()
-    if device != "cpu":
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-def training_rate(phase, batch, device):
-    """FLOP/s of one forward and backward pass of a phase, what is recomputed included."""
-    from torch.utils.flop_counter import FlopCounterMode
-
-    replay = next(phase.pieces(batch))[0]
-
-    def run():
-        with phase.trained.adapter():
-            replay()[0].sum().backward()
-
-    with FlopCounterMode(display=False) as counter:
-        run()
-    return counter.get_total_flops() / timed(run, device)
-
-
-def measure(number, size, tiny, device, rate):
-    """Two iterations of a phase: the table's column, name to text."""
+def measure(phase, size, tiny, device):
+    """Two iterations of a phase: a column of the table, {name: text}."""
     small = []
     if tiny:
-        call = SMALL_CALLS[size]
-        edit = call if size else call[:-1] + ", _auto_resize: false}"
-        small = [*SMALL, f"diffuser.call={call}", f"editor.call={edit}"]
-    config = load_config(ROOT / "gpu" / f"phase{number}{size}.yaml", TrainConfig, small)
-    tolerance, config.tolerance = config.tolerance, math.inf  # measured, not enforced
-    loop = build(config, tiny, device)
-    phase = (ActorPhase, EditorPhase)[number - 1](loop, config)
-    parameters = phase.trained.add_adapter(config.rank)
-    optimizer = torch.optim.AdamW(parameters, config.learning_rate, weight_decay=0.0)
+        call = SMALL_CALL % ("1.0" if phase == 1 else "4.0")
+        small = [*SMALL, f"diffuser.call={call}", f"editor.call={call}"]
+    with tempfile.TemporaryDirectory() as folder:
+        data = Path(folder) / "data.json"
+        data.write_text(json.dumps([ENTRY | {"img_id": number} for number in range(8)]))
+        paths = [f"data={data}", f"validation={data}", f"run={folder}/run"]
+        few = ["iterations=2", "validate_every=1000", "validation_limit=1"]
+        overrides = [*paths, *few, *small]
+        config = load_config(ROOT / "gpu" / f"phase{phase}{size}.yaml", TrainConfig, overrides)
+        tolerance, config.tolerance = config.tolerance, math.inf  # measured, not enforced
+        loop = build(config, tiny, device)
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats()
+        (phase1, phase2)[phase - 1](loop, config)
+        lines = [
+            Path(folder, "run", name).read_text() for name in ("seconds.jsonl", "metrics.jsonl")
+        ]
+        seconds, metrics = (json.loads(text.splitlines()[-1]) for text in lines)  # 2nd iteration
     parts = [loop.actor.model, *loop.editor.pipeline.components.values()]
     parts = [part for part in parts if isinstance(part, torch.nn.Module)]
-    total = sum(p.numel() for part in parts for p in part.parameters())
-    if device != "cpu":
-        torch.cuda.reset_peak_memory_stats()
-    for iteration in range(2):  # the first one warms up
-        SECONDS.clear()
-        with clock("generate"):
-            prompts = [GRAPH.prompt()] * config.groups
-            images = loop.diffuser.generate(prompts, list(range(config.groups)))
-        reflection = reflect(GRAPH, [0.4] * 5)
-        states = [State(GRAPH, image, reflection) for image in images]
-        batch = phase.rollout(states, iteration)
-        batch.rewards = [float(i % 2) for i in range(len(batch.rewards))]  # no group is flat
-        with clock("update"):
-            figures = update(phase, [batch], optimizer, parameters, config)
+    count = sum(p.numel() for part in parts for p in part.parameters())
     peak = 0 if device == "cpu" else torch.cuda.max_memory_allocated() / 2**30
-    tokens = loop.actor.max_new_tokens * config.groups * (config.group_size if number == 1 else 1)
-    reached = training_rate(phase, batch, device)
-    error = math.expm1(figures["replay_error"])
+    stages = {name: seconds[name] for name in ("generate", "act", "edit", "check", "update")}
     column = {
-        "parameters, billions": f"{total / 1e9:.3g}",
-        "trained, millions": f"{sum(p.numel() for p in parameters) / 1e6:.3g}",
+        "parameters, billions": f"{count / 1e9:.3g}",
         "peak GPU memory, GiB": f"{peak:.1f}" if peak else "-",
-        "samples": str(len(batch.rewards)),
+        "samples": str(metrics["samples"]),
     }
-    column |= {f"seconds: {stage}": f"{seconds:.2f}" for stage, seconds in SECONDS.items()}
+    column |= {f"seconds: {name}": f"{value:.2f}" for name, value in stages.items()}
     return column | {
-        "seconds: iteration": f"{sum(SECONDS.values()):.2f}",
-        "tokens a second": f"{tokens / SECONDS['act']:.4g}",
-        "edits a second": f"{len(batch.rewards) / SECONDS['edit']:.3g}",
-        "training pass, TFLOP/s": f"{reached / 1e12:.3g}",
-        "share of the matrix rate": f"{reached / rate:.0%}",
-        "max abs(rho - 1) (tolerance; of the mean in phase 1)": f"{error:.1e} ({tolerance:.1e})",
+        "seconds: iteration": f"{sum(stages.values()):.2f}",
+        "largest replay error": f"{metrics['replay_error']:.1e}",
+        "tolerance (of the mean in phase 1)": f"{tolerance:.1e}",
     }
 
 
@@ -184,18 +153,16 @@ def main():
     if not torch.cuda.is_available():
         print("There is no CUDA GPU here: the same at tiny size on the CPU, to see that it runs.")
     device = "cpu" if tiny else "cuda"
-    rate = matrix_rate(device)
-    name = "CPU" if tiny else torch.cuda.get_device_name()
-    print(f"{name}; a matrix product reaches {rate / 1e12:.3g} TFLOP/s; --size {arguments.size}\n")
     columns = []
-    for number in (1, 2):
-        columns.append(measure(number, size, tiny, device, rate))
+    for phase in (1, 2):
+        columns.append(measure(phase, size, tiny, device))
         gc.collect()
         if not tiny:
             torch.cuda.empty_cache()
-    print("| | phase 1 | phase 2 |\n|---|---|---|")
-    for row in dict.fromkeys([*columns[0], *columns[1]]):
-        print(f"| {row} | {columns[0].get(row, '-')} | {columns[1].get(row, '-')} |")
+    name = "CPU" if tiny else torch.cuda.get_device_name()
+    print(f"\n{name}, --size {arguments.size}\n\n| | phase 1 | phase 2 |\n|---|---|---|")
+    for row in columns[0]:
+        print(f"| {row} | {columns[0][row]} | {columns[1][row]} |")
 
 
 if __name__ == "__main__":

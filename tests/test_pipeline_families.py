@@ -29,7 +29,8 @@ import architectures  # noqa: E402
 TORCHVISION = importlib.util.find_spec("torchvision") is not None
 if not TORCHVISION:
     warnings.warn("no torchvision: four of the Editor's pipelines are not tested", stacklevel=1)
-INSTRUCTIONS = ["move the red circle left of the blue square", "move the blue square"]
+INSTRUCTIONS = ["move the red circle left of the blue square ", "move the blue square "]
+INSTRUCTIONS = [6 * text for text in INSTRUCTIONS]  # QwenImageEdit drops the first 64 tokens
 SMALL = architectures.SIZES["tiny"]["Qwen3ForCausalLM"]
 
 
@@ -196,11 +197,11 @@ CALLS = {  # of every family: the arguments without guidance, and what turns gui
     "BriaFibo2Pipeline": ({"guidance_scale": 1.0}, {"guidance_scale": 5.0}),
     "QwenImageEditPipeline": (
         {"true_cfg_scale": 1.0},
-        {"true_cfg_scale": 4.0, "negative_prompt": " "},
+        {"true_cfg_scale": 4.0, "negative_prompt": 24 * "red "},
     ),
     "QwenImageEditPlusPipeline": (
         {"true_cfg_scale": 1.0},
-        {"true_cfg_scale": 4.0, "negative_prompt": " "},
+        {"true_cfg_scale": 4.0, "negative_prompt": 24 * "red "},
     ),
     "QwenImage21Pipeline": (
         {"output_resolution": 64},
@@ -325,23 +326,23 @@ def test_recorded_is_replayed_and_gradient_is_finite_difference(name, guided, fo
 
 
 def check_gradient(editor, group, step, parameters):
-    """d log-prob / d LoRA weights, along the gradient and along two random directions."""
+    """d log-prob / d LoRA weights, along the gradient and along two random directions.
+
+    Measured: errors of 0.0003 of the gradient's length at most, and of 0.01 to 0.03 with a cache.
+    """
     with editor.adapter():
         editor.log_probs(step)[0].sum().backward()
     gradient = [parameter.grad.clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(1)
     directions = [gradient]
     for _ in range(2):
-        random = [torch.randn(p.shape, generator=generator) for p in parameters]
-        directions.append([r * g.abs() for r, g in zip(random, gradient)])
-    length = dot(gradient, gradient) ** 0.5
+        directions.append([torch.randn(p.shape, generator=generator) for p in parameters])
     for direction in directions:
         unit = [d / dot(direction, direction) ** 0.5 for d in direction]
-        slope = (
-            fresh_log_prob(editor, group, step, parameters, unit, 0.01)
-            - fresh_log_prob(editor, group, step, parameters, unit, -0.01)
-        ) / 0.02
-        assert slope == pytest.approx(dot(gradient, unit), rel=0.03, abs=0.03 * length)
+        ahead = fresh_log_prob(editor, group, step, parameters, unit, 0.003)
+        behind = fresh_log_prob(editor, group, step, parameters, unit, -0.003)
+        error = (ahead - behind) / 0.006 - dot(gradient, unit)
+        assert abs(error) < 0.002 * dot(gradient, gradient) ** 0.5
 
 
 def dot(first, second):

@@ -1,0 +1,321 @@
+"""Checker and Actor with every VLM family: tiny random models of the real classes, no download.
+
+Qwen's own processors need torchvision. Without it a stand-in takes their place, and this says so.
+"""
+
+import importlib.util
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "gpu"))
+
+import architectures  # noqa: E402
+
+import checker as checker_module  # noqa: E402
+from actor import Actor  # noqa: E402
+from checker import Checker  # noqa: E402
+from grpo import clipped_loss  # noqa: E402
+from sgiou import SceneGraph  # noqa: E402
+
+TORCHVISION = importlib.util.find_spec("torchvision") is not None
+if not TORCHVISION:
+    warnings.warn("no torchvision: Qwen-VL's own processors are not tested", stacklevel=1)
+
+SMALL = architectures.SIZES["tiny"]["Qwen3ForCausalLM"]  # any language model
+VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+VISION |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
+GRAPHS = [  # of different numbers and lengths of questions
+    SceneGraph(["red circle", "blue square"], [("red circle", "left of", "blue square")]),
+    SceneGraph(["red circle"], []),
+    SceneGraph(["blue circle", "red", "circle"], [("red", "right", "blue circle")]),
+]
+
+
+def images(count=3):
+    """Images of noise, of different sizes."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randint(0, 256, (count, 4, 4, 3), generator=generator).byte().numpy()
+    sizes = [(56, 56), (84, 56), (56, 112)]
+    return [
+        Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
+        for pixels, size in zip(noise, sizes)
+    ]
+
+
+def disturb(parameters, size):
+    """Makes an untrained adapter, which changes nothing, one that does."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.data += size * torch.randn(parameter.shape, generator=generator)
+
+
+# ---- the families ----
+
+
+def llava():
+    from transformers import (
+        CLIPVisionConfig,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+    )
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    tokenizer = architectures.tokenizer(special=["<image>"], image="<image>")
+    size = {"height": 32, "width": 32}
+    processor = LlavaProcessor(
+        image_processor=CLIPImageProcessorPil(size=size, crop_size=size),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+    )
+    config = LlavaConfig(
+        text_config=SMALL | {"model_type": "llama", "pad_token_id": 0},
+        vision_config=CLIPVisionConfig(**VISION),
+        image_token_index=3,
+        vision_feature_layer=-1,
+    )
+    return LlavaForConditionalGeneration(config), processor
+
+
+def gemma3():
+    """Image tokens see one another, told by token types; layers with a sliding window."""
+    from transformers import (
+        Gemma3Config,
+        Gemma3ForConditionalGeneration,
+        Gemma3Processor,
+        Gemma3TextConfig,
+        SiglipVisionConfig,
+    )
+    from transformers.models.gemma3.image_processing_pil_gemma3 import Gemma3ImageProcessorPil
+
+    names = ["image_token", "boi_token", "eoi_token"]
+    special = ["<image_soft_token>", "<start_of_image>", "<end_of_image>"]
+    tokenizer = architectures.tokenizer(
+        special=special, image=special[1], extra_special_tokens=dict(zip(names, special))
+    )
+    processor = Gemma3Processor(
+        image_processor=Gemma3ImageProcessorPil(size={"height": 32, "width": 32}),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        image_seq_length=4,
+    )
+    config = Gemma3Config(
+        text_config=Gemma3TextConfig(**SMALL, sliding_window=128),
+        vision_config=SiglipVisionConfig(**VISION, vision_use_head=False),
+        mm_tokens_per_image=4,
+        image_token_index=3,
+        boi_token_index=4,
+        eoi_token_index=5,
+    )
+    model = Gemma3ForConditionalGeneration(config)
+    torch.nn.init.normal_(model.model.multi_modal_projector.mm_input_projection_weight)  # was 0
+    return model, processor
+
+
+def idefics3():
+    """SmolVLM's architecture. Images come in a further dimension, with a mask, in tiles."""
+    from transformers import (
+        Idefics3Config,
+        Idefics3ForConditionalGeneration,
+        Idefics3Processor,
+    )
+    from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
+
+    special = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+    special += [f"<row_{row}_col_{column}>" for row in range(1, 5) for column in range(1, 5)]
+    tokenizer = architectures.tokenizer(special=special, image="<image>")
+    processor = Idefics3Processor(
+        image_processor=Idefics3ImageProcessorPil(
+            size={"longest_edge": 64}, max_image_size={"longest_edge": 32}
+        ),
+        tokenizer=tokenizer,
+        chat_template=tokenizer.chat_template,
+        image_seq_len=4,
+    )
+    config = Idefics3Config(
+        text_config=SMALL | {"model_type": "llama", "pad_token_id": 0},
+        vision_config=VISION,
+        image_token_id=3,
+        scale_factor=2,
+    )
+    return Idefics3ForConditionalGeneration(config), processor
+
+
+def qwen_vl(name):
+    """A Qwen-VL with its own processor where torchvision lets it be built."""
+    model, processor = architectures.qwen_vl(name, tiny=True)
+    if TORCHVISION:
+        import transformers
+
+        kind = {"Qwen2_5_VL": "Qwen2_5_VLProcessor", "Qwen3VLFor": "Qwen3VLProcessor"}[name[:10]]
+        video = "Qwen2VLVideoProcessor" if kind[4] == "2" else "Qwen3VLVideoProcessor"
+        patch_size = processor.image_processor.patch_size
+        processor = getattr(transformers, kind)(
+            image_processor=transformers.Qwen2VLImageProcessor(patch_size=patch_size),
+            tokenizer=processor.tokenizer,
+            video_processor=getattr(transformers, video)(),
+            chat_template=processor.tokenizer.chat_template,
+        )
+    return model, processor
+
+
+FAMILIES = {
+    "LLaVA": llava,
+    "Idefics3": idefics3,
+    "Gemma3": gemma3,
+    "Qwen2.5-VL": lambda: qwen_vl("Qwen2_5_VLForConditionalGeneration"),
+    "Qwen3-VL": lambda: qwen_vl("Qwen3VLForConditionalGeneration"),
+}
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def vlm(request, tmp_path_factory):
+    """(model, processor, folder), saved and loaded again where the processor can be saved."""
+    torch.manual_seed(0)
+    model, processor = FAMILIES[request.param]()
+    model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
+    folder = tmp_path_factory.mktemp("family") / "model"
+    model.save_pretrained(folder)
+    if TORCHVISION or "Qwen" not in request.param:
+        processor.save_pretrained(folder)
+        loaded = Checker.load(folder)
+        model, processor = loaded.model, loaded.processor
+    return model.eval(), processor, folder
+
+
+# ---- Checker ----
+
+
+def close(reflections, others):
+    pairs = [
+        pair for one, other in zip(reflections, others) for pair in zip(one.probs, other.probs)
+    ]
+    return max(abs(p - q) for p, q in pairs) < 1e-5
+
+
+def test_one_encoding_of_an_image_answers_all_questions_as_one_each(vlm, monkeypatch):
+    monkeypatch.setattr(checker_module, "LEAST_MASS", 0.0)  # the weights are random
+    checker = Checker(*vlm[:2])
+    single = checker.check(images(), GRAPHS)
+    assert len({round(p, 6) for reflection in single for p in reflection.probs}) > 6  # it sees
+    checker.probe()
+    assert checker.share
+    monkeypatch.setattr(checker, "single_logits", None)  # so that it cannot be what answers
+    passes = []
+    hook = vlm[0].register_forward_pre_hook(
+        lambda _, positional, named: passes.append("pixel_values" in named), with_kwargs=True
+    )
+    shared = checker.check(images(), GRAPHS)
+    hook.remove()
+    assert passes == [True, False]  # images once, questions once
+    assert close(shared, single)
+    for batch_size in (1, 2, 5):  # questions of an image fall into different batches
+        checker.batch_size = batch_size
+        assert close(checker.check(images(), GRAPHS), single)
+
+
+def test_a_reflection_does_not_depend_on_its_neighbors(vlm):
+    checker = Checker(*vlm[:2])
+    together = checker.check(images(), GRAPHS)
+    for number in range(3):
+        alone = checker.check(images()[number : number + 1], GRAPHS[number : number + 1])
+        assert close(alone, together[number : number + 1])
+
+
+# ---- Actor ----
+
+PROMPTS = ["red circle left of blue square", "red", "blue circle right of red square"]
+FEEDBACK = ["missing: red circle", "", "wrong: blue circle"]
+
+
+@pytest.fixture
+def actor(vlm):
+    """An Actor with an adapter that does something, on the family's model."""
+    actor = Actor(*vlm[:2], max_new_tokens=6)
+    disturb(actor.add_adapter(4), 0.3)
+    yield actor
+    vlm[0].delete_adapter("actor")
+
+
+def test_the_adapter_leaves_the_vision_tower_alone(actor):
+    trained = [name for name, p in actor.model.named_parameters() if ".actor." in name]
+    assert trained and not any("vis" in name for name in trained)
+    for kind in ("q_proj", "o_proj", "gate_proj", "down_proj"):
+        assert any(kind in name for name in trained)
+
+
+def test_a_completion_depends_on_its_own_seed_alone(actor):
+    together = actor.propose(images(), PROMPTS, FEEDBACK, seeds=[5, 6, 7], n=2)
+    alone = actor.propose(images()[1:2], PROMPTS[1:2], FEEDBACK[1:2], seeds=[6])
+    length = alone.mask[0].sum()
+    assert torch.equal(together.ids[2, :length], alone.ids[0, :length])
+
+
+def test_replay_gives_the_recorded_log_probs(actor):
+    proposals = actor.propose(images(), PROMPTS, FEEDBACK, seeds=[5, 6, 7], n=2)
+    assert len(set(proposals.prompts)) == 3
+    for rows in (slice(0, 6), slice(1, 4)):
+        mask, recorded = proposals.mask[rows], proposals.log_probs[rows]
+        with actor.adapter(), torch.no_grad():
+            assert (actor.log_probs(proposals, rows) - recorded)[mask].abs().max() < 1e-4
+        with torch.no_grad():  # without the adapter it is another policy
+            assert (actor.log_probs(proposals, rows) - recorded)[mask].abs().max() > 1e-3
+
+
+def test_a_sampled_image_token_is_not_shown_an_image(actor):
+    proposals = actor.propose(images()[:1], PROMPTS[:1], FEEDBACK[:1], seeds=[5])
+    proposals.ids[0, 1] = actor.visual_ids[0]
+    with torch.no_grad():
+        assert actor.log_probs(proposals, slice(0, 1)).isfinite().all()
+
+
+def test_an_update_makes_good_completions_more_likely_and_spares_the_checker(actor):
+    checker = Checker(actor.model, actor.processor)
+    before = checker.check(images(), GRAPHS)
+    proposals = actor.propose(images()[:1], PROMPTS[:1], FEEDBACK[:1], seeds=[5], n=4)
+    parameters = actor.add_adapter(4)  # those of the adapter that is there
+    optimizer = torch.optim.SGD(parameters, 0.03)
+    advantages = torch.tensor([[1.0], [-1.0], [1.0], [-1.0]])
+    mask, old = proposals.mask, proposals.log_probs
+    with actor.adapter():
+        loss, _ = clipped_loss(
+            actor.log_probs(proposals, slice(None)), old, advantages, mask, mask.sum().item()
+        )
+        loss.backward()
+    assert all(parameter.grad is not None for parameter in parameters)
+    optimizer.step()
+    with actor.adapter(), torch.no_grad():
+        gain = (actor.log_probs(proposals, slice(None)) - old) * advantages
+    assert gain[mask].mean() > 0
+    assert checker.check(images(), GRAPHS) == before
+
+
+def test_a_saved_adapter_loads_in_peft_and_here(actor, vlm, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForImageTextToText
+
+    proposals = actor.propose(images()[:2], PROMPTS[:2], FEEDBACK[:2], seeds=[5, 6])
+    with actor.adapter(), torch.no_grad():
+        expected = actor.log_probs(proposals, slice(None))
+    actor.save_adapter(tmp_path)
+
+    def fresh():
+        model = AutoModelForImageTextToText.from_pretrained(vlm[2], dtype=torch.float32)
+        return Actor(model, actor.processor)
+
+    ours = fresh()
+    ours.load_adapter(tmp_path)
+    with ours.adapter(), torch.no_grad():
+        assert torch.equal(ours.log_probs(proposals, slice(None)), expected)
+    theirs = fresh()
+    theirs.model = PeftModel.from_pretrained(theirs.model, tmp_path).base_model.model.eval()
+    with torch.no_grad():
+        assert torch.equal(theirs.log_probs(proposals, slice(None)), expected)
