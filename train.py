@@ -498,10 +498,10 @@ class Run:
         self.folder = Path(config.run)
         self.checkpoint = self.folder / "checkpoint.safetensors"
         (self.folder / "adapter").mkdir(parents=True, exist_ok=True)
-        # Released when this process exits for any reason.
         self.lock = open(self.folder / "lock", "a")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Released when this process exits for any reason. A notebook may lock it again.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{self.folder}: another process is training in this folder") from None
         if resume != self.checkpoint.exists():
