@@ -5,7 +5,6 @@ without an image is one too, so Diffuser and Editor can share one set of weights
 the pipeline call (size, steps, guidance, text length) come from `call:` in the YAML, not from code.
 """
 
-import functools
 import inspect
 import sys
 from importlib import import_module
@@ -101,14 +100,8 @@ class Diffuser:
                     f"{name} returns only black images: its numbers overflow (set 'diffuser.dtype' "
                     "to bfloat16 or float32) or its weights are damaged"
                 )
-            asked = call.get("width"), call.get("height")
-            if all(asked) and made[0].size != asked:
-                warn_of_size("diffuser.call", asked, made[0].size)
             images += made
         return images
-
-
-# ---- also in editor.py, so that each of them works alone ----
 
 
 def load_pipeline(path, dtype):
@@ -134,14 +127,3 @@ def load_pipeline(path, dtype):
         if missing := sorted(info["missing_keys"]):
             raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
     return DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **models, **options)
-
-
-@functools.cache  # prints a message once
-def warn_of_size(key, asked, made):
-    """Say that a pipeline makes another size (width, height) than its call asks for."""
-    width, height = made
-    print(
-        f"key '{key}': asked for width {asked[0]} and height {asked[1]}, and the images are "
-        f"{width} x {height}; ask for a size that the model makes",
-        file=sys.stderr,
-    )

@@ -14,6 +14,7 @@ python loop.py "red circle left of blue square; green triangle above red circle"
 
 import argparse
 import difflib
+import functools
 import inspect
 import logging
 import os
@@ -21,8 +22,6 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from types import UnionType
-from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from config import LoopConfig, load_config
 from report import record, save_images, story
@@ -87,6 +86,7 @@ class Loop:
     def start(self, graphs, seeds):
         """Generate and reflect: trajectories of one step."""
         images = self.diffuser.generate([graph.prompt() for graph in graphs], seeds)
+        check_size("diffuser.call", self.diffuser.call, images)
         reflections = self.checker.check(images, graphs)
         return [
             Trajectory(graph, seed, [Step(image, reflection)])
@@ -117,6 +117,7 @@ class Loop:
             [step.instruction for _, step in edited],
             [t.seed + 1_000_003 * len(t.steps) for t, _ in edited],
         )
+        check_size("editor.call", self.editor.call, images)
         reflections = self.checker.check(images, [t.graph for t, _ in edited])
         for (t, step), image, reflection in zip(edited, images, reflections):
             step.image, step.reflection = image, reflection
@@ -155,7 +156,8 @@ def build(config):
         weights = (part.model, *device_and_dtype(part))
         settings["batch_size"] = part.batch_size
         if weights not in loaded:
-            made = _named(f"{name}.model", kind.load, *weights, **settings)
+            loader = Diffuser if kind is Editor else kind
+            made = _named(f"{name}.model", loader.load, *weights)
             is_pipeline = hasattr(made, "pipeline")
             loaded[weights] = (made.pipeline,) if is_pipeline else (made.model, made.processor)
         return kind(*loaded[weights], **settings)
@@ -190,50 +192,48 @@ def build(config):
 def check_call(key, kind, call):
     """Compare the arguments of a pipeline's call with the signature of its class.
 
-    Raises ValueError for an argument that is unknown, of another type, or without effect.
+    Raises ValueError for one that is unknown, of another type than its default, or without effect.
+    Dictionaries are refused, because no pipeline checks their keys.
     """
     takes = inspect.signature(kind.__call__).parameters
-    types = get_type_hints(kind.__call__)
     for name, value in call.items():
         if name not in takes:
             near = difflib.get_close_matches(name, takes, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
             raise ValueError(f"key '{key}': {kind.__name__} takes no {name}{hint}")
-        wanted = types.get(name, Any)
-        if not fits(value, wanted) and not (value is None and takes[name].default is None):
-            wanted = getattr(wanted, "__name__", None) if isinstance(wanted, type) else wanted
+        default = takes[name].default
+        fits = {float: (int, float), tuple: (list, tuple), type(None): (int, float, str, list)}
+        fits = fits.get(type(default), (type(default),))
+        # Not isinstance, which takes True for an int.
+        if (type(value) not in fits and value is not default) or value == []:
+            wanted = " or ".join(each.__name__ for each in fits)
+            raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}")
+    steps = len(call.get("sigmas") or ())
+    if steps and call.get("num_inference_steps", steps) != steps:
+        raise ValueError(f"key '{key}': sigmas are {steps} steps; leave num_inference_steps out")
+    if "true_cfg_scale" in call or "negative_prompt" in call and "true_cfg_scale" in takes:
+        scale = call.get("true_cfg_scale", takes["true_cfg_scale"].default)
+        if (scale > 1) != (call.get("negative_prompt") is not None):
             raise ValueError(
-                f"key '{key}.{name}' is {value!r:.100}; {kind.__name__} takes {wanted}"
-            )
-    sigmas = call.get("sigmas")
-    if sigmas is not None:
-        if not sigmas or not all(a > b for a, b in zip([1.000001, *sigmas], [*sigmas, 0])):
-            raise ValueError(
-                f"key '{key}.sigmas' is {sigmas}; make it fall from at most 1 to above 0"
-            )
-        if call.get("num_inference_steps", len(sigmas)) != len(sigmas):
-            raise ValueError(
-                f"key '{key}': sigmas are {len(sigmas)} steps; drop num_inference_steps"
-            )
-    if "true_cfg_scale" in takes:
-        guided = call.get("true_cfg_scale", takes["true_cfg_scale"].default) > 1
-        has_prompt = call.get("negative_prompt") is not None
-        if guided != has_prompt and ("true_cfg_scale" in call or has_prompt):
-            raise ValueError(
-                f"key '{key}': true_cfg_scale above 1 and negative_prompt need one another"
+                f"key '{key}': true_cfg_scale above 1 and negative_prompt have no effect without "
+                "each other; give both or neither"
             )
 
 
-def fits(value, kind):
-    """Whether a value from YAML fits a type annotation. Dictionaries never do: nobody checks them."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin in (Union, UnionType):
-        return any(fits(value, each) for each in inner)
-    if origin in (list, tuple):
-        return isinstance(value, list) and all(fits(each, inner[0]) for each in value)
-    if kind is float:
-        return type(value) in (int, float)
-    return type(value) is kind or (kind is Any and not isinstance(value, dict))
+def check_size(key, call, images):
+    """Say, once, that a pipeline makes images of another size than its call asks for."""
+    asked = call.get("width"), call.get("height")
+    if images and all(asked) and images[0].size != asked:
+        made = " x ".join(map(str, images[0].size))
+        warn_once(
+            f"key '{key}': asked for {asked[0]} x {asked[1]} pixels (width x height), and the "
+            f"images have {made}; ask for a size that the model makes"
+        )
+
+
+@functools.cache
+def warn_once(message):
+    print(message, file=sys.stderr)
 
 
 def first_of_its_place():
