@@ -197,7 +197,7 @@ def build(config):
     if _same_weights(config.editor, config.diffuser):
         editor = Editor(diffuser.pipeline, **for_editor)
     else:
-        editor = load(Editor, "editor", for_editor)
+        editor = Editor(load(Diffuser, "editor", {}).pipeline, **for_editor)
     checker = load(Checker, "checker", settings("checker"))
     _named("checker.model", lambda _: checker.probe(), config.checker.model)
     for_actor = settings("actor", "max_new_tokens", "temperature")
