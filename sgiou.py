@@ -1,17 +1,18 @@
-"""Scene graphs: read them, write them as prompts, score them (SG-IoU).
+"""Scene graphs: write them as prompts, read them from prompts, files and VLM answers, score them.
 
-In the Generate-Reflect-Edit loop a scene graph says what the image has to show: objects
-("red circle") and triples ("red circle", "left of", "blue square"). Its `prompt` goes to the
-text-to-image model, `parse_scene_graph` reads the graph that a VLM saw in the image, and `sg_iou`
-compares the two as sets P and G (so duplicates collapse):
+In the Generate-Reflect-Edit loop a scene graph says what the image has to show: objects such as
+"red circle", and triples such as ("red circle", "left of", "blue square"). `SceneGraph.prompt()`
+goes to the text-to-image model, `parse_scene_graph` reads the graph that a VLM saw in the image,
+and `sg_iou` compares the two as sets P and G (duplicates count once):
 
     IoU(P, G) = |P and G| / |P or G|, and 0 if both are empty
-    sg_iou: triples; entity_iou: object names; relation_iou: relation words
+    sg_iou compares triples, entity_iou object names, relation_iou relation words
 
-Source: LAION-SG, arXiv 2412.08580, section S5 and its test_iou.py.
-Differs from it: names are normalised (case, spaces, "_"); objects in no triple are entities too.
+Source: LAION-SG, arXiv 2412.08580, section S5, and test/test_iou.py of its repository.
+Differences: names are normalised first (case, spaces, "_"), and objects that appear in no triple
+count as entities too.
 
-Standard library only: this file works alone, anywhere. Demo: python sgiou.py
+Standard library only; this file works alone. Demo: python sgiou.py
 """
 
 import json
@@ -23,10 +24,10 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class SceneGraph:
-    """What an image has to show, as strings. Any iterables will do; they are stored as tuples."""
+    """What an image has to show. Any iterables will do; they are stored as tuples."""
 
-    objects: tuple  # of "attributes label", e.g. "red circle"; a name may occur more than once
-    triples: tuple  # of (subject, relation, object)
+    objects: tuple  # of names like "red circle"; a name may appear more than once
+    triples: tuple  # of (subject, relation, object), three strings each
     caption: str = ""
     id: str = ""
 
@@ -35,53 +36,86 @@ class SceneGraph:
         object.__setattr__(self, "triples", tuple(tuple(triple) for triple in self.triples))
 
     def prompt(self):
-        """The triples, then every object that stands in none: nothing asked is lost (str)."""
-        mentioned = {normalise(name) for name in _ends(self.triples)}
-        alone = [name for name in self.objects if normalise(name) not in mentioned]
+        """The graph as text (str): its triples, then the objects that appear in no triple."""
+        in_triples = {normalise(name) for name in names_in(self.triples)}
+        alone = [name for name in self.objects if normalise(name) not in in_triples]
         return "; ".join([" ".join(triple) for triple in self.triples] + alone)
 
 
-def _ends(triples):
-    return [name for subject, _, other in triples for name in (subject, other)]
+def names_in(triples):
+    """The subjects and objects of triples, in order, repetitions included."""
+    return [name for subject, _, object in triples for name in (subject, object)]
 
 
 def normalise(text):
-    """The spelling in which names are compared: " Left_of" becomes "left of" (str to str)."""
+    """The spelling in which names and relations are compared: " Left_of" becomes "left of"."""
     return " ".join(text.lower().replace("_", " ").split())
 
 
 def sg_iou(pred, gold):
-    """Two SceneGraphs to {"sg_iou", "entity_iou", "relation_iou"}: floats in [0, 1].
+    """Compares two SceneGraphs: {"sg_iou", "entity_iou", "relation_iou"}, floats in [0, 1].
 
     Symmetric. Source: LAION-SG, arXiv 2412.08580, section S5.
     """
-    pairs = zip(_comparable_sets(pred), _comparable_sets(gold), strict=True)
-    scores = [len(p & g) / max(len(p | g), 1) for p, g in pairs]  # max: an empty union scores 0
+    scores = []
+    for p, g in zip(comparable_sets(pred), comparable_sets(gold), strict=True):
+        scores.append(len(p & g) / max(len(p | g), 1))  # max: two empty sets score 0
     return dict(zip(("sg_iou", "entity_iou", "relation_iou"), scores, strict=True))
 
 
-def _comparable_sets(graph):
+def comparable_sets(graph):
     triples = {tuple(normalise(part) for part in triple) for triple in graph.triples}
-    entities = {normalise(name) for name in graph.objects}.union(_ends(triples))
-    relations = {relation for _, relation, _ in triples}
-    return triples, entities, relations
+    entities = {normalise(name) for name in [*graph.objects, *names_in(graph.triples)]}
+    return triples, entities, {relation for _, relation, _ in triples}
+
+
+def parse_prompt(text, relations):
+    """The inverse of `SceneGraph.prompt()`: a SceneGraph with each object once, as first mentioned.
+
+    relations: the known relation words. The longest one in a clause splits it; names hold none.
+    Raises ValueError for an empty prompt and for a clause without a subject or an object.
+    """
+    objects, triples = [], []
+    for clause in text.split(";"):
+        clause = " ".join(clause.split())
+        if triple := split_clause(clause, relations):
+            triples.append(triple)
+            objects += names_in([triple])
+        elif clause:
+            objects.append(clause)
+    if not objects:
+        raise ValueError("the prompt is empty; write e.g. 'red circle left of blue square'")
+    return SceneGraph(dict.fromkeys(objects), triples, caption=text)
+
+
+def split_clause(clause, relations):
+    """(subject, relation, object), or None if the clause contains no relation word."""
+    for relation in sorted(relations, key=len, reverse=True):
+        pattern = re.escape(normalise(relation)).replace(r"\ ", "[ _]")
+        parts = re.split(rf"(?<!\S){pattern}(?!\S)", clause, flags=re.IGNORECASE)
+        if len(parts) == 2 and all(parts):
+            return parts[0].strip(), relation, parts[1].strip()
+        if len(parts) > 1:
+            raise ValueError(f"prompt clause {clause!r}: {relation!r} needs one object a side")
+    return None
 
 
 def load_laion_sg(path, limit=None):
-    """Read a JSON list of {img_id, caption_ori, items, relations, ...} into list[SceneGraph].
+    """Reads a JSON list of {img_id, caption_ori, items, relations, ...} into list[SceneGraph].
 
-    An object is its attributes and its label, joined by spaces. Entries without relations are
-    dropped, as LAION-SG's own loader does, and counted on stderr. limit: keep the first few only.
-    Raises ValueError: one line that names file, entry index and field, and says what to do.
+    An object's name is its attributes and its label, joined by spaces. Entries without relations
+    are dropped, as in LAION-SG's own loader, and counted on stderr.
+    limit: keep only the first so many.
+    Raises ValueError: one line that names file, entry and field, and says what to do.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
             entries = json.load(file)
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: no JSON to read ({error}); check path and content") from None
-    if type(entries) is not list:
+    if not isinstance(entries, list):
         raise ValueError(f"{path}: is no JSON list; make it a list with one object per image")
-    graphs = [_read_entry(entry, index, path) for index, entry in enumerate(entries)]
+    graphs = [read_entry(entry, f"{path}: entry {n}, field ") for n, entry in enumerate(entries)]
     kept = [graph for graph in graphs if graph.triples]
     if not kept:
         raise ValueError(f"{path}: holds no scene graph with relations; give other data")
@@ -90,37 +124,36 @@ def load_laion_sg(path, limit=None):
     return kept[:limit]
 
 
-def _read_entry(entry, index, path):
-    where = f"{path}: entry {index}, field "
+def read_entry(entry, where):
     names = {}  # by item id
-    for number, item in enumerate(_read_field(entry, "items", list, where)):
+    for number, item in enumerate(read_field(entry, "items", list, where)):
         place = f"{where}items[{number}]."
-        item_id = _read_field(item, "item_id", int | str, place)
+        item_id = read_field(item, "item_id", int | str, place)
         if item_id in names:
             raise ValueError(f"{place}item_id: {item_id!r} is taken; give every item its own id")
-        words = _read_field(item, "attributes", list, place, default=[])
-        if not all(isinstance(word, str) for word in words):
+        attributes = read_field(item, "attributes", list, place, default=[])
+        if not all(isinstance(word, str) for word in attributes):
             raise ValueError(f"{place}attributes: not all are str; quote them or leave them out")
-        words = [*words, _read_field(item, "label", str, place)]
-        names[item_id] = " ".join(" ".join(words).split())
+        label = read_field(item, "label", str, place)
+        names[item_id] = " ".join(" ".join([*attributes, label]).split())
 
     triples = []
-    for number, record in enumerate(_read_field(entry, "relations", list, where)):
+    for number, record in enumerate(read_field(entry, "relations", list, where)):
         place = f"{where}relations[{number}]."
         for end in ("item1", "item2"):
-            if _read_field(record, end, int | str, place) not in names:
+            if read_field(record, end, int | str, place) not in names:
                 raise ValueError(f"{place}{end}: no item has id {record[end]!r}; correct the id")
-        relation = _read_field(record, "relation", str, place).strip()
+        relation = read_field(record, "relation", str, place).strip()
         triples.append((names[record["item1"]], relation, names[record["item2"]]))
 
-    image_id = _read_field(entry, "img_id", int | str, where)
-    caption = _read_field(entry, "caption_ori", str, where, default="")
+    image_id = read_field(entry, "img_id", int | str, where)
+    caption = read_field(entry, "caption_ori", str, where, default="")
     return SceneGraph(names.values(), triples, caption, str(image_id))
 
 
-def _read_field(record, name, kind, where, default=None):
-    """Optional if there is a default; else it must be there, and a string must not be blank."""
-    value = record.get(name) if isinstance(record, dict) else None
+def read_field(record, name, kind, where, default=None):
+    """record[name], checked. With a default the field may be missing or blank."""
+    value = record.get(name, default) if isinstance(record, dict) else None
     if not isinstance(record, dict):
         problem = "is not inside a JSON object; put {...} around it"
     elif value is None and default is not None:
@@ -136,109 +169,100 @@ def _read_field(record, name, kind, where, default=None):
     raise ValueError(f"{where}{name}: {problem}")
 
 
-def parse_prompt(text, relations):
-    """The inverse of `SceneGraph.prompt`: a SceneGraph with each object once, by first mention.
+ROLES = {"subject": 0, "item1": 0, "relation": 1, "predicate": 1, "object": 2, "item2": 2}
 
-    relations: the known relation words; the longest one in a clause splits it (names hold none).
-    Raises ValueError on an empty prompt and on a clause that lacks its subject or object.
+
+def parse_scene_graph(text, objects=None, relations=None):
+    """The SceneGraph in a VLM's answer. Never raises on a str; takes time linear in its length.
+
+    Reads {"objects": [str, ...], "triples": [[s, r, o] or {"subject", "relation", "object"}, ...]}
+    and anything close to it: prose and code fences around it, any quotes, missing commas or
+    brackets, an answer that was cut off.
+    objects, relations: the words allowed (None: any), returned in the spelling given here.
     """
-    clauses = [" ".join(clause.split()) for clause in text.split(";")]
-    parts = [_split_clause(clause, relations) for clause in clauses if clause]
-    triples = [part for part in parts if len(part) == 3]
-    objects = [name for part in parts for name in part[::2]]
-    if not objects:
-        raise ValueError("the prompt is empty; write e.g. 'red circle left of blue square'")
-    return SceneGraph(dict.fromkeys(objects), triples, caption=text)
+    names, triples = [], []
+    for key, pairs, closed in containers(text):
+        if key == "objects":
+            names += [value for own_key, value in pairs if own_key is None]
+        elif closed:
+            triples += find_triple(key, pairs)
+
+    spell_name, spell_relation = speller(objects), speller(relations)
+    triples = [(spell_name(s), spell_relation(r), spell_name(o)) for s, r, o in triples]
+    triples = [triple for triple in triples if all(triple)]
+    names = [spell_name(name) for name in names if name and spell_name(name)]
+    listed = {normalise(name) for name in names}
+    names += [name for name in dict.fromkeys(names_in(triples)) if normalise(name) not in listed]
+    return SceneGraph(names, triples)
 
 
-def _split_clause(clause, relations):
-    for relation in sorted(relations, key=len, reverse=True):
-        words = re.escape(normalise(relation)).replace(r"\ ", "[ _]")
-        parts = re.split(rf"(?<!\S){words}(?!\S)", clause, flags=re.IGNORECASE)
-        if not all(parts) or len(parts) > 2:
-            raise ValueError(f"prompt clause {clause!r}: {relation!r} needs one object a side")
-        if len(parts) == 2:
-            return parts[0].strip(), relation, parts[1].strip()
-    return (clause,)
+def find_triple(key, pairs):
+    """A list with the triple in a container, or an empty list."""
+    if key is None and all(own_key is None for own_key, _ in pairs):  # not {"key": [a, b, c]}
+        parts = [value for _, value in pairs]
+    else:
+        fields = {ROLES[own_key]: value for own_key, value in pairs if own_key in ROLES}
+        parts = [fields.get(role) for role in range(3)]
+    return [tuple(parts)] if len(parts) == 3 and all(parts) else []
 
 
-TRIPLE_KEYS = (("subject", "item1"), ("relation", "predicate"), ("object", "item2"))
+def speller(allowed):
+    """A function from a word to its spelling among those allowed, or to None if it is not."""
+    if allowed is None:
+        return lambda word: word
+    spellings = {normalise(word): word for word in allowed}
+    return lambda word: spellings.get(normalise(word))
+
+
 OPENING = re.compile(r"(?P<opening>[\[({])")
-TOKEN = re.compile(r"""(?x)
+TOKEN = re.compile(
+    r"""
       (?P<opening> [\[({] )
     | (?P<closing> [\])}] )
-    | (?: (?P<string>                         # an apostrophe before a letter closes nothing
+    | (?: (?P<string>                         # an apostrophe before a letter ends no string
             " (?: [^"\\\n] | \\. )*           "
           | ' (?: [^'\\\n] | \\. | '(?=\w) )* '(?!\w)
           | [“”] [^“”\n]*                     [“”]
           | [‘’] (?: [^‘’\n] | ’(?=\w) )*     ’(?!\w) )
-        | (?P<broken> ["'“”‘’] [^\n]* )       # never closed: costs the rest of its line
+        | (?P<broken> ["'“”‘’] [^\n]* )       # never closed: skip the rest of the line
         | (?P<word> [^\s\[\](){}:,"“”]+ )     # an unquoted key, a number, None, true
       ) (?P<colon> \s*: )?
-""")
+    """,
+    re.VERBOSE,
+)
 
 
-def parse_scene_graph(text, objects=None, relations=None):
-    """The SceneGraph in a VLM's answer. Never raises on a str; time is linear in its length.
+def containers(text):
+    """Yields (key, pairs, closed) for each [...], (...) or {...} in the text, inner ones first.
 
-    Reads {"objects": [str, ...], "triples": [[s, r, o] or {"subject", "relation", "object"}, ...]}
-    and what is near it: prose and fences around, any quotes, lost commas or brackets, a cut tail.
-    objects, relations: the words allowed (None: any); they return in the spelling given here.
+    key: the key in front of it, or None; pairs: the (key or None, value) inside it, where a value
+    that is no string becomes None; closed: False if the text ends before its bracket does.
     """
-    names = []
-    triples = []
-    key = None  # of the next value
-    stack = deque(maxlen=64)  # open containers: (own key, [(key, value), ...]); no graph is deeper
+    open_containers = deque(maxlen=64)  # (key, pairs); nothing that we look for is nested deeper
+    key = None  # the key that belongs to the next value
     position = 0
-    while match := (TOKEN if stack else OPENING).search(text, position):
+    while match := (TOKEN if open_containers else OPENING).search(text, position):
         position = match.end()
         kind = match.lastgroup
         if kind == "colon":
             key = normalise(match[0]).strip(": \"'“”‘’")
             continue
         if kind == "opening":
-            stack.append((key, []))
+            open_containers.append((key, []))
         elif kind == "closing":
-            triples += _find_triple(*stack.pop())
+            yield *open_containers.pop(), True
         else:
-            value = _unquote(match[0]) if kind == "string" else None
-            own_key, pairs = stack[-1]
-            pairs.append((key, value))
-            if own_key == "objects" and key is None:
-                names.append(value)
+            open_containers[-1][1].append((key, unquote(match[0]) if kind == "string" else None))
         key = None
-
-    spell = _spelling(objects)
-    spell_relation = _spelling(relations)
-    triples = [(spell(a), spell_relation(relation), spell(b)) for a, relation, b in triples]
-    triples = [triple for triple in triples if all(triple)]
-    names = [spell(name) for name in names if name and spell(name)]
-    listed = {normalise(name) for name in names}
-    names += [name for name in dict.fromkeys(_ends(triples)) if normalise(name) not in listed]
-    return SceneGraph(names, triples)
+    while open_containers:
+        yield *open_containers.pop(), False
 
 
-def _find_triple(own_key, pairs):
-    fields = dict(pairs)
-    parts = [fields.get(name) or fields.get(item) for name, item in TRIPLE_KEYS]
-    if own_key is None and set(fields) == {None}:  # a list in a list, not {"key": [a, b, c]}
-        parts = [value for _, value in pairs]
-    return [tuple(parts)] if len(parts) == 3 and all(parts) else []
-
-
-def _unquote(string):
+def unquote(string):
     try:
         return json.loads(f'"{string[1:-1]}"', strict=False).strip()
     except ValueError:  # an escape or a quote that JSON does not know: 'man\'s "hat"'
         return string[1:-1].replace("\\", "").strip()
-
-
-def _spelling(allowed):
-    """A function from a word to its spelling among those allowed, None if it is not."""
-    if allowed is None:
-        return lambda word: word
-    spellings = {normalise(word): word for word in allowed}
-    return lambda word: spellings.get(normalise(word))
 
 
 if __name__ == "__main__":
