@@ -1,4 +1,4 @@
-"""Scene graphs: write them as prompts, read them from prompts, files and VLM answers, score them.
+"""Scene graphs: read them from prompts, data sets and VLM answers, write prompts, score (SG-IoU).
 
 In the Generate-Reflect-Edit loop a scene graph says what the image has to show: objects such as
 "red circle", and triples such as ("red circle", "left of", "blue square"). `SceneGraph.prompt()`
@@ -9,9 +9,7 @@ and `sg_iou` compares the two as sets P and G (duplicates count once):
     sg_iou compares triples, entity_iou object names, relation_iou relation words
 
 Source: LAION-SG, arXiv 2412.08580, section S5, and test/test_iou.py of its repository.
-Differences: names are normalised first (case, spaces, "_"), and objects that appear in no triple
-count as entities too.
-
+Differences: names are normalised (case, spaces, "_"), objects in no triple are entities too.
 Standard library only; this file works alone. Demo: python sgiou.py
 """
 
@@ -21,25 +19,49 @@ import sys
 from collections import deque
 from dataclasses import dataclass
 
+# Relation words of GenEval (arXiv 2310.11513) and T2I-CompBench (arXiv 2307.06350), and three more.
+SPATIAL = ("left of", "right of", "above", "below", "next to", "near", "on side of", "on top of")
+SPATIAL += ("on bottom of", "in front of", "behind", "hidden by", "under", "inside", "beside")
+EXAMPLE = "write e.g. 'red circle left of blue square; sun'"
+
 
 @dataclass(frozen=True)
 class SceneGraph:
     """What an image has to show. Any iterables will do; they are stored as tuples."""
 
-    objects: tuple  # of names like "red circle"; a name may appear more than once
-    triples: tuple  # of (subject, relation, object), three strings each
+    objects: tuple  # of names like "red circle"; two such circles are the same name twice
+    triples: tuple  # of (subject, relation, object), three strings; a repeated one is dropped
     caption: str = ""
     id: str = ""
 
     def __post_init__(self):
+        unique = {}
+        for triple in map(tuple, self.triples):
+            unique.setdefault(tuple(normalise(part) for part in triple), triple)
         object.__setattr__(self, "objects", tuple(self.objects))
-        object.__setattr__(self, "triples", tuple(tuple(triple) for triple in self.triples))
+        object.__setattr__(self, "triples", tuple(unique.values()))
+
+    def labels(self):
+        """`objects` as prompts and questions call them (list): a second dog is "another dog"."""
+        names = [normalise(name) for name in self.objects]
+        again = [name in names[:n] for n, name in enumerate(names)]
+        return [f"another {x}" if twice else x for x, twice in zip(self.objects, again)]
 
     def prompt(self):
-        """The graph as text (str): its triples, then the objects that appear in no triple."""
-        in_triples = {normalise(name) for name in names_in(self.triples)}
-        alone = [name for name in self.objects if normalise(name) not in in_triples]
+        """The graph as text (str): its triples, then the labels that no triple mentions.
+
+        Two dogs, one of them near a cat, are "dog near cat; another dog".
+        """
+        mentioned = {normalise(name) for name in names_in(self.triples)}
+        alone = [label for label in self.labels() if normalise(label) not in mentioned]
         return "; ".join([" ".join(triple) for triple in self.triples] + alone)
+
+    def vocabulary(self, relations=()):
+        """The relation words (list) that an answer about this graph may use: these and its own."""
+        words = {}
+        for word in [*relations, *(relation for _, relation, _ in self.triples)]:
+            words.setdefault(normalise(word), word)
+        return list(words.values())
 
 
 def names_in(triples):
@@ -57,10 +79,9 @@ def sg_iou(pred, gold):
 
     Symmetric. Source: LAION-SG, arXiv 2412.08580, section S5.
     """
-    scores = []
-    for p, g in zip(comparable_sets(pred), comparable_sets(gold), strict=True):
-        scores.append(len(p & g) / max(len(p | g), 1))  # max: two empty sets score 0
-    return dict(zip(("sg_iou", "entity_iou", "relation_iou"), scores, strict=True))
+    pairs = zip(comparable_sets(pred), comparable_sets(gold))
+    scores = [len(p & g) / max(len(p | g), 1) for p, g in pairs]  # max: two empty sets score 0
+    return dict(zip(("sg_iou", "entity_iou", "relation_iou"), scores))
 
 
 def comparable_sets(graph):
@@ -69,34 +90,89 @@ def comparable_sets(graph):
     return triples, entities, {relation for _, relation, _ in triples}
 
 
-def parse_prompt(text, relations):
-    """The inverse of `SceneGraph.prompt()`: a SceneGraph with each object once, as first mentioned.
+def clean_name(text):
+    """An object's name without "a", "an", "the" or "another" in front of it."""
+    return re.sub(r"(?i)^(?:(?:an?|the|another) )+(?=.)", "", " ".join(text.split()))
 
-    relations: the known relation words. The longest one in a clause splits it; names hold none.
-    Raises ValueError for an empty prompt and for a clause without a subject or an object.
+
+def clean_relation(text, relations=()):
+    """The listed relation that the text means, else the text without "is" or "are" in front."""
+    text = " ".join(text.split())
+    found = find_relation(text, relations)
+    if found and not found[0] and not found[2]:
+        return found[1]
+    return re.sub(r"(?i)^(?:is|are) (?=.)", "", text)
+
+
+def find_relation(text, relations):
+    """Splits text at its first relation: (subject, relation as listed, object), or None.
+
+    "left of" is also found as "is to the left of", and "on top of" as "on the top of"; of
+    relations that start at the same place the longest is taken.
     """
-    objects, triples = [], []
-    for clause in text.split(";"):
-        clause = " ".join(clause.split())
-        if triple := split_clause(clause, relations):
-            triples.append(triple)
-            objects += names_in([triple])
-        elif clause:
-            objects.append(clause)
+    listed = {without_the(relation): relation for relation in reversed(relations)}
+    before = "(?:(?:is|are)[ _])?(?:(?:to|on)[ _])?(?:the[ _])?"
+    match = listed and re.search(rf"(?i)(?<!\S){before}({either(listed)})(?!\S)", text)
+    if not match:
+        return None
+    subject, object = text[: match.start()], text[match.end() :]
+    return subject.strip(), listed[without_the(match[1])], object.strip()
+
+
+def without_the(relation):
+    return re.sub(r"\bthe (?=.)", "", normalise(relation))
+
+
+def either(words):
+    """A pattern for any of the normalised words, the longest first."""
+    ordered = sorted(filter(None, words), key=len, reverse=True)
+    return "|".join(re.escape(word).replace(r"\ ", r"[\s_]+(?:the[\s_]+)?") for word in ordered)
+
+
+def parse_prompt(text, relations):
+    """The inverse of `SceneGraph.prompt()`. A name is one object, however often it appears.
+
+    relations: the known relation words, at least one; `find_relation` says how they are found.
+    Raises ValueError for whatever is not understood, in one line that shows the right form.
+    """
+    if not relations:
+        raise ValueError(f"prompt {text!r}: list your relation words under `relations`")
+    objects, triples, known = [], [], set()
+    for clause in text.replace("\ufeff", "").split(";"):
+        clause = " ".join(clause.split()).rstrip(" .")
+        if not clause:
+            continue
+        found = find_relation(clause, relations)
+        mentions = [found[0], found[2]] if found else [clause]
+        names = [clean_name(mention) for mention in mentions]
+        problem = next(filter(None, [misread(name, relations) for name in names]), "")
+        if found and normalise(names[0]) == normalise(names[1]):
+            problem = problem or "the same name on both sides"
+        if problem:
+            raise ValueError(f"prompt clause {clause!r}: {problem}; {EXAMPLE}")
+        for mention, name in zip(mentions, names):
+            if normalise(name) not in known or normalise(mention).startswith("another "):
+                objects.append(name)
+            known.add(normalise(name))
+        if found:
+            triples.append((names[0], found[1], names[1]))
     if not objects:
-        raise ValueError("the prompt is empty; write e.g. 'red circle left of blue square'")
-    return SceneGraph(dict.fromkeys(objects), triples, caption=text)
+        raise ValueError(f"the prompt is empty; {EXAMPLE}")
+    return SceneGraph(objects, triples, caption=text)
 
 
-def split_clause(clause, relations):
-    """(subject, relation, object), or None if the clause contains no relation word."""
-    for relation in sorted(relations, key=len, reverse=True):
-        pattern = re.escape(normalise(relation)).replace(r"\ ", "[ _]")
-        parts = re.split(rf"(?<!\S){pattern}(?!\S)", clause, flags=re.IGNORECASE)
-        if len(parts) == 2 and all(parts):
-            return parts[0].strip(), relation, parts[1].strip()
-        if len(parts) > 1:
-            raise ValueError(f"prompt clause {clause!r}: {relation!r} needs one object a side")
+def misread(name, relations):
+    """Why a name in a prompt cannot be meant as one, or None."""
+    if not name:
+        return "a relation needs an object on each side"
+    if "," in name:
+        return "use ; instead of a comma"
+    if find_relation(name, relations):
+        return "two relations in one clause"
+    if found := find_relation(name, SPATIAL):
+        return f"{found[1]!r} is not listed under `relations`"
+    if match := re.search(r"(?i) (an?|the|is|are) ", name):
+        return f"{match[1]!r} inside a name"
     return None
 
 
