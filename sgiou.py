@@ -176,73 +176,131 @@ def misread(name, relations):
     return None
 
 
-def load_laion_sg(path, limit=None):
-    """Reads a JSON list of {img_id, caption_ori, items, relations, ...} into list[SceneGraph].
+def load_graphs(path, relations=(), limit=None):
+    """Reads a data set into list[SceneGraph]. Its content, not its name, says which it is.
 
-    An object's name is its attributes and its label, joined by spaces. Entries without relations
-    are dropped, as in LAION-SG's own loader, and counted on stderr.
-    limit: keep only the first so many.
-    Raises ValueError: one line that names file, entry and field, and says what to do.
+    LAION-SG (arXiv 2412.08580): {"img_id", "caption_ori", "items", "relations"} per image.
+        Entries without relations are skipped, as in its own loader.
+    GenEval (arXiv 2310.11513): {"include": [{"class", "count", "color", "position"}], "prompt"}.
+    Both as a JSON list, which is read piece by piece, or as JSON Lines. Any other file is text,
+    one prompt a line, such as T2I-CompBench's (arXiv 2307.06350): "a bee on the top of a boy".
+
+    relations: words that split a prompt, besides SPATIAL; limit: stop after so many graphs.
+    What cannot be read is skipped and counted on stderr, with the first reasons.
+    Raises ValueError, one line, if nothing can be read or a JSON list is broken or cut off.
     """
+    graphs, skipped = [], []
+    for place, entry in read_entries(path):
+        if len(graphs) == limit:
+            break
+        try:
+            graphs.append(read_graph(entry, relations, place, skipped))
+        except (ValueError, RecursionError) as error:
+            skipped.append(f"{place}: {error}")
+    if not graphs and limit != 0:
+        raise ValueError(f"{path}: no scene graph in it; {'; '.join(skipped[:1]) or 'it is empty'}")
+    if skipped:
+        reasons = "; ".join(skipped[:3]) + "; ..." * (len(skipped) > 3)
+        print(f"{path}: skipped {len(skipped)} entries or relations: {reasons}", file=sys.stderr)
+    return graphs
+
+
+def read_entries(path):
+    """Yields (place, entry): the values of a JSON list, or the lines that are not blank (str)."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            entries = json.load(file)
+            while (first := file.read(1)).isspace():
+                pass
+            if first == "[":
+                yield from read_json_list(file)
+            else:
+                file.seek(0)
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"line {number}", line.strip()
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON to read ({error}); check path and content") from None
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: is no JSON list; make it a list with one object per image")
-    graphs = [read_entry(entry, f"{path}: entry {n}, field ") for n, entry in enumerate(entries)]
-    kept = [graph for graph in graphs if graph.triples]
-    if not kept:
-        raise ValueError(f"{path}: holds no scene graph with relations; give other data")
-    if len(kept) < len(graphs):
-        print(f"{path}: {len(graphs) - len(kept)} entries dropped: no relations", file=sys.stderr)
-    return kept[:limit]
+        raise ValueError(f"{path}: {error}; give a complete file in UTF-8") from None
 
 
-def read_entry(entry, where):
-    names = {}  # by item id
-    for number, item in enumerate(read_field(entry, "items", list, where)):
-        place = f"{where}items[{number}]."
-        item_id = read_field(item, "item_id", int | str, place)
+def read_json_list(file):
+    """The same for a file after its first "[", of which it holds about a megabyte at a time."""
+    buffer, number = "", 0
+    start = 0  # of the next entry in the buffer
+    while True:
+        start = re.compile(r"[\s,]*").match(buffer, start).end()
+        if buffer.startswith("]", start):
+            return
+        try:
+            entry, start = json.JSONDecoder().raw_decode(buffer, start)
+            yield f"entry {number}", entry
+            number += 1
+        except ValueError as error:  # the entry goes on after the buffer, or it is broken
+            buffer, start = buffer[start:], 0
+            chunk = file.read(max(len(buffer), 2**20)) if len(buffer) < 2**26 else ""
+            if not chunk:
+                raise ValueError(f"entry {number} is broken or cut off ({error})") from None
+            buffer += chunk
+
+
+def read_graph(entry, relations, place, skipped):
+    """The SceneGraph of one entry. Adds a reason to `skipped` for each relation left out."""
+    if isinstance(entry, str) and entry.startswith("{"):
+        entry = json.loads(entry)
+    if isinstance(entry, str):
+        graph = parse_prompt(entry, [*relations, *SPATIAL])
+        if not relations and not graph.triples:
+            raise ValueError("no known relation; list your relation words under `relations`")
+        return graph
+    if field(entry, "include", list, []):
+        return read_geneval(entry, place)
+    names, triples = {}, []  # names by item id as text: ids are written as 0 and as "0"
+    for item in field(entry, "items", list):
+        item_id = str(field(item, "item_id", int | str))
         if item_id in names:
-            raise ValueError(f"{place}item_id: {item_id!r} is taken; give every item its own id")
-        attributes = read_field(item, "attributes", list, place, default=[])
-        if not all(isinstance(word, str) for word in attributes):
-            raise ValueError(f"{place}attributes: not all are str; quote them or leave them out")
-        label = read_field(item, "label", str, place)
-        names[item_id] = " ".join(" ".join([*attributes, label]).split())
-
-    triples = []
-    for number, record in enumerate(read_field(entry, "relations", list, where)):
-        place = f"{where}relations[{number}]."
-        for end in ("item1", "item2"):
-            if read_field(record, end, int | str, place) not in names:
-                raise ValueError(f"{place}{end}: no item has id {record[end]!r}; correct the id")
-        relation = read_field(record, "relation", str, place).strip()
-        triples.append((names[record["item1"]], relation, names[record["item2"]]))
-
-    image_id = read_field(entry, "img_id", int | str, where)
-    caption = read_field(entry, "caption_ori", str, where, default="")
-    return SceneGraph(names.values(), triples, caption, str(image_id))
+            raise ValueError(f"two items have the id {item_id}")
+        label = field(item, "label", str, "").strip()
+        words = [str(word) for word in field(item, "attributes", list, []) if word]
+        names[item_id] = clean_name(" ".join([*words, label])) if label else ""
+    for number, record in enumerate(field(entry, "relations", list, [])):
+        ends = [names.get(str(field(record, end, int | str, ""))) for end in ("item1", "item2")]
+        relation = clean_relation(field(record, "relation", str, ""), relations)
+        if relation and all(ends):
+            triples.append((ends[0], relation, ends[1]))
+        else:
+            skipped.append(f"{place}: relations[{number}] lacks a word, or an item with a label")
+    if not triples:
+        raise ValueError("it has no relations")
+    image_id = str(field(entry, "img_id", int | str, place))
+    objects = filter(None, names.values())
+    return SceneGraph(objects, triples, field(entry, "caption_ori", str, ""), image_id)
 
 
-def read_field(record, name, kind, where, default=None):
-    """record[name], checked. With a default the field may be missing or blank."""
-    value = record.get(name, default) if isinstance(record, dict) else None
-    if not isinstance(record, dict):
-        problem = "is not inside a JSON object; put {...} around it"
-    elif value is None and default is not None:
+def read_geneval(entry, place):
+    groups = field(entry, "include", list)
+    names, objects, triples = [], [], []
+    for group in groups:
+        names.append(clean_name(f"{field(group, 'color', str, '')} {field(group, 'class', str)}"))
+        count = field(group, "count", int, 1)
+        if not names[-1] or count not in range(1, 100):
+            raise ValueError(f"include {names[-1]!r} times {count}; name 1 to 99 things")
+        objects += names[-1:] * count
+    for name, group in zip(names, groups):
+        if position := field(group, "position", list, []):
+            if len(position) != 2 or position[1] not in range(len(names)):
+                raise ValueError(f"position {position!r}; make it [relation, index]")
+            triples.append((name, str(position[0]), names[position[1]]))
+    return SceneGraph(objects, triples, field(entry, "prompt", str, ""), place)
+
+
+def field(record, name, kind, default=None):
+    """record[name], of this kind; with a default it may be missing or null."""
+    value = record.get(name) if isinstance(record, dict) else None
+    if value is None and default is not None:
         return default
-    elif value is None:
-        problem = "is missing; add it, or remove the entry"
-    elif not isinstance(value, kind):
-        problem = f"is {type(value).__name__}; make it {getattr(kind, '__name__', kind)}"
-    elif default is None and not str(value).strip():
-        problem = "is empty; fill it in, or remove the entry"
-    else:
-        return value
-    raise ValueError(f"{where}{name}: {problem}")
+    if not isinstance(value, kind):
+        wanted = getattr(kind, "__name__", kind)
+        raise ValueError(f"{name!r} is {type(value).__name__}; make it {wanted}")
+    return value
 
 
 ROLES = {"subject": 0, "item1": 0, "relation": 1, "predicate": 1, "object": 2, "item2": 2}

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sgiou
-from sgiou import SceneGraph, load_laion_sg, normalise, parse_prompt, parse_scene_graph, sg_iou
+from sgiou import SceneGraph, load_graphs, normalise, parse_prompt, parse_scene_graph, sg_iou
 
 RELATIONS = ["left of", "right of", "above", "on", "on top of"]
 GOLD = SceneGraph(
@@ -166,175 +166,162 @@ def test_parse_prompt_inverts_prompt(triples, alone):
         assert sorted(map(normalise, parsed.objects)) == sorted(map(normalise, graph.objects))
 
 
-# ---- loader ----
+# ---- data sets ----
+
+LAION = {
+    "img_id": "482063",
+    "name": "minus83166520.jpg",
+    "caption_ori": "Page 90 — Girl",
+    "items": [
+        {"item_id": 0, "label": "person", "attributes": ["the", "young", "female"]},
+        {"item_id": 7, "label": "café", "attributes": []},
+        {"item_id": 2, "label": " dog "},
+    ],
+    "relations": [
+        {"triple_id": 0, "item1": 0, "relation": "is in front of", "item2": 7},
+        {"triple_id": 1, "item1": 7, "relation": "behind", "item2": 0},
+    ],
+}
 
 
-def laion_entry():
-    return {
-        "img_id": "482063",
-        "name": "minus83166520.jpg",
-        "caption_ori": "Page 90 — Girl",
-        "score": "6.720815181732178",
-        "url": "https://example.org/a.jpg",
-        "items": [
-            {
-                "item_id": 0,
-                "label": "person",
-                "attributes": ["young", "female"],
-                "global_item_id": 3201686,
-            },
-            {"item_id": 7, "label": "café", "attributes": [], "global_item_id": 3201687},
-            {"item_id": 2, "label": " dog ", "global_item_id": 3201688},
-        ],
-        "relations": [
-            {
-                "triple_id": 0,
-                "item1": 0,
-                "relation": "sit in front of",
-                "item2": 7,
-                "global_relation_id": 2118510,
-            },
-            {
-                "triple_id": 1,
-                "item1": 7,
-                "relation": "behind",
-                "item2": 0,
-                "global_relation_id": 2118511,
-            },
-        ],
-    }
-
-
-def write(tmp_path, content):
-    path = tmp_path / "data.json"
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-    path.write_text(text, encoding="utf-8")
+def write(tmp_path, content, name="data.json"):
+    path = tmp_path / name
+    if not isinstance(content, str):
+        content = json.dumps(content, ensure_ascii=False)
+    path.write_text(content, encoding="utf-8")
     return path
 
 
-def test_loader_reads_the_published_format(tmp_path, capsys):
-    no_relations = {**laion_entry(), "relations": []}
-    minimal = {
-        "img_id": 5,
-        "caption_ori": None,
-        "items": [{"item_id": "x", "label": "sun", "attributes": None}],
-        "relations": [{"item1": "x", "relation": "above", "item2": "x"}],
-    }
-    path = write(tmp_path, [laion_entry(), no_relations, minimal, no_relations])
-    first, second = load_laion_sg(path)
-    assert first == SceneGraph(
+def changed(**fields):
+    return {**LAION, **fields}
+
+
+def test_laion_sg(tmp_path, capsys):
+    expected = SceneGraph(
         ("young female person", "café", "dog"),
-        (
-            ("young female person", "sit in front of", "café"),
-            ("café", "behind", "young female person"),
-        ),
+        (("young female person", "in front of", "café"), ("café", "behind", "young female person")),
         "Page 90 — Girl",
         "482063",
     )
-    assert first.prompt() == (
-        "young female person sit in front of café; café behind young female person; dog"
-    )
-    assert second == SceneGraph(("sun",), (("sun", "above", "sun"),), "", "5")
-    warning = capsys.readouterr().err
-    assert warning.count("\n") == 1
-    assert "2 entries dropped" in warning
-    assert "data.json" in warning
-
-
-def test_loader_limit_counts_kept_graphs_and_silence_when_nothing_is_dropped(tmp_path, capsys):
-    entries = [{**laion_entry(), "img_id": str(index)} for index in range(5)]
-    path = write(tmp_path, entries)
-    assert [graph.id for graph in load_laion_sg(path, limit=2)] == ["0", "1"]
-    assert [graph.id for graph in load_laion_sg(str(path))] == ["0", "1", "2", "3", "4"]
-    assert load_laion_sg(path, limit=0) == []
+    assert load_graphs(write(tmp_path, [LAION])) == [expected]
+    indented = write(tmp_path, json.dumps([LAION], indent=4), "DATA.JSON")
+    assert load_graphs(str(indented)) == [expected]
+    lines = "\ufeff\n" + json.dumps(LAION) + "\n\n" + json.dumps(LAION) + "\n"
+    assert load_graphs(write(tmp_path, lines)) == [expected] * 2
+    assert load_graphs(write(tmp_path, [LAION] * 5), limit=2) == [expected] * 2
+    assert load_graphs(write(tmp_path, [LAION]), limit=0) == []
+    listed = load_graphs(write(tmp_path, [LAION]), ["In_front of"])
+    assert listed[0].triples[0][1] == "In_front of"
     assert capsys.readouterr().err == ""
-    entries[0]["caption_ori"] = ""
-    assert load_laion_sg(write(tmp_path, entries))[0].caption == ""
-    entries[0]["relations"] = []
-    assert [graph.id for graph in load_laion_sg(write(tmp_path, entries), limit=2)] == ["1", "2"]
 
 
-def change(*path_and_value):
-    """A function that sets, or with value `...` deletes, one place of an entry."""
-    *path, last, value = path_and_value
-
-    def apply(entry):
-        for step in path:
-            entry = entry[step]
-        if value is ...:
-            del entry[last]
-        else:
-            entry[last] = value
-
-    return apply
+def test_ids_may_be_numbers_or_text_and_unused_items_may_be_blank(tmp_path, capsys):
+    items = [{"item_id": "0", "label": "sun", "attributes": None}, {"item_id": 1, "label": "sea"}]
+    relations = [{"item1": 0, "relation": "above", "item2": "1"}]
+    entry = {"items": [*items, {"item_id": 2, "label": " "}], "relations": relations}
+    (graph,) = load_graphs(write(tmp_path, [entry]))
+    assert (graph.objects, graph.prompt()) == (("sun", "sea"), "sun above sea")
+    assert capsys.readouterr().err == ""
 
 
-BROKEN_ENTRIES = [
-    (change("img_id", ...), "field img_id", "is missing"),
-    (change("img_id", [1]), "field img_id", "is list"),
-    (change("items", ...), "field items", "is missing"),
-    (change("items", {}), "field items", "is dict; make it list"),
-    (change("items", 1, "person"), "field items[1].item_id", "not inside a JSON object"),
-    (change("items", 1, "item_id", ...), "field items[1].item_id", "is missing"),
-    (change("items", 1, "item_id", 1.5), "field items[1].item_id", "is float; make it int | str"),
-    (change("items", 1, "item_id", 0), "field items[1].item_id", "0 is taken"),
-    (change("items", 2, "label", ...), "field items[2].label", "is missing"),
-    (change("items", 2, "label", None), "field items[2].label", "is missing"),
-    (change("items", 2, "label", 3), "field items[2].label", "is int; make it str"),
-    (change("items", 2, "label", " \t"), "field items[2].label", "is empty"),
-    (change("items", 0, "attributes", "young"), "field items[0].attributes", "is str"),
-    (change("items", 0, "attributes", [1]), "field items[0].attributes", "not all are str"),
-    (change("relations", ...), "field relations", "is missing"),
-    (change("relations", 1, None), "field relations[1].item1", "not inside a JSON object"),
-    (change("relations", 1, "item1", ...), "field relations[1].item1", "is missing"),
-    (change("relations", 1, "item2", 99), "field relations[1].item2", "no item has id 99"),
-    (change("relations", 1, "item1", "0"), "field relations[1].item1", "no item has id '0'"),
-    (change("relations", 0, "relation", ...), "field relations[0].relation", "is missing"),
-    (change("relations", 0, "relation", ""), "field relations[0].relation", "is empty"),
-    (change("caption_ori", 3), "field caption_ori", "is int; make it str"),
+BAD_ENTRIES = [
+    (3, "'items' is NoneType; make it list"),
+    (changed(relations=None), "no relations"),
+    (changed(relations=[{"item1": 0, "relation": "on", "item2": 99}]), "no relations"),
+    (changed(relations={}), "'relations' is dict; make it list"),
+    (changed(items=[{"item_id": 1.5, "label": "sun"}]), "'item_id' is float; make it int | str"),
+    (changed(items=[{"item_id": 0, "label": 3}]), "'label' is int; make it str"),
+    (changed(items=LAION["items"] * 2), "two items have the id 0"),
+    ({"include": [{"count": 1}]}, "'class' is NoneType"),
+    ({"include": [{"class": "cat", "count": 10**9}]}, "1 to 99"),
+    ({"include": [{"class": "cat", "position": ["above", 5]}]}, "make it [relation, index]"),
 ]
 
 
-@pytest.mark.parametrize(("breakage", "field", "problem"), BROKEN_ENTRIES)
-def test_a_broken_entry_names_file_index_and_field(tmp_path, breakage, field, problem):
-    broken = laion_entry()
-    breakage(broken)
-    path = write(tmp_path, [laion_entry(), laion_entry(), broken])
-    with pytest.raises(ValueError, match="entry 2") as caught:
-        load_laion_sg(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: entry 2, {field}: ")
-    assert problem in message
-    assert "; " in message, "it says what to do"
-    assert "\n" not in message
+@pytest.mark.parametrize(("entry", "problem"), BAD_ENTRIES)
+def test_one_bad_entry_is_skipped_and_named(tmp_path, capsys, entry, problem):
+    path = write(tmp_path, [LAION, entry, LAION])
+    assert [graph.id for graph in load_graphs(path)] == ["482063"] * 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"{path}: skipped ") and message.count("\n") == 1
+    assert "entry 1: " in message and problem in message
+    with pytest.raises(ValueError, match="no scene graph in it; entry 0: "):
+        load_graphs(write(tmp_path, [entry]))
+
+
+def test_a_bad_relation_is_skipped_alone(tmp_path, capsys):
+    bad = [None, {"item1": 0, "relation": " ", "item2": 7}, {"item1": 0, "relation": "on"}]
+    path = write(tmp_path, [changed(relations=LAION["relations"] + bad)])
+    assert len(load_graphs(path)[0].triples) == 2
+    message = capsys.readouterr().err
+    assert "skipped 3 entries or relations: entry 0: relations[2] lacks" in message
+
+
+def test_geneval(tmp_path, capsys):
+    lines = """
+{"tag": "position", "include": [{"class": "horse", "count": 1},
+ {"class": "vase", "count": 1, "position": ["right of", 0]}], "prompt": "a vase right of a horse"}
+{"tag": "color_attr", "include": [{"class": "bowl", "count": 1, "color": "yellow"},
+ {"class": "cup", "count": 1, "color": "white"}], "prompt": "a photo of ..."}
+{"tag": "counting", "include": [{"class": "donut", "count": 3}],
+ "exclude": [{"class": "donut", "count": 4}], "prompt": "a photo of three donuts"}
+{"broken": """
+    lines = lines.replace("\n ", " ")  # one entry a line, as published
+    position, color, count = load_graphs(write(tmp_path, lines, "evaluation_metadata.jsonl"))
+    assert position.prompt() == "vase right of horse"
+    assert position.caption == "a vase right of a horse"
+    assert color.prompt() == "yellow bowl; white cup"
+    assert count.prompt() == "donut; another donut; another donut"
+    assert "skipped 1 entries or relations: line 5" in capsys.readouterr().err
+
+
+def test_t2i_compbench_and_plain_prompts(tmp_path, capsys):
+    lines = (
+        "\ufeffa balloon on the top of a giraffe\r\na bird on side of a airplane\r\n\r\n"
+        "a vase hidden by a clock\r\na bee on the left of a key; a frog near a cup\r\n"
+        "a desk hidden by a desk\r\na man riding horse\r\n"
+    )
+    path = write(tmp_path, lines, "spatial.txt")
+    prompts = ["balloon on top of giraffe", "bird on side of airplane", "vase hidden by clock"]
+    prompts += ["bee left of key; frog near cup"]
+    assert [graph.prompt() for graph in load_graphs(path)] == prompts
+    message = capsys.readouterr().err
+    assert "skipped 2" in message and "line 6: " in message and "same name" in message
+    assert "line 7: no known relation; list your relation words" in message
+    assert load_graphs(path, ["riding"])[-1].prompt() == "man riding horse"
+    assert load_graphs(write(tmp_path, "sun\n", "a.txt"), RELATIONS)[0].objects == ("sun",)
 
 
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
-        ('[{"img_id": ', "no JSON to read"),
-        ("", "no JSON to read"),
-        ("[" * 200_000, "no JSON to read"),
-        ('{"img_id": "1"}', "is no JSON list"),
-        ("null", "is no JSON list"),
-        ('["entry"]', "entry 0, field items: is not inside a JSON object"),
+        (b"", "it is empty"),
+        (b"[]", "it is empty"),
+        (b"null", "line 1: "),
+        (b'[{"img_id": ', "entry 0 is broken or cut off"),
+        (b"[" * 200_000, "give a complete file"),
+        (b'["\xff\xfe"]', "give a complete file in UTF-8"),
     ],
 )
-def test_a_broken_file_is_named(tmp_path, content, problem):
-    path = write(tmp_path, content)
-    with pytest.raises(ValueError, match="data.json") as caught:
-        load_laion_sg(path)
-    assert problem in str(caught.value)
+def test_a_file_without_any_graph_is_refused(tmp_path, content, problem):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        load_graphs(path)
+    assert problem in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+    for missing in (tmp_path, tmp_path / "none.json"):
+        with pytest.raises(ValueError, match=missing.name):
+            load_graphs(missing)
 
 
-def test_missing_file_folder_and_foreign_bytes(tmp_path):
-    (tmp_path / "bytes.json").write_bytes(b'["\xff\xfe"]')
-    for path in (tmp_path / "none.json", tmp_path, tmp_path / "bytes.json"):
-        with pytest.raises(ValueError, match="check path and content") as caught:
-            load_laion_sg(path)
-        assert str(path) in str(caught.value)
-        assert "\n" not in str(caught.value)
+def test_a_large_list_is_read_piece_by_piece_and_a_cut_one_is_refused(tmp_path):
+    path = write(tmp_path, [changed(img_id=str(n)) for n in range(6000)])  # 3 MB
+    assert [graph.id for graph in load_graphs(path)] == [str(n) for n in range(6000)]
+    write(tmp_path, path.read_text(encoding="utf-8")[:-100])
+    assert len(load_graphs(path, limit=3)) == 3
+    with pytest.raises(ValueError, match="entry 5999 is broken or cut off"):
+        load_graphs(path)
 
 
 ODD = SceneGraph(
