@@ -16,7 +16,6 @@ Standard library only; this file works alone. Demo: python sgiou.py
 import json
 import re
 import sys
-from collections import deque
 from dataclasses import dataclass
 
 # Relation words of GenEval (arXiv 2310.11513) and T2I-CompBench (arXiv 2307.06350), and three more.
@@ -303,106 +302,105 @@ def field(record, name, kind, default=None):
     return value
 
 
-ROLES = {"subject": 0, "item1": 0, "relation": 1, "predicate": 1, "object": 2, "item2": 2}
+ROLES = {"subject": 0, "item1": 0, "head": 0, "source": 0, "s": 0}
+ROLES |= {"relation": 1, "relationship": 1, "predicate": 1, "r": 1, "p": 1}
+ROLES |= {"object": 2, "item2": 2, "tail": 2, "target": 2, "o": 2}
+OBJECT_KEYS = ("objects", "object list", "entities")
+GRAPH_KEYS = (*OBJECT_KEYS, "triples", "relations", "relationships", "scene graph")
 
 
 def parse_scene_graph(text, objects=None, relations=None):
-    """The SceneGraph in a VLM's answer. Never raises on a str; takes time linear in its length.
+    """The SceneGraph in a VLM's answer, or None if no graph can be read from it.
 
-    Reads {"objects": [str, ...], "triples": [[s, r, o] or {"subject", "relation", "object"}, ...]}
-    and anything close to it: prose and code fences around it, any quotes, missing commas or
-    brackets, an answer that was cut off.
+    Reads JSON, whatever text is around it: {"objects": [str, ...], "triples": [[s, r, o] or
+    {"subject", "relation", "object"}, ...]}, or similar keys. Where that gives no triple and the
+    words are given, `search_text` finds them in broken JSON and in any other notation.
+    Thoughts, which end at "</think>" or start at a last "<think>", are not part of the answer.
     objects, relations: the words allowed (None: any), returned in the spelling given here.
+    Never raises on a str; takes time linear in its length.
     """
-    names, triples = [], []
-    for key, pairs, closed in containers(text):
-        if key == "objects":
-            names += [value for own_key, value in pairs if own_key is None]
-        elif closed:
-            triples += find_triple(key, pairs)
-
-    spell_name, spell_relation = speller(objects), speller(relations)
-    triples = [(spell_name(s), spell_relation(r), spell_name(o)) for s, r, o in triples]
-    triples = [triple for triple in triples if all(triple)]
-    names = [spell_name(name) for name in names if name and spell_name(name)]
-    listed = {normalise(name) for name in names}
-    names += [name for name in dict.fromkeys(names_in(triples)) if normalise(name) not in listed]
-    return SceneGraph(names, triples)
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    names, triples, is_graph = read_json(text)
+    graph = restrict(names, triples, objects, relations)
+    if not graph.triples and objects and relations:
+        more_names, triples = search_text(text, objects, relations)
+        graph = restrict(names + more_names, triples, objects, relations)
+    return graph if is_graph or graph.objects else None
 
 
-def find_triple(key, pairs):
-    """A list with the triple in a container, or an empty list."""
-    if key is None and all(own_key is None for own_key, _ in pairs):  # not {"key": [a, b, c]}
-        parts = [value for _, value in pairs]
-    else:
-        fields = {ROLES[own_key]: value for own_key, value in pairs if own_key in ROLES}
-        parts = [fields.get(role) for role in range(3)]
-    return [tuple(parts)] if len(parts) == 3 and all(parts) else []
+def read_json(text):
+    """(names, triples, is_graph) of the JSON values in the text, up to the first broken one.
 
-
-def speller(allowed):
-    """A function from a word to its spelling among those allowed, or to None if it is not."""
-    if allowed is None:
-        return lambda word: word
-    spellings = {normalise(word): word for word in allowed}
-    return lambda word: spellings.get(normalise(word))
-
-
-OPENING = re.compile(r"(?P<opening>[\[({])")
-TOKEN = re.compile(
-    r"""
-      (?P<opening> [\[({] )
-    | (?P<closing> [\])}] )
-    | (?: (?P<string>                         # an apostrophe before a letter ends no string
-            " (?: [^"\\\n] | \\. )*           "
-          | ' (?: [^'\\\n] | \\. | '(?=\w) )* '(?!\w)
-          | [“”] [^“”\n]*                     [“”]
-          | [‘’] (?: [^‘’\n] | ’(?=\w) )*     ’(?!\w) )
-        | (?P<broken> ["'“”‘’] [^\n]* )       # never closed: skip the rest of the line
-        | (?P<word> [^\s\[\](){}:,"“”]+ )     # an unquoted key, a number, None, true
-      ) (?P<colon> \s*: )?
-    """,
-    re.VERBOSE,
-)
-
-
-def containers(text):
-    """Yields (key, pairs, closed) for each [...], (...) or {...} in the text, inner ones first.
-
-    key: the key in front of it, or None; pairs: the (key or None, value) inside it, where a value
-    that is no string becomes None; closed: False if the text ends before its bracket does.
+    is_graph: whether there is a triple, a key of a graph, or an empty list, which says "nothing".
     """
-    open_containers = deque(maxlen=64)  # (key, pairs); nothing that we look for is nested deeper
-    key = None  # the key that belongs to the next value
-    position = 0
-    while match := (TOKEN if open_containers else OPENING).search(text, position):
-        position = match.end()
-        kind = match.lastgroup
-        if kind == "colon":
-            key = normalise(match[0]).strip(": \"'“”‘’")
-            continue
-        if kind == "opening":
-            open_containers.append((key, []))
-        elif kind == "closing":
-            yield *open_containers.pop(), True
-        else:
-            open_containers[-1][1].append((key, unquote(match[0]) if kind == "string" else None))
-        key = None
-    while open_containers:
-        yield *open_containers.pop(), False
-
-
-def unquote(string):
+    names, triples, is_graph, position = [], [], False, 0
+    todo = []  # (the key in front of it or None, a JSON value)
     try:
-        return json.loads(f'"{string[1:-1]}"', strict=False).strip()
-    except ValueError:  # an escape or a quote that JSON does not know: 'man\'s "hat"'
-        return string[1:-1].replace("\\", "").strip()
+        while start := re.compile(r"[\[{]").search(text, position):
+            value, position = json.JSONDecoder(strict=False).raw_decode(text, start.start())
+            todo.append((None, value))
+            is_graph |= not value
+    except (ValueError, RecursionError):
+        pass
+    todo.reverse()
+    while todo:
+        key, value = todo.pop()
+        is_graph |= key in GRAPH_KEYS
+        if isinstance(value, dict):
+            parts = [(normalise(own_key), part) for own_key, part in value.items()]
+            roles = {ROLES[own_key]: part for own_key, part in parts if own_key in ROLES}
+            triple = [roles.get(0), roles.get(1), roles.get(2)]
+        elif isinstance(value, list):
+            parts = [(None, part) for part in value]
+            triple = [part for part in value if not isinstance(part, int | float)]  # no score
+            if key in OBJECT_KEYS:
+                names += [part for part in value if isinstance(part, str)]
+            if key not in (None, "triple"):
+                triple = []
+        else:
+            continue
+        if len(triple) == 3 and all(isinstance(part, str) and part.strip() for part in triple):
+            triples.append(triple)
+        todo += reversed(parts)
+    return names, triples, is_graph or bool(triples)
+
+
+def search_text(text, objects, relations):
+    """(names, triples) of the given words, as "objects: s, o", (s, r, o), s -> r -> o, s is r o."""
+    name = rf"(?<!\w)({either(normalise(clean_name(name)) for name in objects)})(?!\w)"
+    relation = either(without_the(relation) for relation in relations)
+    # Between the words of a triple there may be up to 40 of these: punctuation, small words, keys
+    # like "tail":. No two of them match the same text, which keeps the search linear.
+    small = r"\b(?:is|are|to|on|the|an?)\b(?![\"'”’]?\s?:)"
+    gap = rf"(?:[\W_]|{small}|[^\W_]\w{{0,19}}[\"'”’]?\s?:){{1,40}}?"
+    triples = re.findall(rf"(?i){name}{gap}({relation})(?={gap}{name})", text)
+    listed = re.search(rf"(?i)\b(?:{either(OBJECT_KEYS)})\b(?:\W{{0,9}}\[[^\]]*|.*)", text)
+    return re.findall(rf"(?i){name}", listed[0]) if listed else [], triples
+
+
+def restrict(names, triples, objects, relations):
+    """The SceneGraph of what is allowed, in the allowed spelling (None: everything is)."""
+    spellings = {normalise(clean_name(name)): name for name in objects or ()}
+
+    def spell(name):
+        name = clean_name(name)
+        return name if objects is None else spellings.get(normalise(name))
+
+    kept = []
+    for subject, relation, object in triples:
+        triple = spell(subject), clean_relation(relation, relations or ()), spell(object)
+        if all(triple) and (relations is None or triple[1] in relations):
+            kept.append(triple)
+    found = {}
+    for name in [*map(spell, names), *names_in(kept)]:
+        found.setdefault(normalise(name or ""), name)
+    return SceneGraph(filter(None, found.values()), kept)
 
 
 if __name__ == "__main__":
-    gold = parse_prompt("red circle left of blue square; sun above sea", ["left of", "above"])
-    answer = "Sure! {'triples': [['Red circle', 'left_of', 'blue square'], ['sun', 'abo"
-    seen = parse_scene_graph(answer)
+    gold = parse_prompt("a red circle to the left of a blue square; sun", ["left of", "above"])
+    answer = "Sure! {'triples': [['the red circle', 'is left of', 'blue square'], ['sun', 'abo"
+    seen = parse_scene_graph(answer, gold.objects, gold.vocabulary(["above"]))
     print(f"asked: {gold.prompt()}\nVLM: {answer}\nread as: {seen.prompt()}")
     for name, score in sg_iou(seen, gold).items():
         print(f"{name:13} {score:.2f}")

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -324,252 +323,173 @@ def test_a_large_list_is_read_piece_by_piece_and_a_cut_one_is_refused(tmp_path):
         load_graphs(path)
 
 
-ODD = SceneGraph(
-    ["red circle", "blue square", 'man\'s "hat"', "[odd], {name}: \\ (café)", "café ☕"],
-    [("red circle", "left of", "blue square"), ('man\'s "hat"', "on", "café ☕")],
-)
+# ---- answers of VLMs ----
 
 
 def as_json(graph, **options):
     return json.dumps({"objects": graph.objects, "triples": graph.triples}, **options)
 
 
-def same(parsed, graph):
-    return (parsed.objects, parsed.triples) == (graph.objects, graph.triples)
+JSON = as_json(GOLD)
+PAIRS = [dict(zip("sro", triple)) for triple in GOLD.triples]
 
 
-# ---- lenient parser ----
+def as_objects(*keys):
+    return json.dumps([{"id": 3, **dict(zip(keys, t)), "score": 0.9} for t in GOLD.triples])
 
-REPAIRED = {
-    "indented": as_json(GOLD, indent=2),
-    "fence": f"```json\n{as_json(GOLD)}\n```",
-    "nested fences": f"````\n```json\n{as_json(GOLD)}\n```\n````",
-    "prose": f"Here's the user's graph (it isn't \"hard\"): {as_json(GOLD)} I hope it's right!",
-    "smiley": f"Sure :( {as_json(GOLD)} :)",
-    "python": repr({"objects": list(GOLD.objects), "triples": list(GOLD.triples), "score": None}),
-    "literals": as_json(GOLD)[:-1] + ', "done": True, "n": 3.5, "next": null}',
-    "trailing commas": as_json(GOLD).replace("]", ",]").replace("}", ",}"),
-    "no commas": as_json(GOLD).replace(",", " "),
-    "smart quotes": re.sub('"([^"]*)"', r"“\1”", as_json(GOLD)),
-    "single smart": re.sub('"([^"]*)"', r"‘\1’", as_json(GOLD)),
-    "single quotes": as_json(GOLD).replace('"', "'"),
-    "word level": as_json(GOLD).replace('"', ' " ').replace(",", " , ").replace(":", " : "),
-    "key case": as_json(GOLD).replace("objects", " Objects ").replace("triples", "TRIPLES"),
-    "bare keys": as_json(GOLD).replace('"objects"', "objects").replace('"triples"', "triples"),
-    "space before colon": as_json(GOLD).replace('":', '"\t\n :'),
-    "lost bracket": as_json(GOLD).replace('"], "triples"', '", "triples"'),
-    "no last brackets": as_json(GOLD)[:-2],
-    "stray brackets": "]})" + as_json(GOLD) + "]]}",
-    "tuples in lines": "objects: ['red circle', 'blue square']\n"
-    "1. ('red circle', 'left of', 'blue square')\n"
-    "2. ('green triangle', 'above', 'red circle')",
-    "dicts": json.dumps(
-        {
-            "objects": GOLD.objects,
-            "relations": [{"subject": s, "predicate": r, "object": o} for s, r, o in GOLD.triples],
-        }
-    ),
-    "laion keys": json.dumps(
-        [{"Item1": s, "id": 3, "relation": r, "item2": o} for s, r, o in GOLD.triples]
-    ),
-    "too deep": "[" * 1000 + as_json(GOLD),
-    "unclosed first line": '["never closed, \n' + as_json(GOLD),
+
+ANSWERS = {  # each of them says GOLD
+    "json": JSON,
+    "fence": f"```json\n{as_json(GOLD, indent=2)}\n```",
+    "prose": f"Here's the user's graph (it isn't \"hard\") :( {JSON} I hope it's right!",
+    "thoughts": f'<think>Is it [["sun", "on", "sea"]]?</think>{JSON}',
+    "prefilled thoughts": f'Is it [["sun", "on", "sea"]]? </think> {JSON}',
+    "thoughts at the end": f'{JSON}<think>Or [["sun", "on", "sea"]]?',
+    "python": repr({"objects": list(GOLD.objects), "triples": list(GOLD.triples), "n": None}),
+    "trailing commas": JSON.replace("]", ",]").replace("}", ",}"),
+    "no commas": JSON.replace(",", " "),
+    "smart quotes": JSON.replace(' "', " “").replace('["', "[“").replace('"', "”"),
+    "spaces in strings": JSON.replace('"', ' " ').replace(",", " , ").replace(":", " : "),
+    "key case": JSON.replace("objects", " Objects ").replace("triples", "TRIPLES"),
+    "bare keys": JSON.replace('"objects"', "objects").replace('"triples"', "triples"),
+    "lost bracket": JSON.replace('"], "triples"', '", "triples"'),
+    "no last brackets": JSON[:-2],
+    "too deep": "[" * 1000 + JSON,
+    "laion-sg's keys": json.dumps({"scene_graph": GOLD.triples, "object_list": GOLD.objects}),
+    "articles": JSON.replace('"red', '"The red').replace('"above', '"is above'),
+    "prepositions": JSON.replace('"left of', '"is to the left_of'),
+    "scores": JSON.replace('"blue square"], [', '"blue square", 0.9], [').replace("]]", ", 95%]]"),
+    "subject, predicate": as_objects("subject", "predicate", "object"),
+    "item1, relation": as_objects("Item1", "relation", "item2"),
+    "head, relationship": as_objects("head", "relationship", "tail"),
+    "source, target": as_objects("source", "relation", "target"),
+    "s, r, o": as_objects("s", "r", "o"),
 }
+for style, form in {
+    "strings": '"{s} - {r} - {o}"',
+    "tuples": "({s}, {r}, {o})",
+    "angles": "<{s}, {r}, {o}>",
+    "arrows": "{s} -> {r} -> {o}",
+    "long arrows": "{s} --{r}--> {o}",
+    "numbered": "1. {s}, {r}, {o}",
+    "bold": "- **{s}** {r} **{o}**",
+    "bold lines": "2. **{s} - {r} - {o}**",
+    "labeled": "Triple 1: {s} → {r} → {o}.",
+    "quoted": '* "{s}" | "{r}" | "{o}"',
+}.items():
+    lines = [form.format(**pair) for pair in PAIRS]
+    ANSWERS[style] = "Sure, I see, look:\n" + "\n".join(lines)
+ANSWERS["strings"] = json.dumps({"triples": [f"{s} - {r} - {o}" for s, r, o in GOLD.triples]})
 
 
-@pytest.mark.parametrize("case", REPAIRED)
-def test_parser_repairs(case):
-    parsed = parse_scene_graph(REPAIRED[case])
-    assert parsed.triples == GOLD.triples
-    assert set(parsed.objects) == set(GOLD.objects)
-    assert len(parsed.objects) == len(GOLD.objects)
+@pytest.mark.parametrize("style", ANSWERS)
+def test_answers_as_vlms_write_them(style):
+    answer = parse_scene_graph(ANSWERS[style], GOLD.objects, ["left of", "above", "on"])
+    assert answer.triples == GOLD.triples
+    assert sorted(answer.objects) == sorted(GOLD.objects)
 
 
 @pytest.mark.parametrize(
     ("text", "objects"),
     [
-        ("{'objects': ['man's hat', 'dog']}", ("man's hat", "dog")),
-        ("{'objects': ['man\\'s hat', 'dog']}", ("man's hat", "dog")),
-        ("{“objects”: [‘man’s hat’, ‘dog’]}", ("man’s hat", "dog")),
+        ('{"objects": [], "triples": []}', ()),
+        ("```json\n[]\n```", ()),
+        ('{"scene_graph": []}', ()),
         (
-            '{"objects": ["tab\\there", "caf\\u00e9", "\\ud83d\\ude00"]}',
-            ("tab\there", "café", "😀"),
+            '{"objects": ["tab\\there", "caf\\u00e9", "man\'s hat"]}',
+            ("tab here", "café", "man's hat"),
         ),
-        ('{"objects": ["bad \\q escape", "", "  ", "dog "]}', ("bad q escape", "dog")),
-        ('{"objects": [red, 3, None, "dog"]}', ("dog",)),
-        ('{"objects": ["dog", "ca', ("dog",)),
-        ('{"colours": ["red", "green", "blue"], "objects": ["dog"]}', ("dog",)),
-        ('{"objects": {"colour": "red"}}', ()),
-        ('{"objects": ["cat", [[[[[["deep"]]]]]], "dog"]}', ("cat", "dog")),
-        ("", ()),
-        ("no graph [here], none {there}", ()),
+        ('{"objects": [3, null, "", " a dog ", [["cat"]]], "colors": ["a", "b", "c"]}', ("dog",)),
     ],
 )
-def test_parser_objects(text, objects):
-    assert same(parse_scene_graph(text), SceneGraph(objects, ()))
+def test_objects_of_an_answer(text, objects):
+    assert parse_scene_graph(text) == SceneGraph(objects, ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "I see no graph [here], none {there}.", "Sure, a dog, a cat.", "<think>[['a', 'on', 'b']]"]
+    + ['[{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]'],
+)
+def test_an_answer_without_a_graph_is_none(text):
+    assert parse_scene_graph(text) is None
+    assert parse_scene_graph(text, ["dog", "cat", "a", "b"], ["on"]) is None
 
 
 @pytest.mark.parametrize(
     "triple",
-    [
-        '["a", "on"]',
-        '["a", "on", "b", "c"]',
-        '["a", "on", null]',
-        '["a", null, "on", "b"]',
-        '["a", "", "b"]',
-        '{"subject": "a", "relation": "on"}',
-        '{"subject": "a", "relation": "on", "object": null}',
-        '["a", "on", "b"',
-        '{"subject": "a", "relation": "on", "object": "b"',
-    ],
+    ['["sun", "on"]', '["sun", "on", null]', '["sun", "", "sea"]', '["sun", null, "on", "sea"]']
+    + ['{"subject": "sun", "relation": "on"}', '{"s": "sun", "r": "on", "o": null}']
+    + ['["sun", "on", "se', "The sun is not on the sea.", "sun, on the left, sea"],
 )
 def test_an_incomplete_triple_is_no_triple(triple):
-    assert parse_scene_graph('{"triples": [["c", "on", "d"], ' + triple).triples == (
-        ("c", "on", "d"),
+    for text in (triple, f'{{"triples": [{triple}]}}'):
+        graph = parse_scene_graph(text, ["sun", "sea"], ["on"])
+        assert not graph or graph.triples == ()
+
+
+def test_the_vocabulary_restricts_and_spells():
+    text = (
+        '[["RED_circle", "Left_Of", "the sun"], ["sun", "eats", "sun"], ["cow", "left of", "it"]]'
     )
+    graph = parse_scene_graph(text, ["Red Circle", "sun"], ["left of"])
+    assert graph == SceneGraph(("Red Circle", "sun"), (("Red Circle", "left of", "sun"),))
+    assert parse_scene_graph(text, [], []) == SceneGraph((), ())
 
 
-def test_vocabulary_restricts_and_spells():
-    text = as_json(
-        SceneGraph(
-            ["RED_circle", "purple cow", "blue square"],
-            [
-                ("red  circle", "Left_Of", "Blue Square"),
-                ("red circle", "eats", "blue square"),
-                ("purple cow", "left of", "blue square"),
-            ],
-        )
-    )
-    both = parse_scene_graph(text, objects=["Red Circle", "blue square"], relations=["left of"])
-    triples = (("Red Circle", "left of", "blue square"),)
-    assert same(both, SceneGraph(("Red Circle", "blue square"), triples))
-    only_relations = parse_scene_graph(text, relations=["left of"])
-    assert only_relations.objects == ("RED_circle", "purple cow", "blue square")
-    assert [triple[1] for triple in only_relations.triples] == ["left of", "left of"]
-    only_objects = parse_scene_graph(text, objects=["Red Circle", "blue square"])
-    assert [triple[1] for triple in only_objects.triples] == ["Left_Of", "eats"]
-    assert same(parse_scene_graph(text, objects=[], relations=[]), SceneGraph((), ()))
+def test_a_graph_brings_its_own_relations_to_the_listed_ones():
+    graph = SceneGraph([], [("man", "riding", "horse"), ("man", "Left_of", "sun")])
+    assert graph.vocabulary(["above", "left of"]) == ["above", "left of", "riding"]
+    assert graph.vocabulary() == ["riding", "Left_of"]
+    answer = '[["man", "is riding", "horse"]]'
+    assert parse_scene_graph(answer, None, graph.vocabulary(["above"])).triples == graph.triples[:1]
 
 
-def test_objects_only_in_triples_are_added_once():
-    text = '{"objects": ["B"], "triples": [["a", "on", "b"], ["b", "on", "c"], ["a", "on", "c"]]}'
-    assert parse_scene_graph(text).objects == ("B", "a", "c")
-
-
-tidy_text = st.text(min_size=1, max_size=12).map(str.strip).filter(bool)
+tidy_text = st.text(min_size=1, max_size=12).map(sgiou.clean_name)
+tidy_text = tidy_text.filter(lambda text: text and "think>" not in text)
 
 
 @settings(max_examples=1000, deadline=None)
 @given(
-    st.lists(tidy_text, min_size=1, max_size=5),
+    st.lists(tidy_text, min_size=1, max_size=5, unique_by=normalise),
     st.lists(st.tuples(st.integers(0, 4), tidy_text, st.integers(0, 4)), max_size=5),
     st.booleans(),
 )
-def test_json_round_trip_is_exact(objects, links, ensure_ascii):
-    triples = [(objects[a % len(objects)], r, objects[b % len(objects)]) for a, r, b in links]
-    graph = SceneGraph(objects, triples)
-    assert same(parse_scene_graph(as_json(graph, ensure_ascii=ensure_ascii)), graph)
-
-
-def test_every_prefix_holds_only_what_is_complete():
-    texts = [as_json(graph) for graph in (GOLD, ODD)]
-    texts += [as_json(graph, indent=1, ensure_ascii=False) for graph in (GOLD, ODD)]
-    texts += [repr({"objects": list(GOLD.objects), "triples": list(GOLD.triples)})]
-    texts += [REPAIRED["dicts"], REPAIRED["fence"], REPAIRED["word level"]]
-    for text in texts:
-        whole = parse_scene_graph(text)
-        counts = []
-        for end in range(len(text) + 1):
-            part = parse_scene_graph(text[:end])
-            assert part.objects == whole.objects[: len(part.objects)]
-            assert part.triples == whole.triples[: len(part.triples)]
-            counts.append(len(part.objects) + len(part.triples))
-        assert counts == sorted(counts)
-        assert counts[0] == 0
-        assert counts[-1] == len(whole.objects) + len(whole.triples) > 4
-
-
-def check_any(text):
-    """What must hold for every string: a graph comes back, tidy, and inside the vocabulary."""
-    free = parse_scene_graph(text)
-    assert all(name and name == name.strip() for name in free.objects)
-    names = {sgiou.normalise(name) for name in free.objects}
-    for subject, relation, other in free.triples:
-        assert relation
-        assert {sgiou.normalise(subject), sgiou.normalise(other)} <= names
-    bound = parse_scene_graph(text, objects=["red circle", "sun"], relations=["left of"])
-    assert set(bound.objects) <= {"red circle", "sun"}
-    assert {triple[1] for triple in bound.triples} <= {"left of"}
-    assert len(bound.triples) <= len(free.triples)
-
-
-@settings(max_examples=3000, deadline=None)
-@given(st.text(max_size=200))
-def test_any_text(text):
-    check_any(text)
+def test_what_is_json_is_read_exactly(names, links, ensure_ascii):
+    triples = [(names[a % len(names)], f"x{r}", names[b % len(names)]) for a, r, b in links]
+    graph = SceneGraph(names, triples)
+    assert parse_scene_graph(as_json(graph, ensure_ascii=ensure_ascii)) == graph
 
 
 SHARDS = st.sampled_from(
-    ["[", "]", "{", "}", "(", ")", '"', "'", "“", "”", "‘", "’", ":", ",", "\\", "\n", " ", "```"]
-    + ["objects", "triples", '"objects":', '"red circle"', "'left of'", "None", "a", "\\u12", "é"]
-    + ['["red circle", "left of", "sun"]', '{"subject": "sun", "relation": "left of",']
+    [*"[]{}()<>\"'“”‘’:,\\\n "]
+    + ["objects", '"triples":', '"red circle"', "left of", "None", "a", "\\u12", "é", "0.9", "->"]
+    + ['["red circle", "left of", "sun"]', '{"subject": "sun", "relation": "left of",', "**", "1. "]
+    + ["<think>", "</think>", JSON, "- sun - left of - red circle\n"]
 )
 
 
-@settings(max_examples=3000, deadline=None)
-@given(st.lists(SHARDS, max_size=40).map("".join))
-def test_any_shards_of_json(text):
-    check_any(text)
+@settings(max_examples=5000, deadline=None)
+@given(st.one_of(st.text(max_size=200), st.lists(SHARDS, max_size=40).map("".join)))
+def test_any_text_gives_a_tidy_graph_or_none(text):
+    for vocabulary in ((), (["red circle", "sun"], ["left of"])):
+        graph = parse_scene_graph(text, *vocabulary) or SceneGraph((), ())
+        assert all(name and name == name.strip() for name in graph.objects)
+        assert {*sgiou.names_in(graph.triples)} <= {*graph.objects} or not vocabulary
+        assert {relation for _, relation, _ in graph.triples} <= {"left of"} or not vocabulary
 
 
-@settings(max_examples=3000, deadline=None)
-@given(
-    st.sampled_from([as_json(GOLD), as_json(ODD), REPAIRED["python"], REPAIRED["fence"]]),
-    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 6), SHARDS), min_size=1, max_size=5),
-)
-def test_any_mutation_of_an_answer(text, edits):
-    for place, removed, inserted in edits:
-        place %= len(text) + 1
-        text = text[:place] + inserted + text[place + removed :]
-    check_any(text)
+HUGE = ["[", '{"a":', "[]", '["', "['a", '["\\"', "\\", '["a\n', '["a", ', " ", "a:", "_:", "the "]
+HUGE += ["<think>", "</think>", "red circle ", "red circle left of ", "red circle, left_of; ", JSON]
 
 
-MILLION = 1_000_000
-HUGE = {
-    "brackets": "[" * MILLION,
-    "braces": '{"a":' * (MILLION // 5),
-    "closed nest": "[" * MILLION + "]" * MILLION,
-    "quotes": "[" + '"' * MILLION,
-    "single quotes": "['" + "a'" * (MILLION // 2),
-    "escaped quotes": '["' + '\\"' * (MILLION // 2),
-    "backslashes": '["' + "\\" * MILLION,
-    "smart quotes": "[" + "‘’a" * (MILLION // 3),
-    "spaces": "[a" + " " * MILLION + "b",
-    "broken lines": "[" + '"a\n' * (MILLION // 3),
-    "one word": "[" + "a" * MILLION,
-    "one string": '["' + "a" * MILLION,
-    "prose": 'it\'s a "test" ' * (MILLION // 14),
-}
-
-
-@pytest.mark.parametrize("case", HUGE)
-def test_megabytes_take_seconds_at_most(case):
+@pytest.mark.parametrize("shard", HUGE)
+def test_a_long_answer_takes_seconds_at_most(shard):
+    text = shard * (200_000 // len(shard))  # in quadratic time it would take minutes
     start = time.process_time()
-    graph = parse_scene_graph(HUGE[case])
-    assert time.process_time() - start < 5
-    assert not graph.triples
-
-
-def test_a_megabyte_of_answers_is_read_in_full():
-    answer = as_json(GOLD) + "\n"
-    copies = MILLION // len(answer)
-    start = time.process_time()
-    graph = parse_scene_graph(answer * copies)
-    assert time.process_time() - start < 5
-    assert graph.triples == GOLD.triples
-    assert sg_iou(graph, GOLD)["sg_iou"] == 1.0
-    nested = parse_scene_graph("[" * MILLION + answer)
-    assert nested.triples == GOLD.triples
+    parse_scene_graph(text, GOLD.objects, RELATIONS)
+    parse_scene_graph("[a" + text)
+    assert time.process_time() - start < 10
 
 
 # ---- the file alone ----
@@ -577,7 +497,6 @@ def test_a_megabyte_of_answers_is_read_in_full():
 
 def test_the_file_works_alone_in_an_empty_folder(tmp_path):
     shutil.copy(sgiou.__file__, tmp_path / "sgiou.py")
-    start = time.perf_counter()
     demo = subprocess.run(
         [sys.executable, "-I", "sgiou.py"],
         cwd=tmp_path,
@@ -586,9 +505,6 @@ def test_the_file_works_alone_in_an_empty_folder(tmp_path):
         text=True,
         check=True,
     )
-    assert time.perf_counter() - start < 5
-    assert "read as: Red circle left_of blue square" in demo.stdout
-    assert "sg_iou        0.50" in demo.stdout
-    assert "entity_iou    0.50" in demo.stdout
-    assert demo.stderr == ""
-    assert os.listdir(tmp_path) == ["sgiou.py"]
+    assert "read as: red circle left of blue square" in demo.stdout
+    assert "entity_iou    0.67" in demo.stdout
+    assert demo.stderr == "" and os.listdir(tmp_path) == ["sgiou.py"]
