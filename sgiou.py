@@ -109,9 +109,10 @@ def find_relation(text, relations):
     "left of" is also found as "is to the left of", and "on top of" as "on the top of"; of
     relations that start at the same place the longest is taken.
     """
-    listed = {without_the(relation): relation for relation in reversed(relations)}
-    before = "(?:(?:is|are)[ _])?(?:(?:to|on)[ _])?(?:the[ _])?"
-    match = listed and re.search(rf"(?i)(?<!\S){before}({either(listed)})(?!\S)", text)
+    listed = {without_the(relation): relation for relation in relations if normalise(relation)}
+    before = "(?:(?:is|are|was|were)[ _])?(?:(?:to|on)[ _])?(?:the[ _])?"
+    pattern = rf"(?i)(?<!\S){before}({either(listed)})(?!\S)"
+    match = re.search(pattern, text) if listed else None
     if not match:
         return None
     subject, object = text[: match.start()], text[match.end() :]
@@ -170,7 +171,7 @@ def misread(name, relations):
         return "two relations in one clause"
     if found := find_relation(name, SPATIAL):
         return f"{found[1]!r} is not listed under `relations`"
-    if match := re.search(r"(?i) (an?|the|is|are) ", name):
+    if match := re.search(r"(?i) (an?|the|is|are|was|were) ", name):
         return f"{match[1]!r} inside a name"
     return None
 
@@ -246,7 +247,7 @@ def read_graph(entry, relations, place, skipped):
     if isinstance(entry, str) and entry.startswith("{"):
         entry = json.loads(entry)
     if isinstance(entry, str):
-        graph = parse_prompt(entry, [*relations, *SPATIAL])
+        graph = parse_prompt(entry, [*SPATIAL, *relations])  # yours replace an equal one
         if not relations and not graph.triples:
             raise ValueError("no known relation; list your relation words under `relations`")
         return graph

@@ -99,6 +99,7 @@ def test_prompt_names_every_object_once():
         ("red circle left of blue square", "red circle left of blue square"),
         ("A red circle to the left of the blue square.", "red circle left of blue square"),
         ("red circle is on the left of blue square;", "red circle left of blue square"),
+        ("the sun was above the sea", "sun above sea"),
         ("Red_Circle  LEFT_OF\tan owl; sun", "Red_Circle left of owl; sun"),
         ("\ufeffsun on the top of rug;; ;", "sun on top of rug"),
         ("sun on rug; sun on rug; rug on sun", "sun on rug; rug on sun"),
