@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from config import LoopConfig, load_config
 from diffuser import Diffuser
 from loop import build, check_call, first_of_its_place, warn_once
-from sgiou import SceneGraph, load_laion_sg
+from sgiou import SceneGraph, load_graphs
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(
@@ -31,7 +31,7 @@ def loop():
 
 @pytest.fixture(scope="module")
 def graphs():
-    return load_laion_sg(ROOT / "tiny" / "data" / "val.json")
+    return load_graphs(ROOT / "tiny" / "data" / "val.json")
 
 
 def difference(first, second):
