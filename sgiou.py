@@ -374,7 +374,7 @@ def search_text(text, objects, relations):
     # like "tail":. No two of them match the same text, which keeps the search linear.
     small = r"\b(?:is|are|to|on|the|an?)\b(?![\"'”’]?\s?:)"
     gap = rf"(?:[\W_]|{small}|[^\W_]\w{{0,19}}[\"'”’]?\s?:){{1,40}}?"
-    triples = re.findall(rf"(?i){name}{gap}({relation})(?={gap}{name})", text)
+    triples = re.findall(rf"(?i){name}{gap}(?<!\w)({relation})(?!\w)(?={gap}{name})", text)
     listed = re.search(rf"(?i)\b(?:{either(OBJECT_KEYS)})\b(?:\W{{0,9}}\[[^\]]*|.*)", text)
     return re.findall(rf"(?i){name}", listed[0]) if listed else [], triples
 

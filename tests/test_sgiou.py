@@ -421,7 +421,7 @@ def test_an_answer_without_a_graph_is_none(text):
     "triple",
     ['["sun", "on"]', '["sun", "on", null]', '["sun", "", "sea"]', '["sun", null, "on", "sea"]']
     + ['{"subject": "sun", "relation": "on"}', '{"s": "sun", "r": "on", "o": null}']
-    + ['["sun", "on", "se', "The sun is not on the sea.", "sun, on the left, sea"],
+    + ['["sun", "on", "se', "The sun is not on the sea.", "sun, on the left, sea", "sun, one: sea"],
 )
 def test_an_incomplete_triple_is_no_triple(triple):
     for text in (triple, f'{{"triples": [{triple}]}}'):
