@@ -15,6 +15,7 @@
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import re
@@ -209,6 +210,7 @@ def build(config):
     check_call("editor.call", type(editor.pipeline), editor.call)
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
+            _named(f"{name}.adapter", check_sums, folder)
             _named(f"{name}.adapter", part.load_adapter, folder)
     if config.editor.checkpointing:
         editor.pipeline.transformer.enable_gradient_checkpointing()
@@ -231,6 +233,19 @@ def first_of_its_place():
         return not (place in seen or seen.add(place))
 
     return is_first
+
+
+def sha256_sums(folder):
+    """The files of an adapter folder with their sha256, in the format of the sha256sum program."""
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
+    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files)
+
+
+def check_sums(folder):
+    """Raise ValueError if files have changed since train.py wrote them; others' folders pass."""
+    path = Path(folder) / "SHA256SUMS"
+    if path.exists() and path.read_text() != sha256_sums(folder):
+        raise ValueError(f"{path} does not match the files; one of them is damaged or was changed")
 
 
 def device_and_dtype(part):
