@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import LoopConfig, load_config
-from diffuser import Diffuser
-from loop import build, check_call, first_of_its_place, warn_once
+from diffuser import Diffuser, check_call
+from loop import build, once_per_place
 from sgiou import SceneGraph, load_graphs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -191,20 +191,20 @@ def test_a_typo_in_a_call_is_told(monkeypatch):
 
 
 def test_another_size_than_asked_is_told_once(loop, graphs, monkeypatch, capsys):
-    warn_once.cache_clear()
+    monkeypatch.setattr(loop.diffuser, "size_reported", False)
     call = loop.diffuser.call | {"width": 50, "height": 30}
     monkeypatch.setattr(loop.diffuser, "call", call)
     for _ in range(2):
         assert loop.start(graphs[:1], [0])[0].steps[0].image.size != (50, 30)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "'diffuser.call': asked for 50 x 30 pixels" in line
-    assert "the images have 40 x 24" in line
+    assert "'diffuser.call': asked for width and height (50, 30)" in line
+    assert "the images have (40, 24)" in line
 
 
 def test_warnings_of_diffusers_are_shown_once(loop):
     """`build` turns them on after loading. They are about arguments that a pipeline ignores."""
     assert logging.getLogger("diffusers").getEffectiveLevel() == logging.WARNING
-    is_new = first_of_its_place()
+    is_new = once_per_place()
     first = logging.LogRecord("diffusers", logging.WARNING, "a.py", 1, "ignored: 1", (), None)
     again = logging.LogRecord("diffusers", logging.WARNING, "a.py", 1, "ignored: 2", (), None)
     other = logging.LogRecord("diffusers", logging.WARNING, "a.py", 2, "too long", (), None)

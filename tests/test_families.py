@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "gpu"))
 
 import architectures  # noqa: E402
+from memory import checkpoint_vlm, take_turns  # noqa: E402
+from phases import ActorPhase, Batch, EditorPhase, State  # noqa: E402
+from rollout import find_mixture, mix  # noqa: E402
 
 from actor import Actor  # noqa: E402
 from checker import Checker, reflect  # noqa: E402
@@ -27,9 +30,6 @@ from config import LoopConfig, load_config  # noqa: E402
 from diffuser import Diffuser  # noqa: E402
 from editor import Editor  # noqa: E402
 from loop import build  # noqa: E402
-from memory import checkpoint_vlm, take_turns  # noqa: E402
-from phases import ActorPhase, Batch, EditorPhase, State  # noqa: E402
-from rollout import find_mixture, mix  # noqa: E402
 from sgiou import SceneGraph  # noqa: E402
 from train import update  # noqa: E402
 

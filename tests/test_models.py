@@ -14,11 +14,11 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from table import HEADINGS
 
 import loop as program
 from config import LoopConfig, load_config
 from sgiou import SceneGraph, load_graphs, sg_iou
-from table import HEADINGS
 from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -12,11 +12,11 @@ import time
 from contextlib import contextmanager
 
 import torch
+from phases import ActorPhase, EditorPhase
 
 from config import load_config
 from grpo import token_log_probs
 from loop import build
-from phases import ActorPhase, EditorPhase
 from sgiou import load_graphs
 from train import TrainConfig, collect, fresh_states, update
 
