@@ -8,7 +8,7 @@ Both phases repeat the same seven steps in every iteration:
     3 reward      the Checker's score of the edited image against the prompt's scene graph
     4 advantages  each sample compared with the other samples of its group
     5 reference   log-probs or means of the base model, for the KL
-    6 replay      the recorded actions get a log-prob again, now with gradient
+    6 replay      log-probs of the recorded actions again, now with gradient
     7 update      clipped loss + KL, one optimizer step
 
                    phase 1: the Actor                 phase 2: the Editor
@@ -19,8 +19,8 @@ Both phases repeat the same seven steps in every iteration:
     shares         edits: instructions are compared,  latents and all steps before the window: the
                    not the Editor's luck              noise in the window is compared
 
-An iteration has `rounds` rounds of steps 1-3: a later round starts from what the one before made,
-as in the loop. All randomness is drawn from (seed, iteration, round), so a resumed run ends with
+Steps 2-4 run `rounds` times: a later round starts from what the one before made, as in the loop.
+All randomness is drawn from (seed, iteration, round), so a resumed run ends with
 the same adapter, on a CPU bit for bit.
 
     python train.py --phase 1 --config phase1.yaml
@@ -44,7 +44,7 @@ from pathlib import Path
 # Waiting OpenMP threads spin. By default they do it for so long that a second busy process makes an
 # iteration ten times slower. Has to be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
-if __name__ == "__main__":  # until there is something to save, Ctrl-C simply ends the process
+if __name__ == "__main__":  # Ctrl-C before training has begun: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
@@ -56,7 +56,7 @@ from config import TrainConfig, load_config
 from grpo import clipped_loss, gaussian_kl, group_advantages, k3_kl
 from loop import Trajectory, build, sha256_sums
 from report import record, say, write
-from sgiou import SceneGraph, load_laion_sg
+from sgiou import SceneGraph, load_graphs
 
 # Added to the seed of a round, so that its edits and their noise have seeds of their own.
 EDIT_SEEDS, NOISE_SEEDS = 2_000_000, 1_000_000
@@ -120,8 +120,8 @@ def phase1(loop, config, resume=False):
             # Carry out the instructions. All edits of a group have one seed, so that their rewards
             # differ only by the instruction; equal instructions of a group are edited only once,
             # and those that were tried on this image before not at all.
-            asked = list(zip(groups, proposals.instructions))  # (N)
-            edits = [pair for pair in dict.fromkeys(asked) if is_new_edit(states[pair[0]], pair[1])]
+            pairs = list(zip(groups, proposals.instructions))  # (N)
+            edits = [pair for pair in dict.fromkeys(pairs) if is_new_edit(states[pair[0]], pair[1])]
             images = loop.editor.edit(
                 [states[group].image for group, _ in edits],
                 [instruction for _, instruction in edits],
@@ -137,14 +137,14 @@ def phase1(loop, config, resume=False):
                 pair: State(states[pair[0]].graph, image, reflection)
                 for pair, image, reflection in zip(edits, images, reflections)
             }
-            after = [edited.get(pair, states[pair[0]]) for pair in asked]  # (N)
+            after = [edited.get(pair, states[pair[0]]) for pair in pairs]  # (N)
             rewards = [
                 state.reflection.score - config.malformed * (instruction is None)
                 for state, instruction in zip(after, proposals.instructions)
             ]  # (N)
 
             # 4. Advantages within each group.
-            advantages, kept = compare(rewards, groups, config)  # (N, 1) each
+            advantages, kept = compare(rewards, config)  # (N, 1) each
             rounds.append(Samples(before, after, rewards, advantages, kept, proposals))
             states = next_states(before, after, proposals.instructions, G, rng)
 
@@ -206,14 +206,15 @@ def phase2(loop, config, resume=False):
         states, satisfied = unsatisfied_images(loop, run.graphs, config, iteration)
         run.lap("generate")
         rounds = []  # the `Samples` of each round
-        asked = 0  # states for which the Actor was asked for an instruction
+        states_asked = 0  # of the Actor, for an instruction
         for round in range(config.rounds):
             if not states:
                 break
             rng = random.Random(f"{config.seed} round {iteration} {round}")
             seed = rng.randrange(1 << 30)
 
-            # 2. One instruction per state. A state for which the Actor writes none is left out.
+            # 2. One instruction per state. A state for which the Actor writes none, or one that was
+            # tried, is dropped for this iteration.
             proposals = loop.actor.propose(
                 [state.image for state in states],
                 [state.graph.prompt() for state in states],
@@ -226,7 +227,7 @@ def phase2(loop, config, resume=False):
                 for state, instruction in zip(states, proposals.instructions)
                 if is_new_edit(state, instruction)
             ]
-            asked += len(states)
+            states_asked += len(states)
             run.lap("act")
 
             # Sample G edits per state. A group shares the instruction, the initial latents and all
@@ -262,7 +263,7 @@ def phase2(loop, config, resume=False):
             rewards = [reflection.score for reflection in reflections]  # (N)
 
             # 4. Advantages within each group.
-            advantages, kept = compare(rewards, groups, config)  # (N, 1) each
+            advantages, kept = compare(rewards, config)  # (N, 1) each
             rounds.append(Samples(before, after, rewards, advantages, kept, rollouts))
             states = next_states(before, after, instructions, G, rng)
 
@@ -287,7 +288,7 @@ def phase2(loop, config, resume=False):
                 references = [editor.log_probs(step)[1] for step, *_ in batches]
 
         metrics = describe(rounds, satisfied, config)
-        metrics["unedited"] = 1 - metrics["groups"] / max(asked, 1)
+        metrics["unedited"] = 1 - metrics["groups"] / max(states_asked, 1)
         set_learning_rate(optimizer, config, iteration)
         for update in range(config.updates if batches else 0):  # Adam moves even on a zero gradient
             optimizer.zero_grad()
@@ -301,9 +302,9 @@ def phase2(loop, config, resume=False):
                     if update == 0:
                         difference = log_probs, old_log_probs, mask, count
                         check_on_policy(*difference, "replay_error", config, metrics)
-                    # 7. Update, as in phase 1. E[log rho] = -KL(old, new): with thousands of
-                    # dimensions rho falls below the clip range whatever the advantage. GRPO-Guard
-                    # (arXiv 2510.22319) adds the KL back.
+                    # 7. Update, as in phase 1. Averaged over the noise, log rho is -KL(old, new),
+                    # for good and bad samples alike: with thousands of dimensions rho would lie
+                    # below the clip range. GRPO-Guard (arXiv 2510.22319) adds the KL back.
                     log_probs = log_probs + gaussian_kl(mean, step.mean, std)[:, None]
                     kl = gaussian_kl(mean, references[index], std)[:, None] if references else None
                     loss = policy_loss(
@@ -356,12 +357,11 @@ def next_states(before, after, instructions, group_size, rng):
     return states
 
 
-def compare(rewards, groups, config):
+def compare(rewards, config):
     """Advantages (N, 1), and which samples are kept (N, 1): False in flat groups."""
-    pair = group_advantages(
-        torch.tensor(rewards), torch.tensor(groups), config.advantage_eps, config.flat_range
-    )
-    return [each[:, None] for each in pair]
+    rewards = torch.tensor(rewards).view(len(rewards) // config.group_size, -1)  # (groups, G)
+    advantages, kept = group_advantages(rewards, config.advantage_eps, config.flat_range)
+    return advantages.reshape(-1, 1), kept.expand_as(rewards).reshape(-1, 1)
 
 
 def check_on_policy(log_probs, old_log_probs, mask, count, limited, config, metrics):
@@ -431,15 +431,15 @@ def describe(rounds, satisfied, config):
     rewards = [reward for samples in rounds for reward in samples.rewards]
     before = [state.reflection.score for samples in rounds for state in samples.before]
     kept = [flag for samples in rounds for flag in samples.kept.flatten().tolist()]
-    average = mean(rewards)
+    center = average(rewards)
     return {
-        "reward": average,
-        "reward_std": mean([(reward - average) ** 2 for reward in rewards]) ** 0.5,
-        "before": mean(before),
+        "reward": center,
+        "reward_std": average([(reward - center) ** 2 for reward in rewards]) ** 0.5,
+        "before": average(before),
         "solved_at_once": satisfied,
         "samples": len(rewards),
         "groups": len(rewards) // config.group_size,
-        "flat_groups": 1 - mean(kept) if kept else 0,
+        "flat_groups": 1 - average(kept),
         "skipped": 0,
     }
 
@@ -451,14 +451,14 @@ def describe_completions(rounds):
     proposals = [samples.actions for samples in rounds]
     instructions = [instruction for each in proposals for instruction in each.instructions]
     return {
-        "malformed": mean([instruction is None for instruction in instructions]),
-        "none": mean([instruction == "none" for instruction in instructions]),
-        "truncated": mean([cut for each in proposals for cut in each.truncated]),
+        "malformed": average([instruction is None for instruction in instructions]),
+        "none": average([instruction == "none" for instruction in instructions]),
+        "truncated": average([cut for each in proposals for cut in each.truncated]),
         "length": sum(each.mask.sum().item() for each in proposals) / len(instructions),
     }
 
 
-def mean(values):
+def average(values):
     return sum(values) / max(len(values), 1)
 
 
@@ -481,12 +481,12 @@ def validate(loop, first, config):
     trajectories = [Trajectory(t.graph, t.seed, list(t.steps)) for t in first]
     for _ in range(config.rounds):
         loop.advance(trajectories)
-    metrics = {"val_checker": mean([t.best.reflection.score for t in trajectories])}
+    metrics = {"val_checker": average([t.best.reflection.score for t in trajectories])}
     if config.exact:
         from tiny.world import exact_scores
 
         scores = exact_scores([t.best.image for t in trajectories], [t.graph for t in trajectories])
-        metrics["val_sg_iou"] = mean([score["sg_iou"] for score in scores])
+        metrics["val_sg_iou"] = average([score["sg_iou"] for score in scores])
     return metrics, trajectories
 
 
@@ -499,7 +499,6 @@ class Run:
     """
 
     MAY_CHANGE = ("iterations", "validate_every", "run")  # keys that a resumed run may change
-    PATIENCE = 5  # iterations in a row with nothing to learn before the run says so
 
     def __init__(self, loop, config, trained, parameters, optimizer, resume):
         self.loop, self.config, self.trained = loop, config, trained
@@ -507,10 +506,10 @@ class Run:
         self.folder = Path(config.run)
         self.checkpoint = self.folder / "checkpoint.safetensors"
         (self.folder / "adapter").mkdir(parents=True, exist_ok=True)
-        # Released when this process exits for any reason.
         self.lock = open(self.folder / "lock", "a")
         try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Released when this process exits for any reason. A notebook may lock it again.
+            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise ValueError(f"{self.folder}: another process is training in this folder") from None
         if resume != self.checkpoint.exists():
@@ -535,19 +534,11 @@ class Run:
             f"{config.groups} states x {config.group_size} samples in each of {config.rounds} "
             f"rounds, {config.updates} updates"
         )
-        self.stopped = False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self.stop)
         self.seconds, self.began = {}, time.perf_counter()
 
     def read(self, path, limit):
-        return self.loop.diffuser.readable(load_laion_sg(path, limit), path)
-
-    def stop(self, number, frame):
-        """Handle a signal: stop after this iteration, or at once if it is the second signal."""
-        signal.signal(number, signal.SIG_DFL)
-        self.stopped = True
-        say("stopping after this iteration; once more to stop at once")
+        graphs = load_graphs(path, self.config.relations, limit)
+        return self.loop.diffuser.readable(graphs, path)
 
     def lap(self, stage):
         """Add the time since the last lap to a stage."""
@@ -566,13 +557,16 @@ class Run:
         self.log(done, metrics, f"  {sum(self.seconds.values()):.1f}s")
         with (self.folder / "seconds.jsonl").open("a") as file:
             file.write(json.dumps({"iteration": done} | self.seconds) + "\n")
-        self.warn()
+        recent = self.rows[1:][-5:]  # row 0 is from before training
+        if len(recent) == 5 and all(row["flat_groups"] > 0.95 or row["skipped"] for row in recent):
+            say(
+                "warning: nothing was learned in 5 iterations, because the rewards within each "
+                "group are the same or gradients are not finite; look at the report"
+            )
         if validated:
             self.save_adapter()
             record(self.folder, trajectories, done)
         self.save_checkpoint()
-        if self.stopped:
-            raise KeyboardInterrupt
         self.seconds, self.began = {}, time.perf_counter()
 
     def save_adapter(self):
@@ -593,22 +587,6 @@ class Run:
         names += " clipped_low clipped_high val_checker val_sg_iou"
         shown = [f"{name} {metrics[name]:.3g}" for name in names.split() if name in metrics]
         say(f"{done:4d}  {'  '.join(shown)}{end}")
-
-    def warn(self):
-        """Say so if nothing was learned for some time; raise if no gradient was finite."""
-        recent = self.rows[1:][-self.PATIENCE :]
-        if len(recent) < self.PATIENCE:
-            return
-        if all(row["skipped"] for row in recent):
-            raise FloatingPointError(
-                f"gradients were not finite in {self.PATIENCE} iterations in a row; the checkpoint "
-                "is from before any harm: lower learning_rate, or use a wider dtype"
-            )
-        if all(row["flat_groups"] > 0.95 or not row["samples"] for row in recent):
-            say(
-                f"warning: nothing to learn from in {self.PATIENCE} iterations: the rewards within "
-                "each group are the same, or no image fails the Checker; look at the report"
-            )
 
     def fingerprint(self):
         """What a resumed run must share: the config and the content of the files it reads."""
@@ -692,17 +670,23 @@ def main():
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
     arguments = parser.parse_intermixed_args()
     path = arguments.config or f"phase{arguments.phase}.yaml"
+
+    def stop(*_):
+        """End at once. Nothing is lost but this iteration: the checkpoint is complete."""
+        words = ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
+        say(f"stopped; continue with: {shlex.join(words)}")
+        os._exit(1)
+
     try:
         config = load_config(path, TrainConfig, arguments.overrides)
         if config.phase not in (None, arguments.phase):
             raise ValueError(f"{path}: is for phase {config.phase}; use --phase {config.phase}")
-        train = (phase1, phase2)[arguments.phase - 1]
-        train(build(config), config, arguments.resume)
+        loop = build(config)
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
+        (phase1, phase2)[arguments.phase - 1](loop, config, arguments.resume)
     except (ValueError, FloatingPointError, RuntimeError, OSError, SafetensorError) as error:
         sys.exit(" ".join(f"train.py: {error}".split()))
-    except KeyboardInterrupt:
-        words = ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
-        sys.exit(f"stopped; continue with: {shlex.join(words)}")
 
 
 if __name__ == "__main__":
