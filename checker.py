@@ -57,13 +57,13 @@ def triple_question(triple):
 
 def questions(graph):
     """One question per object, then one per triple."""
-    return [*map(object_question, graph.objects), *map(triple_question, graph.triples)]
+    return [*map(object_question, graph.labels()), *map(triple_question, graph.triples)]
 
 
 def reflect(graph, probs, mass=1.0):
     """The `Reflection` made of P(yes) per object and triple of a graph; numbers or tensors."""
     probs = tuple(float(prob) for prob in probs)
-    objects = list(zip(graph.objects, probs))
+    objects = list(zip(graph.labels(), probs))
     triples = list(zip(graph.triples, probs[len(objects) :]))
     means = [sum(p for _, p in part) / len(part) for part in (objects, triples) if part]
     missing = [name for name, p in objects if p < 0.5]

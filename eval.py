@@ -31,7 +31,7 @@ from checker import Checker
 from config import LoopConfig, load_config
 from loop import Loop, Trajectory, build, device_and_dtype
 from report import record, report, say, write
-from sgiou import load_laion_sg, parse_scene_graph, sg_iou
+from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
 
 IOUS = ("sg_iou", "entity_iou", "relation_iou")
 HEADINGS = {
@@ -193,29 +193,33 @@ def extract_request(graph, relations):
     )
 
 
-def extract(vlm, images, graphs, relations=None, max_new_tokens=256):
+def extract(vlm, images, graphs, relations=()):
     """The scene graph that a VLM (a `Checker`) writes down for each image, as LAION-SG measures.
 
-    relations: the words it may use; None takes those of each graph.
+    relations: words that it may use besides those of each graph. Says how many answers could not be
+    read; they count as empty graphs.
     """
     import torch
 
-    allowed = [relations or list({r: 0 for _, r, _ in graph.triples}) for graph in graphs]
-    texts = [extract_request(*asked) for asked in zip(graphs, allowed)]
+    words = [graph.vocabulary(relations) for graph in graphs]
+    texts = [extract_request(*asked) for asked in zip(graphs, words)]
     answers = []
     for start in range(0, len(texts), vlm.batch_size):
         part = slice(start, start + vlm.batch_size)
         inputs = vlm.inputs(EXTRACT, images[part], texts[part])
         with torch.no_grad():
             ids = vlm.model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0
+                **inputs, max_new_tokens=256, do_sample=False, repetition_penalty=1.0
             )
         completions = ids[:, inputs["input_ids"].shape[1] :]
         answers += vlm.processor.batch_decode(completions, skip_special_tokens=True)
-    return [
-        parse_scene_graph(answer, graph.objects, words)
-        for answer, graph, words in zip(answers, graphs, allowed)
+    seen = [
+        parse_scene_graph(answer, graph.objects, allowed)
+        for answer, graph, allowed in zip(answers, graphs, words)
     ]
+    if None in seen:
+        say(f"  {seen.count(None)} of {len(seen)} answers of the judge hold no scene graph")
+    return [graph or SceneGraph((), ()) for graph in seen]
 
 
 def judge_request(prompt):
@@ -293,7 +297,8 @@ def run(arguments):
         raise ValueError(f"{arguments.config}: key 'evaluation' is missing; add it")
     if config.rounds < 1:
         raise ValueError(f"{arguments.config}: key 'rounds' is 0; make it 1 or more to evaluate")
-    graphs = load_laion_sg(settings.data, None if arguments.full else settings.limit)
+    limit = None if arguments.full else settings.limit
+    graphs = load_graphs(settings.data, config.relations, limit)
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     made_with = {"config": asdict(config), "prompts": len(graphs)}

@@ -27,7 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 from config import LoopConfig, load_config
 from report import record, save_images, say, story
-from sgiou import SceneGraph, load_laion_sg, parse_prompt
+from sgiou import SceneGraph, load_graphs, parse_prompt
 
 PROMPTS_PER_BATCH = 32  # of a file of prompts; images are written after each batch
 ATTEMPTS = 8  # completions that an Actor gets to write an instruction that was not tried before
@@ -197,7 +197,7 @@ def build(config):
     if _same_weights(config.editor, config.diffuser):
         editor = Editor(diffuser.pipeline, **for_editor)
     else:
-        editor = load(Editor, "editor", for_editor)
+        editor = Editor(load(Diffuser, "editor", {}).pipeline, **for_editor)
     checker = load(Checker, "checker", settings("checker"))
     _named("checker.model", lambda _: checker.probe(), config.checker.model)
     for_actor = settings("actor", "max_new_tokens", "temperature")
@@ -273,31 +273,12 @@ def _named(key, load, path, *more, **settings):
         raise ValueError(f"key '{key}': cannot load {path!r}: {reason}") from None
 
 
-def read_prompts(path, relations):
-    """Scene graphs from a LAION-SG file (.json) or a text file with one prompt per line."""
-    if path.endswith(".json"):
-        return load_laion_sg(path)
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); check the path") from None
-    graphs = []
-    for number, line in enumerate(lines, 1):
-        try:
-            graphs += [parse_prompt(line, relations)] if line.strip() else []
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    if not graphs:
-        raise ValueError(f"{path}: holds no prompt; write one per line")
-    return graphs
-
-
 def main():
     parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, images out.")
     parser.add_argument(
         "prompt", nargs="*", help='"red circle left of blue square; ...", key=value'
     )
-    parser.add_argument("--prompts", help="a file instead: one prompt per line, or LAION-SG JSON")
+    parser.add_argument("--prompts", help="a file of prompts instead, see sgiou.load_graphs")
     parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out", help="folder for images and report")
@@ -310,7 +291,7 @@ def main():
         # "evaluation=": the test prompts of the config are not needed here, so may be missing.
         config = load_config(arguments.config, LoopConfig, [*overrides, "evaluation="])
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
-        graphs = graphs or read_prompts(arguments.prompts, config.relations)
+        graphs = graphs or load_graphs(arguments.prompts, config.relations)
         loop = build(config)
         for graph in graphs:
             if problem := loop.diffuser.problem(graph.prompt()):

@@ -56,7 +56,7 @@ from config import TrainConfig, load_config
 from grpo import clipped_loss, gaussian_kl, group_advantages, k3_kl
 from loop import Trajectory, build, sha256_sums
 from report import record, say, write
-from sgiou import SceneGraph, load_laion_sg
+from sgiou import SceneGraph, load_graphs
 
 # Added to the seed of a round, so that its edits and their noise have seeds of their own.
 EDIT_SEEDS, NOISE_SEEDS = 2_000_000, 1_000_000
@@ -529,7 +529,8 @@ class Run:
         self.seconds, self.began = {}, time.perf_counter()
 
     def read(self, path, limit):
-        return self.loop.diffuser.readable(load_laion_sg(path, limit), path)
+        graphs = load_graphs(path, self.config.relations, limit)
+        return self.loop.diffuser.readable(graphs, path)
 
     def lap(self, stage):
         """Add the time since the last lap to a stage."""

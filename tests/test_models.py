@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 import loop as program
 from config import LoopConfig, load_config
-from sgiou import SceneGraph, load_laion_sg, sg_iou
+from sgiou import SceneGraph, load_graphs, sg_iou
 from table import HEADINGS
 from tiny import world
 
@@ -41,7 +41,7 @@ def loop():
 
 @pytest.fixture(scope="module")
 def graphs():
-    return load_laion_sg(ROOT / "tiny" / "data" / "val.json")
+    return load_graphs(ROOT / "tiny" / "data" / "val.json")
 
 
 @pytest.fixture(scope="module")
