@@ -236,7 +236,7 @@ def test_the_states_of_round_2_are_those_that_round_1_left(tmp_path, watched, mo
 
 def test_the_states_of_round_1_do_not_satisfy_the_checker(tmp_path):
     loop, config = toys.loop(), settings(phase1, tmp_path, "groups=5")
-    graphs = train.load_laion_sg(config.data, 20)
+    graphs = train.load_graphs(config.data, limit=20)
     states, solved = train.unsatisfied_images(loop, graphs, config, iteration=0)
     assert len(states) == 5 and not any(state.reflection.satisfied for state in states)
     assert 0 <= solved < 1
