@@ -229,6 +229,8 @@ def phase2(loop, config, resume=False):
             ]
             states_asked += len(states)
             run.lap("act")
+            if not edits:
+                break
 
             # Sample G edits per state. A group shares the instruction, the initial latents and all
             # steps before the window; its members differ only by the noise in the window.

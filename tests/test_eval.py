@@ -399,7 +399,7 @@ def test_an_interrupted_evaluation_keeps_its_rows_and_can_be_resumed(program, mo
 def test_another_vlm_can_measure(program, monkeypatch, tmp_path, capsys):
     """evaluation.judge: the loop's Checker scores, the judge measures."""
     judges = []
-    loaded = SimpleNamespace()
+    loaded = SimpleNamespace(probe=lambda: None)
     monkeypatch.setattr(eval.Checker, "load", lambda *weights, **settings: loaded)
     monkeypatch.setattr(
         eval, "grade", lambda vlm, images, prompts: judges.append(vlm) or [0.0] * len(images)
