@@ -91,39 +91,6 @@ def test_sampling_defaults_of_a_folder_are_outdone(loop, start):
     assert torch.equal(propose(loop, start, 3).ids, plain)
 
 
-def test_editor_replays_what_it_sampled(loop, start):
-    disturb(loop.editor.add_adapter(4), size=0.3)
-    with torch.no_grad():
-        recorded = rollout(loop, start)
-    assert len(recorded.steps) == 3
-    for step in recorded.steps:
-        with loop.editor.adapter(), torch.no_grad():
-            now = loop.editor.log_probs(step)[0]
-        with torch.no_grad():
-            base = loop.editor.log_probs(step)[0]
-        assert (now - step.log_prob).abs().max() <= 1e-6
-        assert (base - step.log_prob).abs().max() > 1e-4
-
-
-def test_group_shares_the_prefix_and_differs_in_the_window(loop, start):
-    recorded = rollout(loop, start[:1])
-    first = recorded.steps[0]
-    assert all(torch.equal(first.sample[0], other) for other in first.sample)
-    for number in range(1, 4):
-        assert not torch.equal(first.next_sample[0], first.next_sample[number])
-
-
-def test_gradients_reach_the_adapter_alone(loop, start):
-    parameters = loop.editor.add_adapter(4)
-    recorded = rollout(loop, start[:2])
-    with loop.editor.adapter():
-        loop.editor.log_probs(recorded.steps[0])[0].sum().backward()
-    assert any(parameter.grad.abs().sum() > 0 for parameter in parameters)
-    trained = {id(parameter) for parameter in parameters}
-    others = loop.editor.pipeline.transformer.parameters()
-    assert all(p.grad is None for p in others if id(p) not in trained)
-
-
 def test_frozen_parts_never_meet_an_adapter(loop, start):
     images = [t.steps[0].image for t in start]
     graphs = [t.graph for t in start]
@@ -163,19 +130,6 @@ def test_saved_actor_adapter_loads_in_peft(loop, start, tmp_path):
     loop.actor.model = PeftModel.from_pretrained(model, tmp_path).base_model.model.eval()
     with torch.no_grad():
         assert torch.equal(loop.actor.log_probs(proposals, slice(None)), expected)
-
-
-def test_saved_editor_adapter_loads_in_diffusers(loop, start, tmp_path):
-    disturb(loop.editor.add_adapter(4))
-    images = [t.steps[0].image for t in start]
-    texts = ["remove the red circle"] * 6
-    expected = loop.editor.edit(images, texts, [1] * 6)
-    loop.editor.save_adapter(tmp_path)
-    fresh = build(load_config("phase1.yaml", TrainConfig))
-    assert fresh.editor.edit(images, texts, [1] * 6) != expected
-    fresh.editor.pipeline.load_lora_weights(tmp_path)
-    got = fresh.editor.edit(images, texts, [1] * 6)
-    assert [a.tobytes() for a in got] == [b.tobytes() for b in expected]
 
 
 def command(phase, folder, *more):
