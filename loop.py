@@ -173,6 +173,7 @@ def build(config):
     from editor import Editor
 
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     # Fail early, before loading weights: a pipeline may not work as the Editor, and a processor may
     # need torchvision.

@@ -152,7 +152,7 @@ def test_code_in_a_folder_is_not_run(flow, monkeypatch):
     [
         (
             {"num_inference_step": 8},
-            "takes no num_inference_step; did you mean num_inference_steps",
+            "takes no num_inference_step from a file; did you mean num_inference_steps",
         ),
         ({"num_inference_steps": 8.0}, "'editor.call.num_inference_steps' is 8.0; make it int"),
         ({"num_inference_steps": True}, "make it int"),
@@ -160,6 +160,9 @@ def test_code_in_a_folder_is_not_run(flow, monkeypatch):
         ({"max_area": None}, "'editor.call.max_area' is None; make it int"),
         ({"guidance_scale": "3.5"}, "make it int or float"),
         ({"_auto_resize": 0}, "make it bool"),
+        ({"latents": [1]}, "takes no latents from a file"),
+        ({"negative_prompt_2": "blue"}, "no effect without each other"),
+        ({"sigmas": 7}, "'editor.call.sigmas' is 7; make it list"),
         ({"sigmas": []}, "'editor.call.sigmas' is"),
         ({"sigmas": [1.0, 0.6]}, "sigmas are 2 steps; leave num_inference_steps out"),
         ({"joint_attention_kwargs": {"sclae": 2}}, "'editor.call.joint_attention_kwargs' is"),
@@ -186,7 +189,9 @@ def test_a_typo_in_a_call_is_told(monkeypatch):
     monkeypatch.chdir(ROOT)
     for part in ("diffuser", "editor"):
         config = load_config("eval.yaml", LoopConfig, [f"{part}.call.num_inference_step=8"])
-        with pytest.raises(ValueError, match=f"key '{part}.call'.*takes no num_inference_step;"):
+        with pytest.raises(
+            ValueError, match=f"key '{part}.call'.*takes no num_inference_step from"
+        ):
             build(config)
 
 
