@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "diffuser": "",
     "report": "sgiou",
     "checker": "sgiou",
-    "actor": "grpo",
+    "actor": "checker grpo",
     "editor": "grpo",
     "loop": "config diffuser checker actor editor report sgiou",
     "train": "loop config grpo report sgiou",
