@@ -56,9 +56,9 @@ class Row:
 def evaluate(loop, graphs, settings, relations, judge, rows, save):
     """Run and measure all systems, except those that `rows` already holds.
 
-    Args: settings: an `EvaluationConfig`; relations: words that the judge may use; judge: a
-    `Checker` whose VLM measures, not necessarily the loop's; rows: a list that grows by a `Row`
-    for every system; save: called with its trajectories.
+    Args: settings: an `EvaluationConfig`; relations: words that the judge may use; judge: the
+    `Checker` whose VLM measures; rows: a list that grows by a `Row` for every system; save: called
+    after each with its trajectories.
     """
 
     def add(name, trajectories, meter):
@@ -87,17 +87,15 @@ def evaluate(loop, graphs, settings, relations, judge, rows, save):
 
 def systems(loop):
     """(name of the row, `Loop`) for the untrained loop and for each trained adapter."""
-    actor, editor = loop.actor, loop.editor
-    parts = [("loop", actor.without_adapter(), editor.without_adapter())]
-    if actor.has_adapter:
-        parts.append(("loop + phase 1", actor, editor.without_adapter()))
-    if editor.has_adapter:
-        name = "loop + phase 1 + 2" if actor.has_adapter else "loop + phase 2"
-        parts.append((name, actor, editor))
-    return [
-        (name, Loop(loop.diffuser, loop.checker, actor, editor, loop.rounds))
-        for name, actor, editor in parts
-    ]
+    actor, editor = loop.actor.without_adapter(), loop.editor.without_adapter()
+    found = [("loop", Loop(loop.diffuser, loop.checker, actor, editor, loop.rounds))]
+    if loop.actor.has_adapter:
+        phase1 = Loop(loop.diffuser, loop.checker, loop.actor, editor, loop.rounds)
+        found.append(("loop + phase 1", phase1))
+    if loop.editor.has_adapter:
+        name = "loop + phase 1 + 2" if loop.actor.has_adapter else "loop + phase 2"
+        found.append((name, loop))
+    return found
 
 
 def first_images(trajectories):
@@ -185,22 +183,19 @@ def extract(vlm, images, graphs, relations=None, max_new_tokens=256):
     """
     import torch
 
-    allowed = [relations or list(dict.fromkeys(r for _, r, _ in graph.triples)) for graph in graphs]
+    allowed = [relations or list(dict.fromkeys(r for _, r, _ in g.triples)) for g in graphs]
     texts = [extract_request(*asked) for asked in zip(graphs, allowed)]
     answers = []
     for start in range(0, len(texts), vlm.batch_size):
         part = slice(start, start + vlm.batch_size)
         inputs = vlm.inputs(EXTRACT, images[part], texts[part])
+        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "repetition_penalty": 1.0}
         with torch.no_grad():
-            ids = vlm.model.generate(
-                **inputs, max_new_tokens=max_new_tokens, do_sample=False, repetition_penalty=1.0
-            )
+            ids = vlm.model.generate(**inputs, **settings)
         completions = ids[:, inputs["input_ids"].shape[1] :]
         answers += vlm.processor.batch_decode(completions, skip_special_tokens=True)
-    return [
-        parse_scene_graph(answer, graph.objects, words)
-        for answer, graph, words in zip(answers, graphs, allowed)
-    ]
+    objects = [graph.objects for graph in graphs]
+    return [parse_scene_graph(*read) for read in zip(answers, objects, allowed)]
 
 
 def judge_request(prompt):
@@ -243,9 +238,8 @@ def tables(rows):
     columns = [name for name in HEADINGS if name in base.values]
     main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
     means = [["", *(HEADINGS[name] for name in columns), "Flow tokens", "Seconds"]]
-    gains = [
-        ["", "mean", "against the Diffuser", "against best of N", "against the row it adds to"]
-    ]
+    against = ["the Diffuser", "best of N", "the row it adds to"]
+    gains = [["", "mean", *(f"against {name}" for name in against)]]
     for row in (base, *best_of, *loops):
         values = [bootstrap(row.values[name])[0] for name in columns]
         cells = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
