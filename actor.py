@@ -12,8 +12,6 @@ sees it; otherwise the policy would grade itself.
 """
 
 import copy
-import hashlib
-import json
 import math
 import re
 from contextlib import contextmanager
@@ -243,10 +241,15 @@ class Actor:
     def load_adapter(self, folder):
         """Load a folder that `save_adapter` or peft wrote.
 
-        Raises ValueError if the file is damaged, or if its tensors are not those of this model.
+        Raises ValueError if its tensors are not those of this model, or not finite.
         """
+        from safetensors.torch import load_file
+
         path = Path(folder) / "adapter_model.safetensors"
-        check_adapter_file(path)
+        tensors = load_file(path)
+        for name, tensor in tensors.items():
+            if not tensor.isfinite().all():
+                raise ValueError(f"{path} holds NaN or infinite numbers in {name}")
         if ADAPTER in getattr(self.model, "peft_config", {}):
             self.model.delete_adapter(ADAPTER)
         found = self.model.load_adapter(str(folder), adapter_name=ADAPTER)
@@ -259,12 +262,19 @@ class Actor:
             )
         self.model.eval()  # new LoRA layers come in training mode
         self.add_adapter(rank=None)
+        for name, parameter in self.model.named_parameters():
+            key = f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"
+            if key in tensors:  # again, in fp32: a bf16 model has rounded them
+                parameter.data.copy_(tensors[key])
 
     def save_adapter(self, folder):
-        """Write what `PeftModel.from_pretrained(model, folder)` reads, with a checksum."""
+        """Write what `PeftModel.from_pretrained(model, folder)` reads."""
         with self.adapter():
             self.model.save_pretrained(folder)
-        seal_adapter_file(Path(folder) / "adapter_model.safetensors")
+        path = Path(folder) / "adapter_model.safetensors"
+        data = path.read_bytes()  # write it anew: safetensors gives its files mode 0600
+        path.unlink()
+        path.write_bytes(data)
 
     def without_adapter(self):
         """The untrained Actor: the same model, but `propose` leaves the adapter off."""
@@ -308,46 +318,3 @@ class _Sampler:
         ids = torch.searchsorted(cdf, uniform, right=True)  # (N, 1), never of probability 0
         self.log_probs.append(token_log_probs(logits[:, None], ids, self.temperature))
         return torch.full_like(logits, -math.inf).scatter(1, ids, 0.0)
-
-
-def seal_adapter_file(path):
-    """Put a checksum into the metadata of a safetensors file, and the metadata in order.
-
-    The checksum is of all tensors and metadata, and of the adapter_config.json beside the file.
-    """
-    header, tensors, _, digest = _read_adapter_file(path)
-    metadata = header["__metadata__"] | {"checksum": digest}
-    header["__metadata__"] = dict(sorted(metadata.items()))
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    path.write_bytes(len(text).to_bytes(8, "little") + text + tensors)
-
-
-def check_adapter_file(path):
-    """Raise ValueError if the checksum of an adapter file, where it has one, does not match it.
-
-    Also if a number is NaN or infinite.
-    """
-    from safetensors.torch import load_file
-
-    try:
-        _, _, stated, digest = _read_adapter_file(path)
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
-    if stated not in (None, digest):
-        raise ValueError(f"{path} or its adapter_config.json was damaged or changed: checksum")
-    for name, tensor in load_file(path).items():
-        if not tensor.isfinite().all():
-            raise ValueError(f"{path} holds NaN or infinite numbers in {name}")
-
-
-def _read_adapter_file(path):
-    """(header, bytes of the tensors, checksum that the header states or None, actual checksum)."""
-    data = path.read_bytes()
-    start = 8 + int.from_bytes(data[:8], "little")  # safetensors: length, JSON header, tensors
-    header, tensors = json.loads(data[8:start]), data[start:]
-    stated = header.setdefault("__metadata__", {}).pop("checksum", None)
-    config = path.with_name("adapter_config.json")
-    digest = hashlib.sha256(json.dumps(header, sort_keys=True).encode() + tensors)
-    digest.update(config.read_bytes() if config.exists() else b"")
-    return header, tensors, stated, digest.hexdigest()

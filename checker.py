@@ -57,13 +57,13 @@ def triple_question(triple):
 
 def questions(graph):
     """One question per object, then one per triple."""
-    return [*map(object_question, graph.objects), *map(triple_question, graph.triples)]
+    return [*map(object_question, graph.labels()), *map(triple_question, graph.triples)]
 
 
 def reflect(graph, probs, mass=1.0):
     """The `Reflection` made of P(yes) per object and triple of a graph; numbers or tensors."""
     probs = tuple(float(prob) for prob in probs)
-    objects = list(zip(graph.objects, probs))
+    objects = list(zip(graph.labels(), probs))
     triples = list(zip(graph.triples, probs[len(objects) :]))
     means = [sum(p for _, p in part) / len(part) for part in (objects, triples) if part]
     missing = [name for name, p in objects if p < 0.5]
@@ -126,23 +126,20 @@ class Checker:
         import torch
         from PIL import Image
 
-        name = self.processor.tokenizer.name_or_path
-        chat = self.chat(SYSTEM, object_question("red circle"))
-        if chat.rfind("<think>") > chat.rfind("</think>"):
-            raise ValueError(
-                f"the chat template of {name} ends inside <think>, where no answer can be read; "
-                "use a template, or a VLM, that answers at once"
-            )
+        name = self.processor.tokenizer.name_or_path or "the VLM"
         blank = [Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "gray")]
         asked = [object_question("red circle"), triple_question(("cup", "left of", "red book"))]
         rows = SYSTEM, [image for image in blank for _ in asked], asked * len(blank)
+        chat = self.chat(SYSTEM, asked[0])
+        in_thought = chat.rfind("<think>") > chat.rfind("</think>")
         with torch.no_grad():
             single = self.single_logits(*rows).log_softmax(-1)  # (4, V)
             mass = single[:, sum(self.yes_no, [])].exp().sum(1).mean().item()
-            if not mass >= LEAST_MASS:  # `not >=` also catches NaN
+            if in_thought or not mass >= LEAST_MASS:  # `not >=` also catches NaN
+                reason = "ends inside <think>" if in_thought else "may not fit the model"
                 raise ValueError(
-                    f"{name} gives yes and no together a probability of {mass:.1e} on a blank "
-                    "image: it does not answer the question; check its chat template"
+                    f"on a blank image yes and no together have the probability {mass:.1e}; the "
+                    f"chat template of {name} {reason}: use one that lets the model answer at once"
                 )
             try:
                 error = (self.shared_logits(*rows).log_softmax(-1) - single).abs().mean().item()

@@ -130,7 +130,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     noise_level: Positive = 0.8  # a of the SDE (phase 2)
     window: Count = 3  # SDE steps of an edit (phase 2)
     window_start: Natural = 2  # the window starts at a random step, at most this one (phase 2)
-    tolerance: NonNegative = 1e-4  # |log-prob replayed - recorded|: mean (phase 1), max (phase 2)
+    tolerance: NonNegative = 1e-4  # mean |log-prob replayed - recorded| of an iteration
 
 
 # Arguments of a pipeline's call. Sigmas would move the steps that the phase 2 window counts.

@@ -6,8 +6,8 @@ the pipeline call (size, steps, guidance, text length) come from `call:` in the 
 """
 
 import difflib
-import functools
 import inspect
+import re
 import sys
 from importlib import import_module
 
@@ -29,6 +29,7 @@ class Diffuser:
                 part.requires_grad_(False)
         self.call = call or {}
         self.batch_size = batch_size
+        self.size_reported = False
 
     @classmethod
     def load(cls, path, device="cpu", dtype="float32", **settings):
@@ -105,14 +106,16 @@ class Diffuser:
                     f"{name} returns only black images: its numbers overflow (set 'diffuser.dtype' "
                     "to bfloat16 or float32) or its weights are damaged"
                 )
-            asked = call.get("width"), call.get("height")
-            if all(asked) and made[0].size != asked:
-                warn_of_size("diffuser.call", asked, made[0].size)
             images += made
+        asked = (self.call.get("width"), self.call.get("height"))
+        if images and all(asked) and images[0].size != asked and not self.size_reported:
+            self.size_reported = True
+            print(
+                f"key 'diffuser.call': asked for width and height {asked}, and the images have "
+                f"{images[0].size}; ask for a size that the model makes",
+                file=sys.stderr,
+            )
         return images
-
-
-# ---- also in editor.py, so that each of them works alone ----
 
 
 def load_pipeline(path, dtype):
@@ -140,45 +143,31 @@ def load_pipeline(path, dtype):
     return DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **models, **options)
 
 
-@functools.cache  # prints a message once
-def warn_of_size(key, asked, made):
-    """Say that a pipeline makes another size (width, height) than its call asks for."""
-    width, height = made
-    print(
-        f"key '{key}': asked for width {asked[0]} and height {asked[1]}, and the images are "
-        f"{width} x {height}; ask for a size that the model makes",
-        file=sys.stderr,
-    )
-
-
 def check_call(key, kind, call):
     """Compare the arguments of a pipeline's call with the signature of its class.
 
-    Raises ValueError for an argument that is unknown or has no effect.
+    Raises ValueError for one that is unknown, of another type than its default, or without effect.
+    Dictionaries are refused because no pipeline checks their keys, tensors because YAML has none.
     """
     takes = inspect.signature(kind.__call__).parameters
-    for name in call:
-        if name not in takes:
-            near = difflib.get_close_matches(name, takes, 1)
+    for name, value in call.items():
+        if name not in takes or re.search("embeds|latents|callback", name):
+            near = difflib.get_close_matches(name, takes.keys() - {name}, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"key '{key}': {kind.__name__} takes no {name}{hint}")
-    sigmas = call.get("sigmas")
-    if sigmas is not None:
-        numbers = isinstance(sigmas, list) and all(type(s) in (int, float) for s in sigmas)
-        if (
-            not numbers
-            or not sigmas
-            or not all(a > b for a, b in zip([1.1, *sigmas], [*sigmas, 0]))
-        ):
-            raise ValueError(f"key '{key}.sigmas' is {sigmas}; make it fall from 1 to above 0")
-        if call.get("num_inference_steps", len(sigmas)) != len(sigmas):
-            raise ValueError(
-                f"key '{key}': sigmas are {len(sigmas)} steps; drop num_inference_steps"
-            )
+            raise ValueError(f"key '{key}': {kind.__name__} takes no {name} from a file{hint}")
+        default = takes[name].default
+        fits = {float: (int, float), tuple: (list, tuple), type(None): (int, float, str, list)}
+        fits = fits.get(type(default), (type(default),))
+        # Not isinstance, which takes True for an int.
+        if (type(value) not in fits and value is not default) or value == []:
+            wanted = " or ".join(each.__name__ for each in fits)
+            raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}")
     if "true_cfg_scale" in takes:
-        guided = call.get("true_cfg_scale", takes["true_cfg_scale"].default) > 1
-        has_prompt = call.get("negative_prompt") is not None
-        if guided != has_prompt and ("true_cfg_scale" in call or has_prompt):
+        negative = any(call[name] is not None for name in call if name.startswith("negative_pr"))
+        default = takes["true_cfg_scale"].default if negative else 1
+        guided = call.get("true_cfg_scale", default) > 1
+        if (guided or negative) and not (guided and call.get("negative_prompt") is not None):
             raise ValueError(
-                f"key '{key}': true_cfg_scale above 1 and negative_prompt need one another"
+                f"key '{key}': true_cfg_scale above 1 and negative_prompt have no effect without "
+                "each other; give both or neither"
             )

@@ -17,15 +17,11 @@ pipeline never sees it.
 """
 
 import copy
-import functools
 import hashlib
 import inspect
 import json
-import os
-import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import NamedTuple
 
@@ -113,12 +109,6 @@ class Editor:
         self.template = template
         self.has_adapter = False
 
-    @classmethod
-    def load(cls, path, device="cpu", dtype="float32", **settings):
-        """Load a local folder or Hub id; dtype is the name of a torch dtype."""
-        cls.check(path)
-        return cls(load_pipeline(path, getattr(torch, dtype)).to(device), **settings)
-
     @staticmethod
     def check(path):
         """Raise ValueError for a pipeline that cannot be the Editor; reads only its index file."""
@@ -205,8 +195,6 @@ class Editor:
                 f"{name} returns only black images: its numbers overflow (set 'editor.dtype' to "
                 "bfloat16 or float32) or its weights are damaged"
             )
-        if all(asked) and made[0].size != asked:
-            warn_of_size("editor.call", asked, made[0].size)
         return made
 
     # ---- recording ----
@@ -322,9 +310,12 @@ class Editor:
 
         Raises ValueError if a tensor is missing, unknown, not finite or damaged.
         """
-        check_digest(Path(folder) / "pytorch_lora_weights.safetensors")
+        options = {"use_safetensors": True, "return_lora_metadata": True}
+        tensors, config = self.pipeline.lora_state_dict(folder, **options)
+        expected = (config or {}).pop("sha256", None)  # files of other programs have none
+        if expected not in (None, fingerprint(tensors, config)):
+            raise ValueError(f"{folder} is damaged: its checksum does not match")
         transformer = self.pipeline.transformer
-        tensors = self.pipeline.lora_state_dict(folder, use_safetensors=True)
         self.pipeline.load_lora_weights(folder, adapter_name=ADAPTER, use_safetensors=True)
         transformer.eval()  # new LoRA layers come in training mode
         for name, parameter in transformer.named_parameters():
@@ -348,13 +339,16 @@ class Editor:
 
         transformer = self.pipeline.transformer
         tensors = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
-        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+        tensors = {f"transformer.{k}": v.detach().contiguous() for k, v in tensors.items()}
         config = transformer.peft_config[ADAPTER].to_dict()
         config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
         config = {f"transformer.{key}": value for key, value in config.items()}
-        metadata = {"format": "pt", "lora_adapter_metadata": json.dumps(config, sort_keys=True)}
+        config["sha256"] = fingerprint(tensors, config)
+        # One entry only: safetensors writes several in random order.
+        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        write_tensors(Path(folder) / "pytorch_lora_weights.safetensors", tensors, metadata)
+        path = Path(folder) / "pytorch_lora_weights.safetensors"
+        path.write_bytes(safetensors.torch.save(tensors, metadata))
 
     def without_adapter(self):
         """The untrained Editor: the same pipeline, but `edit` leaves the adapter off."""
@@ -387,68 +381,10 @@ def find_kind(pipeline, scheduler):
     return PIPELINES[pipeline]
 
 
-def write_tensors(path, tensors, metadata):
-    """A safetensors file with a checksum: the same tensors and metadata give the same bytes."""
-    data = safetensors.torch.save({name: tensor.contiguous() for name, tensor in tensors.items()})
-    header, body = split_tensors(data)
-    header["__metadata__"] = metadata
-    header["__metadata__"] = metadata | {"sha256": digest(header, body)}
-    text = json.dumps(header, sort_keys=True).encode()
-    text += b" " * (-len(text) % 8)
-    aside = path.with_suffix(".aside")  # a full disk leaves the previous file
-    aside.write_bytes(len(text).to_bytes(8, "little") + text + body)
-    os.replace(aside, path)
-
-
-def check_digest(path):
-    """Raise ValueError if a file that `write_tensors` wrote has changed. Others pass."""
-    if not path.exists():
-        return
-    try:
-        header, body = split_tensors(path.read_bytes())
-        found = header.get("__metadata__", {}).pop("sha256", None)
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path} is damaged ({error})") from None
-    if found and found != digest(header, body):
-        raise ValueError(f"{path} is damaged: its checksum does not match")
-
-
-def split_tensors(data):
-    """(header, tensors) of a safetensors file: a dictionary, and bytes."""
-    end = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:end]), data[end:]
-
-
-def digest(header, body):
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode() + body).hexdigest()
-
-
-# ---- also in diffuser.py, checker.py or actor.py, so that each of them works alone ----
-
-
-def load_pipeline(path, dtype):
-    """A diffusers pipeline from safetensors. Raises ValueError if weights are missing.
-
-    diffusers alone would fill the gaps of a text encoder with random numbers.
-    """
-    import torch
-    from diffusers import DiffusionPipeline
-
-    options = {"dtype": dtype, "use_safetensors": True}
-    models = {}
-    for name, entry in DiffusionPipeline.load_config(path).items():
-        library, kind = entry if isinstance(entry, list) else (None, None)
-        if library not in ("diffusers", "transformers"):
-            continue
-        kind = getattr(import_module(library), kind)
-        if not issubclass(kind, torch.nn.Module):
-            continue
-        models[name], info = kind.from_pretrained(
-            path, subfolder=name, output_loading_info=True, **options
-        )
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
-    return DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **models, **options)
+def fingerprint(tensors, config):
+    """Checksum of an adapter. The bytes that safetensors makes depend on the tensors alone."""
+    content = json.dumps(config, sort_keys=True).encode() + safetensors.torch.save(tensors)
+    return hashlib.sha256(content).hexdigest()
 
 
 def normalize_image(image):
@@ -456,14 +392,3 @@ def normalize_image(image):
     image = ImageOps.exif_transpose(image).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
-
-
-@functools.cache  # prints a message once
-def warn_of_size(key, asked, made):
-    """Say that a pipeline makes another size (width, height) than its call asks for."""
-    width, height = made
-    print(
-        f"key '{key}': asked for width {asked[0]} and height {asked[1]}, and the images are "
-        f"{width} x {height}; ask for a size that the model makes",
-        file=sys.stderr,
-    )

@@ -31,7 +31,7 @@ from checker import Checker
 from config import LoopConfig, load_config
 from loop import Loop, Trajectory, build, device_and_dtype
 from report import record, report, say, write
-from sgiou import load_laion_sg, parse_scene_graph, sg_iou
+from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
 
 IOUS = {"sg_iou": "SG-IoU", "entity_iou": "Entity-IoU", "relation_iou": "Relation-IoU"}
 HEADINGS = IOUS | {f"vlm_{name}": f"{heading} (VLM)" for name, heading in IOUS.items()}
@@ -176,26 +176,30 @@ def extract_request(graph, relations):
     return f"Objects: {objects}. Pairs: {pairs}. Relations: {words}."
 
 
-def extract(vlm, images, graphs, relations=None, max_new_tokens=256):
+def extract(vlm, images, graphs, relations=()):
     """The scene graph that a VLM (a `Checker`) writes down for each image, as LAION-SG measures.
 
-    relations: the words it may use; None takes those of each graph.
+    relations: words that it may use besides those of each graph. Says how many answers could not be
+    read; they count as empty graphs.
     """
     import torch
 
-    allowed = [relations or list(dict.fromkeys(r for _, r, _ in g.triples)) for g in graphs]
-    texts = [extract_request(*asked) for asked in zip(graphs, allowed)]
+    words = [graph.vocabulary(relations) for graph in graphs]
+    texts = [extract_request(*asked) for asked in zip(graphs, words)]
+    settings = {"max_new_tokens": 256, "do_sample": False, "repetition_penalty": 1.0}
     answers = []
     for start in range(0, len(texts), vlm.batch_size):
         part = slice(start, start + vlm.batch_size)
         inputs = vlm.inputs(EXTRACT, images[part], texts[part])
-        settings = {"max_new_tokens": max_new_tokens, "do_sample": False, "repetition_penalty": 1.0}
         with torch.no_grad():
             ids = vlm.model.generate(**inputs, **settings)
         completions = ids[:, inputs["input_ids"].shape[1] :]
         answers += vlm.processor.batch_decode(completions, skip_special_tokens=True)
     objects = [graph.objects for graph in graphs]
-    return [parse_scene_graph(*read) for read in zip(answers, objects, allowed)]
+    seen = [parse_scene_graph(*read) for read in zip(answers, objects, words)]
+    if None in seen:
+        say(f"  {seen.count(None)} of {len(seen)} answers of the judge hold no scene graph")
+    return [graph or SceneGraph((), ()) for graph in seen]
 
 
 def judge_request(prompt):
@@ -238,8 +242,9 @@ def tables(rows):
     columns = [name for name in HEADINGS if name in base.values]
     main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
     means = [["", *(HEADINGS[name] for name in columns), "Flow tokens", "Seconds"]]
-    against = ["the Diffuser", "best of N", "the row it adds to"]
-    gains = [["", "mean", *(f"against {name}" for name in against)]]
+    gains = [
+        ["", "mean", "against the Diffuser", "against best of N", "against the row it adds to"]
+    ]
     for row in (base, *best_of, *loops):
         values = [bootstrap(row.values[name])[0] for name in columns]
         cells = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
@@ -271,7 +276,8 @@ def run(arguments):
     settings = config.evaluation
     if not settings or not config.rounds:
         raise ValueError(f"{arguments.config}: set the keys 'evaluation' and 'rounds' (1 or more)")
-    graphs = load_laion_sg(settings.data, None if arguments.full else settings.limit)
+    limit = None if arguments.full else settings.limit
+    graphs = load_graphs(settings.data, config.relations, limit)
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     made_with = {"config": asdict(config), "prompts": len(graphs)}

@@ -29,36 +29,28 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def group_advantages(rewards, groups, eps=1e-4, flat_range=0.02):
+def group_advantages(rewards, eps=1e-4, flat_range=0.02):
     """Compare each sample with the other samples of its group (GRPO, arXiv 2402.03300).
 
     Args:
-        rewards: (N,) floats.
-        groups: (N,) integer ids; a group holds samples of one identical state.
+        rewards: (groups, G) floats; a row holds G >= 2 samples of one identical state.
         eps: added to the std so that a tiny spread (reward noise) is not amplified.
         flat_range: a group with max - min <= flat_range is flat, it has nothing to learn from.
 
-    Returns (advantages (N,) fp32, kept (N,) bool). In a flat group the advantages are 0 and kept
-    is False: leave it out of the mask and the count of `clipped_loss`, and skip the optimizer step
-    if no group is kept, because Adam moves the parameters even on a zero gradient.
-    Raises ValueError for a reward that is not finite and for a group of one sample.
+    Returns (advantages (groups, G) fp32, kept (groups, 1) bool). In a flat group the advantages are
+    0 and kept is False: leave it out of the mask and the count of `clipped_loss`, and skip the
+    optimizer step if no group is kept, because Adam moves the parameters even on a zero gradient.
+    Raises ValueError for a reward that is not finite and for groups of one sample.
     """
     if not rewards.isfinite().all():
         raise ValueError("a reward is NaN or infinite; check the output of the reward model")
+    if rewards.shape[1] < 2:
+        raise ValueError("a group has one sample; it needs others to compare to")
     rewards = rewards.float()
-    advantages = torch.zeros_like(rewards)
-    kept = torch.zeros_like(rewards, dtype=torch.bool)
-    for group in groups.unique():
-        members = groups == group  # (N,) bool
-        group_rewards = rewards[members]  # (G,)
-        if len(group_rewards) == 1:
-            raise ValueError(f"group {group.item()} has one sample; it needs others to compare to")
-        if group_rewards.max() - group_rewards.min() <= flat_range:
-            continue
-        std = group_rewards.std(correction=0)
-        advantages[members] = (group_rewards - group_rewards.mean()) / (std + eps)
-        kept[members] = True
-    return advantages, kept
+    mean = rewards.mean(1, keepdim=True)  # (groups, 1)
+    std = rewards.std(1, correction=0, keepdim=True)
+    kept = rewards.amax(1, keepdim=True) - rewards.amin(1, keepdim=True) > flat_range
+    return torch.where(kept, (rewards - mean) / (std + eps), 0), kept
 
 
 def completion_mask(ids, eos_ids):

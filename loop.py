@@ -15,6 +15,7 @@
 """
 
 import argparse
+import hashlib
 import logging
 import os
 import re
@@ -26,7 +27,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 from config import LoopConfig, load_config
 from report import record, save_images, say, story
-from sgiou import SceneGraph, load_laion_sg, parse_prompt
+from sgiou import SceneGraph, load_graphs, parse_prompt
 
 PROMPTS_PER_BATCH = 32  # of a file of prompts; images are written after each batch
 ATTEMPTS = 8  # completions that an Actor gets to write an instruction that was not tried before
@@ -172,6 +173,7 @@ def build(config):
     from editor import Editor
 
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     # Fail early, before loading weights: a pipeline may not work as the Editor, and a processor may
     # need torchvision.
@@ -196,7 +198,7 @@ def build(config):
     if _same_weights(config.editor, config.diffuser):
         editor = Editor(diffuser.pipeline, **for_editor)
     else:
-        editor = load(Editor, "editor", for_editor)
+        editor = Editor(load(Diffuser, "editor", {}).pipeline, **for_editor)
     checker = load(Checker, "checker", settings("checker"))
     _named("checker.model", lambda _: checker.probe(), config.checker.model)
     for_actor = settings("actor", "max_new_tokens", "temperature")
@@ -209,6 +211,7 @@ def build(config):
     check_call("editor.call", type(editor.pipeline), editor.call)
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
+            _named(f"{name}.adapter", check_sums, folder)
             _named(f"{name}.adapter", part.load_adapter, folder)
     if config.editor.checkpointing:
         editor.pipeline.transformer.enable_gradient_checkpointing()
@@ -218,19 +221,35 @@ def build(config):
             pipeline.transformer.to("cuda")  # where Adam's state of a resumed run has to be
     # From here on diffusers may say, once, that it ignores an argument of a call.
     diffusers.utils.logging.set_verbosity_warning()
-    logging.getLogger("diffusers").handlers[0].addFilter(first_of_its_place())
+    logging.getLogger("diffusers").handlers[0].addFilter(once_per_place())
     return Loop(diffuser, checker, actor, editor, config.rounds)
 
 
-def first_of_its_place():
-    """A filter for logging that lets through one message per line of code that logs."""
+def once_per_place():
+    """A filter for logging: one message per line of code that logs, and none about truncation.
+
+    `Diffuser.problem` finds prompts that are too long, and the pipelines report it for others too.
+    """
     seen = set()
 
-    def is_first(record):
+    def passes(record):
         place = record.pathname, record.lineno
-        return not (place in seen or seen.add(place))
+        return "truncated" not in str(record.msg) and not (place in seen or seen.add(place))
 
-    return is_first
+    return passes
+
+
+def sha256_sums(folder):
+    """The files of an adapter folder with their sha256, in the format of the sha256sum program."""
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
+    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files)
+
+
+def check_sums(folder):
+    """Raise ValueError if files have changed since train.py wrote them; others' folders pass."""
+    path = Path(folder) / "SHA256SUMS"
+    if path.exists() and path.read_text() != sha256_sums(folder):
+        raise ValueError(f"{path} does not match the files; one of them is damaged or was changed")
 
 
 def device_and_dtype(part):
@@ -258,31 +277,12 @@ def _named(key, load, path, *more, **settings):
         raise ValueError(f"key '{key}': cannot load {path!r}: {reason}") from None
 
 
-def read_prompts(path, relations):
-    """Scene graphs from a LAION-SG file (.json) or a text file with one prompt per line."""
-    if path.endswith(".json"):
-        return load_laion_sg(path)
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot be read ({error}); check the path") from None
-    graphs = []
-    for number, line in enumerate(lines, 1):
-        try:
-            graphs += [parse_prompt(line, relations)] if line.strip() else []
-        except ValueError as error:
-            raise ValueError(f"{path}, line {number}: {error}") from None
-    if not graphs:
-        raise ValueError(f"{path}: holds no prompt; write one per line")
-    return graphs
-
-
 def main():
     parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, images out.")
     parser.add_argument(
         "prompt", nargs="*", help='"red circle left of blue square; ...", key=value'
     )
-    parser.add_argument("--prompts", help="a file instead: one prompt per line, or LAION-SG JSON")
+    parser.add_argument("--prompts", help="a file of prompts instead, see sgiou.load_graphs")
     parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out", help="folder for images and report")
@@ -295,7 +295,7 @@ def main():
         # "evaluation=": the test prompts of the config are not needed here, so may be missing.
         config = load_config(arguments.config, LoopConfig, [*overrides, "evaluation="])
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
-        graphs = graphs or read_prompts(arguments.prompts, config.relations)
+        graphs = graphs or load_graphs(arguments.prompts, config.relations)
         loop = build(config)
         for graph in graphs:
             if problem := loop.diffuser.problem(graph.prompt()):

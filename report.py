@@ -177,7 +177,7 @@ def visible(text):
 def describe(trajectory):
     """A trajectory as data for JSON, but for its images, which `record` writes as data URIs."""
     graph = trajectory.graph
-    asked = [*graph.objects, *map(" ".join, graph.triples)]
+    asked = [*graph.labels(), *map(" ".join, graph.triples)]
     steps = [
         {
             "score": float(step.reflection.score),

@@ -1,4 +1,4 @@
-"""Scene graphs: write them as prompts, read them from prompts, files and VLM answers, score them.
+"""Scene graphs: read them from prompts, data sets and VLM answers, write prompts, score (SG-IoU).
 
 In the Generate-Reflect-Edit loop a scene graph says what the image has to show: objects such as
 "red circle", and triples such as ("red circle", "left of", "blue square"). `SceneGraph.prompt()`
@@ -9,37 +9,58 @@ and `sg_iou` compares the two as sets P and G (duplicates count once):
     sg_iou compares triples, entity_iou object names, relation_iou relation words
 
 Source: LAION-SG, arXiv 2412.08580, section S5, and test/test_iou.py of its repository.
-Differences: names are normalised first (case, spaces, "_"), and objects that appear in no triple
-count as entities too.
-
+Differences: names are normalised (case, spaces, "_"), objects in no triple are entities too.
 Standard library only; this file works alone. Demo: python sgiou.py
 """
 
 import json
 import re
 import sys
-from collections import deque
 from dataclasses import dataclass
+
+# Relation words of GenEval (arXiv 2310.11513) and T2I-CompBench (arXiv 2307.06350), and three more.
+SPATIAL = ("left of", "right of", "above", "below", "next to", "near", "on side of", "on top of")
+SPATIAL += ("on bottom of", "in front of", "behind", "hidden by", "under", "inside", "beside")
+EXAMPLE = "write e.g. 'red circle left of blue square; sun'"
 
 
 @dataclass(frozen=True)
 class SceneGraph:
     """What an image has to show. Any iterables will do; they are stored as tuples."""
 
-    objects: tuple  # of names like "red circle"; a name may appear more than once
-    triples: tuple  # of (subject, relation, object), three strings each
+    objects: tuple  # of names like "red circle"; two such circles are the same name twice
+    triples: tuple  # of (subject, relation, object), three strings; a repeated one is dropped
     caption: str = ""
     id: str = ""
 
     def __post_init__(self):
+        unique = {}
+        for triple in map(tuple, self.triples):
+            unique.setdefault(tuple(normalise(part) for part in triple), triple)
         object.__setattr__(self, "objects", tuple(self.objects))
-        object.__setattr__(self, "triples", tuple(tuple(triple) for triple in self.triples))
+        object.__setattr__(self, "triples", tuple(unique.values()))
+
+    def labels(self):
+        """`objects` as prompts and questions call them (list): a second dog is "another dog"."""
+        names = [normalise(name) for name in self.objects]
+        again = [name in names[:n] for n, name in enumerate(names)]
+        return [f"another {x}" if twice else x for x, twice in zip(self.objects, again)]
 
     def prompt(self):
-        """The graph as text (str): its triples, then the objects that appear in no triple."""
-        in_triples = {normalise(name) for name in names_in(self.triples)}
-        alone = [name for name in self.objects if normalise(name) not in in_triples]
+        """The graph as text (str): its triples, then the labels that no triple mentions.
+
+        Two dogs, one of them near a cat, are "dog near cat; another dog".
+        """
+        mentioned = {normalise(name) for name in names_in(self.triples)}
+        alone = [label for label in self.labels() if normalise(label) not in mentioned]
         return "; ".join([" ".join(triple) for triple in self.triples] + alone)
+
+    def vocabulary(self, relations=()):
+        """The relation words (list) that an answer about this graph may use: these and its own."""
+        words = {}
+        for word in [*relations, *(relation for _, relation, _ in self.triples)]:
+            words.setdefault(normalise(word), word)
+        return list(words.values())
 
 
 def names_in(triples):
@@ -57,10 +78,9 @@ def sg_iou(pred, gold):
 
     Symmetric. Source: LAION-SG, arXiv 2412.08580, section S5.
     """
-    scores = []
-    for p, g in zip(comparable_sets(pred), comparable_sets(gold), strict=True):
-        scores.append(len(p & g) / max(len(p | g), 1))  # max: two empty sets score 0
-    return dict(zip(("sg_iou", "entity_iou", "relation_iou"), scores, strict=True))
+    pairs = zip(comparable_sets(pred), comparable_sets(gold))
+    scores = [len(p & g) / max(len(p | g), 1) for p, g in pairs]  # max: two empty sets score 0
+    return dict(zip(("sg_iou", "entity_iou", "relation_iou"), scores))
 
 
 def comparable_sets(graph):
@@ -69,206 +89,319 @@ def comparable_sets(graph):
     return triples, entities, {relation for _, relation, _ in triples}
 
 
-def parse_prompt(text, relations):
-    """The inverse of `SceneGraph.prompt()`: a SceneGraph with each object once, as first mentioned.
+def clean_name(text):
+    """An object's name without "a", "an", "the" or "another" in front of it."""
+    return re.sub(r"(?i)^(?:(?:an?|the|another) )+(?=.)", "", " ".join(text.split()))
 
-    relations: the known relation words. The longest one in a clause splits it; names hold none.
-    Raises ValueError for an empty prompt and for a clause without a subject or an object.
+
+def clean_relation(text, relations=()):
+    """The listed relation that the text means, else the text without "is" or "are" in front."""
+    text = " ".join(text.split())
+    found = find_relation(text, relations)
+    if found and not found[0] and not found[2]:
+        return found[1]
+    return re.sub(r"(?i)^(?:is|are) (?=.)", "", text)
+
+
+def find_relation(text, relations):
+    """Splits text at its first relation: (subject, relation as listed, object), or None.
+
+    "left of" is also found as "is to the left of", and "on top of" as "on the top of"; of
+    relations that start at the same place the longest is taken.
     """
-    objects, triples = [], []
-    for clause in text.split(";"):
-        clause = " ".join(clause.split())
-        if triple := split_clause(clause, relations):
-            triples.append(triple)
-            objects += names_in([triple])
-        elif clause:
-            objects.append(clause)
+    listed = {without_the(relation): relation for relation in relations if normalise(relation)}
+    before = "(?:(?:is|are|was|were)[ _])?(?:(?:to|on)[ _])?(?:the[ _])?"
+    pattern = rf"(?i)(?<!\S){before}({either(listed)})(?!\S)"
+    match = re.search(pattern, text) if listed else None
+    if not match:
+        return None
+    subject, object = text[: match.start()], text[match.end() :]
+    return subject.strip(), listed[without_the(match[1])], object.strip()
+
+
+def without_the(relation):
+    return re.sub(r"\bthe (?=.)", "", normalise(relation))
+
+
+def either(words):
+    """A pattern for any of the normalised words, the longest first."""
+    ordered = sorted(filter(None, words), key=len, reverse=True)
+    return "|".join(re.escape(word).replace(r"\ ", r"[\s_]+(?:the[\s_]+)?") for word in ordered)
+
+
+def parse_prompt(text, relations):
+    """The inverse of `SceneGraph.prompt()`. A name is one object, however often it appears.
+
+    relations: the known relation words, at least one; `find_relation` says how they are found.
+    Raises ValueError for whatever is not understood, in one line that shows the right form.
+    """
+    if not relations:
+        raise ValueError(f"prompt {text!r}: list your relation words under `relations`")
+    objects, triples, known = [], [], set()
+    for clause in text.replace("\ufeff", "").split(";"):
+        clause = " ".join(clause.split()).rstrip(" .")
+        if not clause:
+            continue
+        found = find_relation(clause, relations)
+        mentions = [found[0], found[2]] if found else [clause]
+        names = [clean_name(mention) for mention in mentions]
+        problem = next(filter(None, [misread(name, relations) for name in names]), "")
+        if found and normalise(names[0]) == normalise(names[1]):
+            problem = problem or "the same name on both sides"
+        if problem:
+            raise ValueError(f"prompt clause {clause!r}: {problem}; {EXAMPLE}")
+        for mention, name in zip(mentions, names):
+            if normalise(name) not in known or normalise(mention).startswith("another "):
+                objects.append(name)
+            known.add(normalise(name))
+        if found:
+            triples.append((names[0], found[1], names[1]))
     if not objects:
-        raise ValueError("the prompt is empty; write e.g. 'red circle left of blue square'")
-    return SceneGraph(dict.fromkeys(objects), triples, caption=text)
+        raise ValueError(f"the prompt is empty; {EXAMPLE}")
+    return SceneGraph(objects, triples, caption=text)
 
 
-def split_clause(clause, relations):
-    """(subject, relation, object), or None if the clause contains no relation word."""
-    for relation in sorted(relations, key=len, reverse=True):
-        pattern = re.escape(normalise(relation)).replace(r"\ ", "[ _]")
-        parts = re.split(rf"(?<!\S){pattern}(?!\S)", clause, flags=re.IGNORECASE)
-        if len(parts) == 2 and all(parts):
-            return parts[0].strip(), relation, parts[1].strip()
-        if len(parts) > 1:
-            raise ValueError(f"prompt clause {clause!r}: {relation!r} needs one object a side")
+def misread(name, relations):
+    """Why a name in a prompt cannot be meant as one, or None."""
+    if not name:
+        return "a relation needs an object on each side"
+    if "," in name:
+        return "use ; instead of a comma"
+    if find_relation(name, relations):
+        return "two relations in one clause"
+    if found := find_relation(name, SPATIAL):
+        return f"{found[1]!r} is not listed under `relations`"
+    if match := re.search(r"(?i) (an?|the|is|are|was|were) ", name):
+        return f"{match[1]!r} inside a name"
     return None
 
 
-def load_laion_sg(path, limit=None):
-    """Reads a JSON list of {img_id, caption_ori, items, relations, ...} into list[SceneGraph].
+def load_graphs(path, relations=(), limit=None):
+    """Reads a data set into list[SceneGraph]. Its content, not its name, says which it is.
 
-    An object's name is its attributes and its label, joined by spaces. Entries without relations
-    are dropped, as in LAION-SG's own loader, and counted on stderr.
-    limit: keep only the first so many.
-    Raises ValueError: one line that names file, entry and field, and says what to do.
+    LAION-SG (arXiv 2412.08580): {"img_id", "caption_ori", "items", "relations"} per image.
+        Entries without relations are skipped, as in its own loader.
+    GenEval (arXiv 2310.11513): {"include": [{"class", "count", "color", "position"}], "prompt"}.
+    Both as a JSON list, which is read piece by piece, or as JSON Lines. Any other file is text,
+    one prompt a line, such as T2I-CompBench's (arXiv 2307.06350): "a bee on the top of a boy".
+
+    relations: words that split a prompt, besides SPATIAL; limit: stop after so many graphs.
+    What cannot be read is skipped and counted on stderr, with the first reasons.
+    Raises ValueError, one line, if nothing can be read or a JSON list is broken or cut off.
     """
+    graphs, skipped = [], []
+    for place, entry in read_entries(path):
+        if len(graphs) == limit:
+            break
+        try:
+            graphs.append(read_graph(entry, relations, place, skipped))
+        except (ValueError, RecursionError) as error:
+            skipped.append(f"{place}: {error}")
+    if not graphs and limit != 0:
+        raise ValueError(f"{path}: no scene graph in it; {'; '.join(skipped[:1]) or 'it is empty'}")
+    if skipped:
+        reasons = "; ".join(skipped[:3]) + "; ..." * (len(skipped) > 3)
+        print(f"{path}: skipped {len(skipped)} entries or relations: {reasons}", file=sys.stderr)
+    return graphs
+
+
+def read_entries(path):
+    """Yields (place, entry): the values of a JSON list, or the lines that are not blank (str)."""
     try:
         with open(path, encoding="utf-8-sig") as file:
-            entries = json.load(file)
+            while (first := file.read(1)).isspace():
+                pass
+            if first == "[":
+                yield from read_json_list(file)
+            else:
+                file.seek(0)
+                for number, line in enumerate(file, 1):
+                    if line.strip():
+                        yield f"line {number}", line.strip()
     except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: no JSON to read ({error}); check path and content") from None
-    if not isinstance(entries, list):
-        raise ValueError(f"{path}: is no JSON list; make it a list with one object per image")
-    graphs = [read_entry(entry, f"{path}: entry {n}, field ") for n, entry in enumerate(entries)]
-    kept = [graph for graph in graphs if graph.triples]
-    if not kept:
-        raise ValueError(f"{path}: holds no scene graph with relations; give other data")
-    if len(kept) < len(graphs):
-        print(f"{path}: {len(graphs) - len(kept)} entries dropped: no relations", file=sys.stderr)
-    return kept[:limit]
+        raise ValueError(f"{path}: {error}; give a complete file in UTF-8") from None
 
 
-def read_entry(entry, where):
-    names = {}  # by item id
-    for number, item in enumerate(read_field(entry, "items", list, where)):
-        place = f"{where}items[{number}]."
-        item_id = read_field(item, "item_id", int | str, place)
+def read_json_list(file):
+    """The same for a file after its first "[", of which it holds about a megabyte at a time."""
+    buffer, number = "", 0
+    start = 0  # of the next entry in the buffer
+    while True:
+        start = re.compile(r"[\s,]*").match(buffer, start).end()
+        if buffer.startswith("]", start):
+            return
+        try:
+            entry, start = json.JSONDecoder().raw_decode(buffer, start)
+            yield f"entry {number}", entry
+            number += 1
+        except ValueError as error:  # the entry goes on after the buffer, or it is broken
+            buffer, start = buffer[start:], 0
+            chunk = file.read(max(len(buffer), 2**20)) if len(buffer) < 2**26 else ""
+            if not chunk:
+                raise ValueError(f"entry {number} is broken or cut off ({error})") from None
+            buffer += chunk
+
+
+def read_graph(entry, relations, place, skipped):
+    """The SceneGraph of one entry. Adds a reason to `skipped` for each relation left out."""
+    if isinstance(entry, str) and entry.startswith("{"):
+        entry = json.loads(entry)
+    if isinstance(entry, str):
+        graph = parse_prompt(entry, [*SPATIAL, *relations])  # yours replace an equal one
+        if not relations and not graph.triples:
+            raise ValueError("no known relation; list your relation words under `relations`")
+        return graph
+    if field(entry, "include", list, []):
+        return read_geneval(entry, place)
+    names, triples = {}, []  # names by item id as text: ids are written as 0 and as "0"
+    for item in field(entry, "items", list):
+        item_id = str(field(item, "item_id", int | str))
         if item_id in names:
-            raise ValueError(f"{place}item_id: {item_id!r} is taken; give every item its own id")
-        attributes = read_field(item, "attributes", list, place, default=[])
-        if not all(isinstance(word, str) for word in attributes):
-            raise ValueError(f"{place}attributes: not all are str; quote them or leave them out")
-        label = read_field(item, "label", str, place)
-        names[item_id] = " ".join(" ".join([*attributes, label]).split())
-
-    triples = []
-    for number, record in enumerate(read_field(entry, "relations", list, where)):
-        place = f"{where}relations[{number}]."
-        for end in ("item1", "item2"):
-            if read_field(record, end, int | str, place) not in names:
-                raise ValueError(f"{place}{end}: no item has id {record[end]!r}; correct the id")
-        relation = read_field(record, "relation", str, place).strip()
-        triples.append((names[record["item1"]], relation, names[record["item2"]]))
-
-    image_id = read_field(entry, "img_id", int | str, where)
-    caption = read_field(entry, "caption_ori", str, where, default="")
-    return SceneGraph(names.values(), triples, caption, str(image_id))
+            raise ValueError(f"two items have the id {item_id}")
+        label = field(item, "label", str, "").strip()
+        words = [str(word) for word in field(item, "attributes", list, []) if word]
+        names[item_id] = clean_name(" ".join([*words, label])) if label else ""
+    for number, record in enumerate(field(entry, "relations", list, [])):
+        ends = [names.get(str(field(record, end, int | str, ""))) for end in ("item1", "item2")]
+        relation = clean_relation(field(record, "relation", str, ""), relations)
+        if relation and all(ends):
+            triples.append((ends[0], relation, ends[1]))
+        else:
+            skipped.append(f"{place}: relations[{number}] lacks a word, or an item with a label")
+    if not triples:
+        raise ValueError("it has no relations")
+    image_id = str(field(entry, "img_id", int | str, place))
+    objects = filter(None, names.values())
+    return SceneGraph(objects, triples, field(entry, "caption_ori", str, ""), image_id)
 
 
-def read_field(record, name, kind, where, default=None):
-    """record[name], checked. With a default the field may be missing or blank."""
-    value = record.get(name, default) if isinstance(record, dict) else None
-    if not isinstance(record, dict):
-        problem = "is not inside a JSON object; put {...} around it"
-    elif value is None and default is not None:
+def read_geneval(entry, place):
+    groups = field(entry, "include", list)
+    names, objects, triples = [], [], []
+    for group in groups:
+        names.append(clean_name(f"{field(group, 'color', str, '')} {field(group, 'class', str)}"))
+        count = field(group, "count", int, 1)
+        if not names[-1] or count not in range(1, 100):
+            raise ValueError(f"include {names[-1]!r} times {count}; name 1 to 99 things")
+        objects += names[-1:] * count
+    for name, group in zip(names, groups):
+        if position := field(group, "position", list, []):
+            if len(position) != 2 or position[1] not in range(len(names)):
+                raise ValueError(f"position {position!r}; make it [relation, index]")
+            triples.append((name, str(position[0]), names[position[1]]))
+    return SceneGraph(objects, triples, field(entry, "prompt", str, ""), place)
+
+
+def field(record, name, kind, default=None):
+    """record[name], of this kind; with a default it may be missing or null."""
+    value = record.get(name) if isinstance(record, dict) else None
+    if value is None and default is not None:
         return default
-    elif value is None:
-        problem = "is missing; add it, or remove the entry"
-    elif not isinstance(value, kind):
-        problem = f"is {type(value).__name__}; make it {getattr(kind, '__name__', kind)}"
-    elif default is None and not str(value).strip():
-        problem = "is empty; fill it in, or remove the entry"
-    else:
-        return value
-    raise ValueError(f"{where}{name}: {problem}")
+    if not isinstance(value, kind):
+        wanted = getattr(kind, "__name__", kind)
+        raise ValueError(f"{name!r} is {type(value).__name__}; make it {wanted}")
+    return value
 
 
-ROLES = {"subject": 0, "item1": 0, "relation": 1, "predicate": 1, "object": 2, "item2": 2}
+ROLES = {"subject": 0, "item1": 0, "head": 0, "source": 0, "s": 0}
+ROLES |= {"relation": 1, "relationship": 1, "predicate": 1, "r": 1, "p": 1}
+ROLES |= {"object": 2, "item2": 2, "tail": 2, "target": 2, "o": 2}
+OBJECT_KEYS = ("objects", "object list", "entities")
+GRAPH_KEYS = (*OBJECT_KEYS, "triples", "relations", "relationships", "scene graph")
 
 
 def parse_scene_graph(text, objects=None, relations=None):
-    """The SceneGraph in a VLM's answer. Never raises on a str; takes time linear in its length.
+    """The SceneGraph in a VLM's answer, or None if no graph can be read from it.
 
-    Reads {"objects": [str, ...], "triples": [[s, r, o] or {"subject", "relation", "object"}, ...]}
-    and anything close to it: prose and code fences around it, any quotes, missing commas or
-    brackets, an answer that was cut off.
+    Reads JSON, whatever text is around it: {"objects": [str, ...], "triples": [[s, r, o] or
+    {"subject", "relation", "object"}, ...]}, or similar keys. Where that gives no triple and the
+    words are given, `search_text` finds them in broken JSON and in any other notation.
+    Thoughts, which end at "</think>" or start at a last "<think>", are not part of the answer.
     objects, relations: the words allowed (None: any), returned in the spelling given here.
+    Never raises on a str; takes time linear in its length.
     """
-    names, triples = [], []
-    for key, pairs, closed in containers(text):
-        if key == "objects":
-            names += [value for own_key, value in pairs if own_key is None]
-        elif closed:
-            triples += find_triple(key, pairs)
-
-    spell_name, spell_relation = speller(objects), speller(relations)
-    triples = [(spell_name(s), spell_relation(r), spell_name(o)) for s, r, o in triples]
-    triples = [triple for triple in triples if all(triple)]
-    names = [spell_name(name) for name in names if name and spell_name(name)]
-    listed = {normalise(name) for name in names}
-    names += [name for name in dict.fromkeys(names_in(triples)) if normalise(name) not in listed]
-    return SceneGraph(names, triples)
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    names, triples, is_graph = read_json(text)
+    graph = restrict(names, triples, objects, relations)
+    if not graph.triples and objects and relations:
+        more_names, triples = search_text(text, objects, relations)
+        graph = restrict(names + more_names, triples, objects, relations)
+    return graph if is_graph or graph.objects else None
 
 
-def find_triple(key, pairs):
-    """A list with the triple in a container, or an empty list."""
-    if key is None and all(own_key is None for own_key, _ in pairs):  # not {"key": [a, b, c]}
-        parts = [value for _, value in pairs]
-    else:
-        fields = {ROLES[own_key]: value for own_key, value in pairs if own_key in ROLES}
-        parts = [fields.get(role) for role in range(3)]
-    return [tuple(parts)] if len(parts) == 3 and all(parts) else []
+def read_json(text):
+    """(names, triples, is_graph) of the JSON values in the text, up to the first broken one.
 
-
-def speller(allowed):
-    """A function from a word to its spelling among those allowed, or to None if it is not."""
-    if allowed is None:
-        return lambda word: word
-    spellings = {normalise(word): word for word in allowed}
-    return lambda word: spellings.get(normalise(word))
-
-
-OPENING = re.compile(r"(?P<opening>[\[({])")
-TOKEN = re.compile(
-    r"""
-      (?P<opening> [\[({] )
-    | (?P<closing> [\])}] )
-    | (?: (?P<string>                         # an apostrophe before a letter ends no string
-            " (?: [^"\\\n] | \\. )*           "
-          | ' (?: [^'\\\n] | \\. | '(?=\w) )* '(?!\w)
-          | [“”] [^“”\n]*                     [“”]
-          | [‘’] (?: [^‘’\n] | ’(?=\w) )*     ’(?!\w) )
-        | (?P<broken> ["'“”‘’] [^\n]* )       # never closed: skip the rest of the line
-        | (?P<word> [^\s\[\](){}:,"“”]+ )     # an unquoted key, a number, None, true
-      ) (?P<colon> \s*: )?
-    """,
-    re.VERBOSE,
-)
-
-
-def containers(text):
-    """Yields (key, pairs, closed) for each [...], (...) or {...} in the text, inner ones first.
-
-    key: the key in front of it, or None; pairs: the (key or None, value) inside it, where a value
-    that is no string becomes None; closed: False if the text ends before its bracket does.
+    is_graph: whether there is a triple, a key of a graph, or an empty list, which says "nothing".
     """
-    open_containers = deque(maxlen=64)  # (key, pairs); nothing that we look for is nested deeper
-    key = None  # the key that belongs to the next value
-    position = 0
-    while match := (TOKEN if open_containers else OPENING).search(text, position):
-        position = match.end()
-        kind = match.lastgroup
-        if kind == "colon":
-            key = normalise(match[0]).strip(": \"'“”‘’")
-            continue
-        if kind == "opening":
-            open_containers.append((key, []))
-        elif kind == "closing":
-            yield *open_containers.pop(), True
-        else:
-            open_containers[-1][1].append((key, unquote(match[0]) if kind == "string" else None))
-        key = None
-    while open_containers:
-        yield *open_containers.pop(), False
-
-
-def unquote(string):
+    names, triples, is_graph, position = [], [], False, 0
+    todo = []  # (the key in front of it or None, a JSON value)
     try:
-        return json.loads(f'"{string[1:-1]}"', strict=False).strip()
-    except ValueError:  # an escape or a quote that JSON does not know: 'man\'s "hat"'
-        return string[1:-1].replace("\\", "").strip()
+        while start := re.compile(r"[\[{]").search(text, position):
+            value, position = json.JSONDecoder(strict=False).raw_decode(text, start.start())
+            todo.append((None, value))
+            is_graph |= not value
+    except (ValueError, RecursionError):
+        pass
+    todo.reverse()
+    while todo:
+        key, value = todo.pop()
+        is_graph |= key in GRAPH_KEYS
+        if isinstance(value, dict):
+            parts = [(normalise(own_key), part) for own_key, part in value.items()]
+            roles = {ROLES[own_key]: part for own_key, part in parts if own_key in ROLES}
+            triple = [roles.get(0), roles.get(1), roles.get(2)]
+        elif isinstance(value, list):
+            parts = [(None, part) for part in value]
+            triple = [part for part in value if not isinstance(part, int | float)]  # no score
+            if key in OBJECT_KEYS:
+                names += [part for part in value if isinstance(part, str)]
+            if key not in (None, "triple"):
+                triple = []
+        else:
+            continue
+        if len(triple) == 3 and all(isinstance(part, str) and part.strip() for part in triple):
+            triples.append(triple)
+        todo += reversed(parts)
+    return names, triples, is_graph or bool(triples)
+
+
+def search_text(text, objects, relations):
+    """(names, triples) of the given words, as "objects: s, o", (s, r, o), s -> r -> o, s is r o."""
+    name = rf"(?<!\w)({either(normalise(clean_name(name)) for name in objects)})(?!\w)"
+    relation = either(without_the(relation) for relation in relations)
+    # Between the words of a triple there may be up to 40 of these: punctuation, small words, keys
+    # like "tail":. No two of them match the same text, which keeps the search linear.
+    small = r"\b(?:is|are|to|on|the|an?)\b(?![\"'”’]?\s?:)"
+    gap = rf"(?:[\W_]|{small}|[^\W_]\w{{0,19}}[\"'”’]?\s?:){{1,40}}?"
+    triples = re.findall(rf"(?i){name}{gap}(?<!\w)({relation})(?!\w)(?={gap}{name})", text)
+    listed = re.search(rf"(?i)\b(?:{either(OBJECT_KEYS)})\b(?:\W{{0,9}}\[[^\]]*|.*)", text)
+    return re.findall(rf"(?i){name}", listed[0]) if listed else [], triples
+
+
+def restrict(names, triples, objects, relations):
+    """The SceneGraph of what is allowed, in the allowed spelling (None: everything is)."""
+    spellings = {normalise(clean_name(name)): name for name in objects or ()}
+
+    def spell(name):
+        name = clean_name(name)
+        return name if objects is None else spellings.get(normalise(name))
+
+    kept = []
+    for subject, relation, object in triples:
+        triple = spell(subject), clean_relation(relation, relations or ()), spell(object)
+        if all(triple) and (relations is None or triple[1] in relations):
+            kept.append(triple)
+    found = {}
+    for name in [*map(spell, names), *names_in(kept)]:
+        found.setdefault(normalise(name or ""), name)
+    return SceneGraph(filter(None, found.values()), kept)
 
 
 if __name__ == "__main__":
-    gold = parse_prompt("red circle left of blue square; sun above sea", ["left of", "above"])
-    answer = "Sure! {'triples': [['Red circle', 'left_of', 'blue square'], ['sun', 'abo"
-    seen = parse_scene_graph(answer)
+    gold = parse_prompt("a red circle to the left of a blue square; sun", ["left of", "above"])
+    answer = "Sure! {'triples': [['the red circle', 'is left of', 'blue square'], ['sun', 'abo"
+    seen = parse_scene_graph(answer, gold.objects, gold.vocabulary(["above"]))
     print(f"asked: {gold.prompt()}\nVLM: {answer}\nread as: {seen.prompt()}")
     for name, score in sg_iou(seen, gold).items():
         print(f"{name:13} {score:.2f}")

@@ -210,7 +210,12 @@ def measure(config):
     batch = config.editor.batch_size if editor.batched else 1  # different edits in one call
     rows = batch if config.phase == 1 else G
     stage("generate: VAE", "vae", pipeline.vae, decode)
-    stage("check", None, vlm, lambda: language_pass(vlm, config.checker.batch_size, QUESTION, 1))
+    stage(
+        "check",
+        None,
+        vlm,
+        lambda: language_pass(vlm, config.checker.batch_size, QUESTION, 1, cache=True),
+    )
     stage("act", None, vlm, act)
     text = pipeline.text_encoder
     tokens = editing.get("max_sequence_length", 512)

@@ -1,6 +1,7 @@
 """actor.py: the form of a completion, sampling, replay, and adapters, with the shipped tiny VLM."""
 
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from actor import Actor, parse_completion, request
 from sgiou import SceneGraph
@@ -256,3 +258,202 @@ def test_truncated_completions_are_counted(states):
     assert proposals.truncated == [True] * 4
     assert proposals.instructions == [None] * 4
     assert proposals.mask.all()
+
+
+# ---- adapters ----
+
+
+def trained(rank=4, **settings):
+    """An Actor whose adapter does something."""
+    actor = load(**settings)
+    disturb(actor.add_adapter(rank))
+    return actor
+
+
+def scores(actor, proposals):
+    with actor.adapter(), torch.no_grad():
+        return actor.log_probs(proposals, slice(None))
+
+
+@pytest.fixture(scope="module")
+def saved(states, tmp_path_factory):
+    """(folder of an adapter, proposals, their log-probs with it)."""
+    folder = tmp_path_factory.mktemp("adapter")
+    actor = trained()
+    actor.save_adapter(folder)
+    proposals = actor.propose(*first(states, 3), seeds=range(3))
+    return folder, proposals, scores(actor, proposals)
+
+
+@needs_models
+def test_a_new_adapter_changes_nothing(actor, states):
+    new = load()
+    new.add_adapter(4)
+    plain = actor.propose(*first(states, 3), seeds=range(3))
+    assert torch.equal(new.propose(*first(states, 3), seeds=range(3)).ids, plain.ids)
+
+
+@needs_models
+def test_a_saved_adapter_gives_the_same_log_probs_here_and_in_peft(saved):
+    from peft import PeftModel
+
+    folder, proposals, expected = saved
+    ours = load()
+    ours.load_adapter(folder)
+    assert torch.equal(scores(ours, proposals), expected)
+    theirs = load()
+    theirs.model = PeftModel.from_pretrained(theirs.model, folder).base_model.model.eval()
+    assert torch.equal(scores(theirs, proposals), expected)
+
+
+@needs_models
+def test_the_adapter_is_active_inside_its_block_only(states):
+    actor = trained()
+    proposals = actor.propose(*first(states, 2), seeds=[0, 1])
+
+    def fail(*_):
+        raise RuntimeError("in the middle of a rollout")
+
+    with torch.no_grad():
+        base = actor.log_probs(proposals, slice(None))
+    hook = actor.model.register_forward_hook(fail)
+    with pytest.raises(RuntimeError, match="middle"):
+        actor.propose(*first(states, 2), seeds=[0, 1])
+    hook.remove()
+    with torch.no_grad():
+        assert torch.equal(actor.log_probs(proposals, slice(None)), base)
+    untrained = actor.without_adapter()
+    assert torch.equal(scores(untrained, proposals), base)
+    assert not torch.equal(scores(actor, proposals), base)
+
+
+@needs_models
+def test_training_continues_with_the_adapter_that_is_there(saved):
+    """One that was loaded, or that an earlier training in the same notebook left."""
+    folder, proposals, expected = saved
+    actor = load()
+    actor.load_adapter(folder)
+    parameters = actor.add_adapter(rank=99)
+    assert torch.equal(scores(actor, proposals), expected)
+    with actor.adapter():
+        actor.log_probs(proposals, slice(None)).sum().backward()
+    assert all(parameter.grad.abs().sum() > 0 for parameter in parameters)
+    assert sum(p.grad is not None for p in actor.model.parameters()) == len(parameters)
+    disturb(parameters)
+    assert not torch.equal(scores(actor, proposals), expected)
+    assert [id(p) for p in actor.add_adapter(4)] == [id(p) for p in parameters]
+    actor.load_adapter(folder)  # and it can be replaced
+    assert torch.equal(scores(actor, proposals), expected)
+
+
+@needs_models
+def test_an_adapter_stays_in_fp32_in_a_bf16_model(saved):
+    folder, *_ = saved
+    actor = load(dtype="bfloat16")
+    actor.load_adapter(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    found = {n: p for n, p in actor.model.named_parameters() if ".actor." in n}
+    assert len(found) == len(tensors)
+    for name, parameter in found.items():
+        assert torch.equal(parameter, tensors[f"base_model.model.{name.replace('.actor.', '.')}"])
+
+
+def changed(saved, folder, change):
+    """The saved adapter with its tensors changed, as another program could have written them."""
+    shutil.copytree(saved[0], folder)
+    path = folder / "adapter_model.safetensors"
+    save_file(change(load_file(path)), path, {"format": "pt"})
+    return folder
+
+
+def without(part):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
+
+
+@needs_models
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (without("layers.0.mlp.up_proj.lora_B"), "it lacks .*up_proj.lora_B"),
+        (without("layers.3"), "it lacks .*layers.3"),
+        (lambda ts: {n.replace("lora_A", "lora_C"): t for n, t in ts.items()}, "lora_C"),
+        (lambda ts: {n.replace("layers.0", "layers.9"): t for n, t in ts.items()}, "layers.9"),
+        (lambda ts: ts | {"surplus.weight": torch.zeros(1)}, "surplus"),
+        (lambda ts: {n: t * torch.nan for n, t in ts.items()}, "NaN or infinite"),
+    ],
+)
+def test_an_adapter_that_does_not_fit_is_refused_by_name(saved, tmp_path, change, message):
+    actor = load()
+    folder = changed(saved, tmp_path / "adapter", change)
+    with pytest.raises(ValueError, match=f"adapter_model.safetensors .*{message}"):
+        actor.load_adapter(folder)
+    assert not actor.has_adapter
+    actor.load_adapter(saved[0])  # nothing is left behind
+
+
+@needs_models
+def test_alpha_keys_are_accepted(saved, tmp_path):
+    folder, proposals, expected = saved
+    actor = load()
+    add_alpha = {"base_model.model.model.language_model.layers.0.mlp.up_proj.alpha": torch.ones(1)}
+    actor.load_adapter(changed(saved, tmp_path / "adapter", lambda tensors: tensors | add_alpha))
+    assert torch.equal(scores(actor, proposals), expected)
+
+
+@needs_models
+def test_the_same_adapter_gives_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        torch.manual_seed(0)
+        trained().save_adapter(tmp_path / name)
+    names = ["adapter_model.safetensors", "adapter_config.json"]
+    for name in names:
+        files = [(tmp_path / folder / name).read_bytes() for folder in ("one", "two")]
+        assert files[0] == files[1]
+    assert (tmp_path / "one" / names[0]).stat().st_mode == (
+        tmp_path / "one" / names[1]
+    ).stat().st_mode
+    assert {path.name for path in (tmp_path / "one").iterdir()} <= {
+        *names,
+        "generation_config.json",
+    }
+
+
+# ---- templates ----
+
+
+@needs_models
+def test_a_tag_that_the_template_gives_is_part_of_the_completion(actor, states, tmp_path):
+    folder = tmp_path / "vlm"
+    shutil.copytree(VLM, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + "<think>")
+    thinking = Actor.load(folder, max_new_tokens=64)
+    proposals = thinking.propose(*states, seeds=range(21))
+    completions = thinking.processor.batch_decode(proposals.ids, skip_special_tokens=True)
+    assert not any(text.strip().startswith("<think>") for text in completions)
+    assert sum(instruction is not None for instruction in proposals.instructions) >= 18
+    assert not any(
+        "<" in thought for thought, i in zip(proposals.thoughts, proposals.instructions) if i
+    )
+
+
+# ---- activation checkpointing ----
+
+
+@needs_models
+def test_checkpointing_changes_no_gradient(saved):
+    folder, proposals, _ = saved
+    gradients = []
+    for recompute in (False, True):
+        actor = load(recompute=recompute)
+        actor.load_adapter(folder)
+        parameters = actor.add_adapter(4)
+        entered = []
+        layer = actor.model.model.language_model.layers[0]
+        layer.mlp.register_forward_pre_hook(lambda *_: entered.append(torch.is_grad_enabled()))  # noqa: B023
+        with actor.adapter():
+            actor.log_probs(proposals, slice(None)).sum().backward()
+        assert len(entered) == 1 + recompute  # once forward, once more in backward
+        gradients.append([parameter.grad for parameter in parameters])
+    for one, other in zip(*gradients):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)

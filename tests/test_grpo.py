@@ -30,54 +30,53 @@ def seed():
 
 
 def test_advantages_equal_a_loop():
-    groups = [7, 2, 7, 2, 7, -1, 2, -1, 7]  # interleaved, of unequal size
-    rewards = [0.1, 0.9, 0.4, 0.2, 0.35, 0.0, 0.6, 1.0, 0.8]
-    advantages, kept = group_advantages(torch.tensor(rewards), torch.tensor(groups), eps=0.05)
-    for i, (reward, group) in enumerate(zip(rewards, groups)):
-        own = [r for r, g in zip(rewards, groups) if g == group]
-        expected = (reward - statistics.fmean(own)) / (statistics.pstdev(own) + 0.05)
-        assert advantages[i].item() == pytest.approx(expected, abs=1e-5)
-    assert kept.all()
+    rewards = [[0.1, 0.9, 0.4], [0.2, 0.35, 0.0], [0.6, 1.0, 0.8]]  # a row is a group
+    advantages, kept = group_advantages(torch.tensor(rewards), eps=0.05)
+    for i, group in enumerate(rewards):
+        for j, reward in enumerate(group):
+            expected = (reward - statistics.fmean(group)) / (statistics.pstdev(group) + 0.05)
+            assert advantages[i, j].item() == pytest.approx(expected, abs=1e-5)
+    assert kept.shape == (3, 1) and kept.all()
 
 
 def test_default_eps_is_1e_4():
-    advantages, _ = group_advantages(torch.tensor([0.0, 1.0]), torch.tensor([0, 0]))
-    assert advantages[1].item() == pytest.approx(0.5 / (0.5 + 1e-4), abs=1e-7)
+    advantages, _ = group_advantages(torch.tensor([[0.0, 1.0]]))
+    assert advantages[0, 1].item() == pytest.approx(0.5 / (0.5 + 1e-4), abs=1e-7)
 
 
 def test_flat_groups_are_exactly_zero_and_left_out():
-    rewards = torch.tensor([0.3, 0.319, 0.31, 0.3, 0.321, 0.31])  # ranges 0.019 and 0.021
-    advantages, kept = group_advantages(rewards, torch.tensor([0, 0, 0, 1, 1, 1]))
-    assert kept.tolist() == [False] * 3 + [True] * 3
-    assert (advantages[:3] == 0).all()
-    assert (advantages[3:] != 0).any()
+    rewards = torch.tensor([[0.3, 0.319, 0.31], [0.3, 0.321, 0.31]])  # ranges 0.019 and 0.021
+    advantages, kept = group_advantages(rewards)
+    assert kept.tolist() == [[False], [True]]
+    assert (advantages[0] == 0).all()
+    assert (advantages[1] != 0).any()
 
 
 def test_a_flat_group_leaves_loss_and_denominator():
-    rewards = torch.tensor([0.5, 0.5, 0.1, 0.9])
-    advantages, kept = group_advantages(rewards, torch.tensor([0, 0, 1, 1]))
+    advantages, kept = group_advantages(torch.tensor([[0.5, 0.5], [0.1, 0.9]]))
+    advantages = advantages.reshape(4, 1)
     old = torch.randn(4, 3)
     new = old + 0.1 * torch.randn(4, 3)
-    mask = kept[:, None].expand(4, 3)
-    loss, _ = clipped_loss(new, old, advantages[:, None], mask, mask.sum().item())
-    alone, _ = clipped_loss(
-        new[2:], old[2:], advantages[2:, None], torch.ones(2, 3, dtype=torch.bool), 6
-    )
+    mask = kept.repeat_interleave(2, 0).expand(4, 3)
+    loss, _ = clipped_loss(new, old, advantages, mask, mask.sum().item())
+    ones = torch.ones(2, 3, dtype=torch.bool)
+    alone, _ = clipped_loss(new[2:], old[2:], advantages[2:], ones, 6)
     assert loss.item() == pytest.approx(alone.item(), abs=1e-7)
     assert loss.item() != 0
 
 
 @pytest.mark.parametrize(
-    ("rewards", "groups", "message"),
-    [
-        ([0.1, 0.2, 0.3], [0, 0, 1], "group 1 has one"),
-        ([0.1, math.nan], [0, 0], "NaN"),
-        ([0.1, math.inf], [0, 0], "infinite"),
-    ],
+    ("rewards", "message"),
+    [([[0.1], [0.3]], "one sample"), ([[0.1, math.nan]], "NaN"), ([[0.1, math.inf]], "infinite")],
 )
-def test_advantage_errors(rewards, groups, message):
+def test_advantage_errors(rewards, message):
     with pytest.raises(ValueError, match=message):
-        group_advantages(torch.tensor(rewards), torch.tensor(groups))
+        group_advantages(torch.tensor(rewards))
+
+
+def test_no_groups_no_advantages():
+    advantages, kept = group_advantages(torch.zeros(0, 8))
+    assert advantages.shape == (0, 8) and kept.shape == (0, 1)
 
 
 # ---- completion mask ----
@@ -585,13 +584,13 @@ def test_a_bandit_learns_the_best_arm():
         old = token_log_probs(logits.detach().expand(16, 1, 4), ids)
         reward = payouts[ids[:, 0]]
         rewards.append(reward.mean().item())
-        advantages, kept = group_advantages(reward, torch.zeros(16, dtype=torch.long))
+        advantages, kept = group_advantages(reward[None])  # (1, 16), (1, 1)
         if not kept.any():
             continue
-        mask = kept[:, None]
+        mask = kept.expand(16, 1)
         for _ in range(2):
             new = token_log_probs(logits.expand(16, 1, 4), ids)
-            loss, _ = clipped_loss(new, old, advantages[:, None], mask, mask.sum().item())
+            loss, _ = clipped_loss(new, old, advantages.T, mask, mask.sum().item())
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

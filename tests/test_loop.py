@@ -10,7 +10,7 @@ from scripted import GRAPH, MOVE, Script, move, run
 
 import loop
 from report import story
-from sgiou import load_laion_sg
+from sgiou import load_graphs
 
 
 def numbers(trajectory):
@@ -226,7 +226,7 @@ def test_neither_or_more_than_one_prompt(program, words):
 
 
 def test_the_shipped_loop_ends_better_than_it_starts(shipped):
-    graphs = load_laion_sg(ROOT / "tiny/data/val.json", 12)
+    graphs = load_graphs(ROOT / "tiny/data/val.json", limit=12)
     trajectories = shipped.run(graphs, list(range(12)))
     before = sum(t.steps[0].reflection.score for t in trajectories)
     assert sum(t.best.reflection.score for t in trajectories) > before + 0.5

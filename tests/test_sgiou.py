@@ -1,8 +1,7 @@
-"""sgiou.py: the metric, the LAION-SG loader, prompts, and the lenient parser."""
+"""sgiou.py: the metric, typed prompts, data sets, and the answers of VLMs."""
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -13,615 +12,485 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sgiou
-from sgiou import SceneGraph, load_laion_sg, parse_prompt, parse_scene_graph, sg_iou
+from sgiou import SceneGraph, load_graphs, normalise, parse_prompt, parse_scene_graph, sg_iou
 
-NAMES = [
-    "red circle",
-    "Red_Circle",
-    "blue square",
-    "  blue   SQUARE ",
-    "green triangle",
-    "sun",
-    "É",
-]
-RELATIONS = ["left of", "Left_of", "above", "on top of", "on"]
+RELATIONS = ["left of", "right of", "above", "on", "on top of"]
 GOLD = SceneGraph(
     ["red circle", "blue square", "green triangle"],
     [("red circle", "left of", "blue square"), ("green triangle", "above", "red circle")],
 )
-ODD = SceneGraph(
-    ["red circle", "blue square", 'man\'s "hat"', "[odd], {name}: \\ (café)", "café ☕"],
-    [("red circle", "left of", "blue square"), ('man\'s "hat"', "on", "café ☕")],
+
+
+# ---- the metric ----
+
+
+def test_metric_by_hand():
+    seen = SceneGraph(
+        ["Red_Circle", "blue square", "yellow star"],
+        [("red circle", "LEFT_OF", "blue  square"), ("blue square", "below", "red circle")],
+    )
+    # 1 triple of 3 in common, 2 objects of 4, 1 relation ("left of") of 3
+    expected = {"sg_iou": 1 / 3, "entity_iou": 2 / 4, "relation_iou": 1 / 3}
+    assert sg_iou(seen, GOLD) == pytest.approx(expected)
+    assert sg_iou(GOLD, GOLD) == {"sg_iou": 1.0, "entity_iou": 1.0, "relation_iou": 1.0}
+    empty = SceneGraph([], [])
+    assert sg_iou(empty, empty) == {"sg_iou": 0.0, "entity_iou": 0.0, "relation_iou": 0.0}
+    assert sg_iou(SceneGraph([], GOLD.triples), GOLD)["entity_iou"] == 1.0
+    mirrored = SceneGraph([], [("blue square", "left of", "red circle")])
+    assert sg_iou(mirrored, GOLD)["sg_iou"] == 0.0
+
+
+SPELLINGS = ["red circle", "Red_Circle", "blue square", "  blue   SQUARE ", "sun", "É"]
+WORDS = ["left of", "Left_of", "above", "on top of"]
+name_lists = st.lists(st.sampled_from(SPELLINGS), max_size=5)
+triple_lists = st.lists(st.tuples(*map(st.sampled_from, [SPELLINGS, WORDS, SPELLINGS])), max_size=5)
+graphs = st.builds(SceneGraph, name_lists, triple_lists)
+
+
+def reference_iou(first, second):
+    """LAION-SG's calculate_iou, counted on lists: it shares no set operation with sg_iou."""
+    first = [x for n, x in enumerate(first) if x not in first[:n]]
+    second = [x for n, x in enumerate(second) if x not in second[:n]]
+    common = sum(x in second for x in first)
+    total = len(first) + len(second) - common
+    return common / total if total else 0.0
+
+
+def reference_lists(graph):
+    def plain(text):
+        return text.strip().lower().replace("_", " ").replace("   ", " ")
+
+    triples = [[plain(part) for part in triple] for triple in graph.triples]
+    entities = [plain(name) for name in graph.objects]
+    entities += [triple[0] for triple in triples] + [triple[2] for triple in triples]
+    return triples, entities, [triple[1] for triple in triples]
+
+
+@settings(max_examples=1000, deadline=None)
+@given(graphs, graphs)
+def test_metric_equals_the_reference_on_random_pairs(pred, gold):
+    pairs = zip(reference_lists(pred), reference_lists(gold))
+    expected = [reference_iou(p, g) for p, g in pairs]
+    assert list(sg_iou(pred, gold).values()) == pytest.approx(expected)
+    assert sg_iou(pred, gold) == sg_iou(gold, pred)
+
+
+def test_a_graph_is_frozen_and_hashable_and_holds_each_triple_once():
+    listed = SceneGraph(["a", "b"], [["a", "on", "b"], ["A", "on", "b"], ["a", "under", "b"]])
+    assert listed.triples == (("a", "on", "b"), ("a", "under", "b"))
+    assert len({listed, SceneGraph(("a", "b"), listed.triples)}) == 1
+    with pytest.raises(AttributeError):
+        listed.caption = "frozen"
+
+
+# ---- prompts ----
+
+
+def test_prompt_names_every_object_once():
+    assert GOLD.prompt() == "red circle left of blue square; green triangle above red circle"
+    dogs = SceneGraph(["dog", "cat", "Dog", "sun"], [("dog", "near", "cat")])
+    assert dogs.labels() == ["dog", "cat", "another Dog", "sun"]
+    assert dogs.prompt() == "dog near cat; another Dog; sun"
+
+
+@pytest.mark.parametrize(
+    ("text", "prompt"),
+    [
+        ("red circle left of blue square", "red circle left of blue square"),
+        ("A red circle to the left of the blue square.", "red circle left of blue square"),
+        ("red circle is on the left of blue square;", "red circle left of blue square"),
+        ("the sun was above the sea", "sun above sea"),
+        ("Red_Circle  LEFT_OF\tan owl; sun", "Red_Circle left of owl; sun"),
+        ("\ufeffsun on the top of rug;; ;", "sun on top of rug"),
+        ("sun on rug; sun on rug; rug on sun", "sun on rug; rug on sun"),
+        ("sun; moon; sun on moon", "sun on moon"),
+        ("dog; another dog; dog", "dog; another dog"),
+        ("dog on rug; another dog", "dog on rug; another dog"),
+    ],
 )
+def test_what_a_prompt_means(text, prompt):
+    assert parse_prompt(text, RELATIONS).prompt() == prompt
+
+
+def test_longest_relation_wins_and_special_characters_are_literal():
+    graph = parse_prompt("x on top of y; x on left of y; x c++ y", [*RELATIONS, "c++"])
+    assert [relation for _, relation, _ in graph.triples] == ["on top of", "left of", "c++"]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "the prompt is empty"),
+        (" ; ;", "the prompt is empty"),
+        ("left of blue square", "an object on each side"),
+        ("sun; the left of", "an object on each side"),
+        ("sun left of sea above moon", "two relations in one clause"),
+        ("sun left of sea left of moon", "two relations in one clause"),
+        ("sun left of sea, moon above sea", "; instead of a comma"),
+        ("sun, moon", "; instead of a comma"),
+        ("red circle left of a Red_circle", "same name on both sides"),
+        ("red circle next to blue square", "'next to' is not listed under `relations`"),
+        ("a boy riding a horse", "'a' inside a name"),
+        ("there is one sun", "'is' inside a name"),
+    ],
+)
+def test_what_is_not_understood_is_refused(text, problem):
+    with pytest.raises(ValueError) as caught:
+        parse_prompt(text, RELATIONS)
+    assert problem in str(caught.value)
+    assert "write e.g. 'red circle left of blue square; sun'" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_relation_words_no_prompt_can_be_split():
+    with pytest.raises(ValueError, match="list your relation words under `relations`"):
+        parse_prompt("red circle left of blue square", [])
+
+
+PHRASES = st.lists(
+    st.sampled_from(["red", "Square", "off", "lefty", "ab-on", "été"]), min_size=1, max_size=3
+).map(" ".join)
+
+
+@settings(max_examples=500, deadline=None)
+@given(
+    st.lists(st.tuples(PHRASES, st.sampled_from(RELATIONS), PHRASES), max_size=4),
+    st.lists(PHRASES, max_size=3),
+)
+def test_parse_prompt_inverts_prompt(triples, alone):
+    triples = [triple for triple in triples if normalise(triple[0]) != normalise(triple[2])]
+    graph = SceneGraph([*dict.fromkeys(sgiou.names_in(triples)), *alone], triples)
+    if graph.objects:
+        parsed = parse_prompt(graph.prompt(), RELATIONS)
+        assert parsed.prompt() == graph.prompt()
+        assert sorted(map(normalise, parsed.objects)) == sorted(map(normalise, graph.objects))
+
+
+# ---- data sets ----
+
+LAION = {
+    "img_id": "482063",
+    "name": "minus83166520.jpg",
+    "caption_ori": "Page 90 — Girl",
+    "items": [
+        {"item_id": 0, "label": "person", "attributes": ["the", "young", "female"]},
+        {"item_id": 7, "label": "café", "attributes": []},
+        {"item_id": 2, "label": " dog "},
+    ],
+    "relations": [
+        {"triple_id": 0, "item1": 0, "relation": "is in front of", "item2": 7},
+        {"triple_id": 1, "item1": 7, "relation": "behind", "item2": 0},
+    ],
+}
+
+
+def write(tmp_path, content, name="data.json"):
+    path = tmp_path / name
+    if not isinstance(content, str):
+        content = json.dumps(content, ensure_ascii=False)
+    path.write_text(content, encoding="utf-8")
+    return path
+
+
+def changed(**fields):
+    return {**LAION, **fields}
+
+
+def test_laion_sg(tmp_path, capsys):
+    expected = SceneGraph(
+        ("young female person", "café", "dog"),
+        (("young female person", "in front of", "café"), ("café", "behind", "young female person")),
+        "Page 90 — Girl",
+        "482063",
+    )
+    assert load_graphs(write(tmp_path, [LAION])) == [expected]
+    indented = write(tmp_path, json.dumps([LAION], indent=4), "DATA.JSON")
+    assert load_graphs(str(indented)) == [expected]
+    lines = "\ufeff\n" + json.dumps(LAION) + "\n\n" + json.dumps(LAION) + "\n"
+    assert load_graphs(write(tmp_path, lines)) == [expected] * 2
+    assert load_graphs(write(tmp_path, [LAION] * 5), limit=2) == [expected] * 2
+    assert load_graphs(write(tmp_path, [LAION]), limit=0) == []
+    listed = load_graphs(write(tmp_path, [LAION]), ["In_front of"])
+    assert listed[0].triples[0][1] == "In_front of"
+    assert capsys.readouterr().err == ""
+
+
+def test_ids_may_be_numbers_or_text_and_unused_items_may_be_blank(tmp_path, capsys):
+    items = [{"item_id": "0", "label": "sun", "attributes": None}, {"item_id": 1, "label": "sea"}]
+    relations = [{"item1": 0, "relation": "above", "item2": "1"}]
+    entry = {"items": [*items, {"item_id": 2, "label": " "}], "relations": relations}
+    (graph,) = load_graphs(write(tmp_path, [entry]))
+    assert (graph.objects, graph.prompt()) == (("sun", "sea"), "sun above sea")
+    assert capsys.readouterr().err == ""
+
+
+BAD_ENTRIES = [
+    (3, "'items' is NoneType; make it list"),
+    (changed(relations=None), "no relations"),
+    (changed(relations=[{"item1": 0, "relation": "on", "item2": 99}]), "no relations"),
+    (changed(relations={}), "'relations' is dict; make it list"),
+    (changed(items=[{"item_id": 1.5, "label": "sun"}]), "'item_id' is float; make it int | str"),
+    (changed(items=[{"item_id": 0, "label": 3}]), "'label' is int; make it str"),
+    (changed(items=LAION["items"] * 2), "two items have the id 0"),
+    ({"include": [{"count": 1}]}, "'class' is NoneType"),
+    ({"include": [{"class": "cat", "count": 10**9}]}, "1 to 99"),
+    ({"include": [{"class": "cat", "position": ["above", 5]}]}, "make it [relation, index]"),
+]
+
+
+@pytest.mark.parametrize(("entry", "problem"), BAD_ENTRIES)
+def test_one_bad_entry_is_skipped_and_named(tmp_path, capsys, entry, problem):
+    path = write(tmp_path, [LAION, entry, LAION])
+    assert [graph.id for graph in load_graphs(path)] == ["482063"] * 2
+    message = capsys.readouterr().err
+    assert message.startswith(f"{path}: skipped ") and message.count("\n") == 1
+    assert "entry 1: " in message and problem in message
+    with pytest.raises(ValueError, match="no scene graph in it; entry 0: "):
+        load_graphs(write(tmp_path, [entry]))
+
+
+def test_a_bad_relation_is_skipped_alone(tmp_path, capsys):
+    bad = [None, {"item1": 0, "relation": " ", "item2": 7}, {"item1": 0, "relation": "on"}]
+    path = write(tmp_path, [changed(relations=LAION["relations"] + bad)])
+    assert len(load_graphs(path)[0].triples) == 2
+    message = capsys.readouterr().err
+    assert "skipped 3 entries or relations: entry 0: relations[2] lacks" in message
+
+
+def test_geneval(tmp_path, capsys):
+    lines = """
+{"tag": "position", "include": [{"class": "horse", "count": 1},
+ {"class": "vase", "count": 1, "position": ["right of", 0]}], "prompt": "a vase right of a horse"}
+{"tag": "color_attr", "include": [{"class": "bowl", "count": 1, "color": "yellow"},
+ {"class": "cup", "count": 1, "color": "white"}], "prompt": "a photo of ..."}
+{"tag": "counting", "include": [{"class": "donut", "count": 3}],
+ "exclude": [{"class": "donut", "count": 4}], "prompt": "a photo of three donuts"}
+{"broken": """
+    lines = lines.replace("\n ", " ")  # one entry a line, as published
+    position, color, count = load_graphs(write(tmp_path, lines, "evaluation_metadata.jsonl"))
+    assert position.prompt() == "vase right of horse"
+    assert position.caption == "a vase right of a horse"
+    assert color.prompt() == "yellow bowl; white cup"
+    assert count.prompt() == "donut; another donut; another donut"
+    assert "skipped 1 entries or relations: line 5" in capsys.readouterr().err
+
+
+def test_t2i_compbench_and_plain_prompts(tmp_path, capsys):
+    lines = (
+        "\ufeffa balloon on the top of a giraffe\r\na bird on side of a airplane\r\n\r\n"
+        "a vase hidden by a clock\r\na bee on the left of a key; a frog near a cup\r\n"
+        "a desk hidden by a desk\r\na man riding horse\r\n"
+    )
+    path = write(tmp_path, lines, "spatial.txt")
+    prompts = ["balloon on top of giraffe", "bird on side of airplane", "vase hidden by clock"]
+    prompts += ["bee left of key; frog near cup"]
+    assert [graph.prompt() for graph in load_graphs(path)] == prompts
+    message = capsys.readouterr().err
+    assert "skipped 2" in message and "line 6: " in message and "same name" in message
+    assert "line 7: no known relation; list your relation words" in message
+    assert load_graphs(path, ["riding"])[-1].prompt() == "man riding horse"
+    assert load_graphs(write(tmp_path, "sun\n", "a.txt"), RELATIONS)[0].objects == ("sun",)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "it is empty"),
+        (b"[]", "it is empty"),
+        (b"null", "line 1: "),
+        (b'[{"img_id": ', "entry 0 is broken or cut off"),
+        (b"[" * 200_000, "give a complete file"),
+        (b'["\xff\xfe"]', "give a complete file in UTF-8"),
+    ],
+)
+def test_a_file_without_any_graph_is_refused(tmp_path, content, problem):
+    path = tmp_path / "data.json"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as caught:
+        load_graphs(path)
+    assert problem in str(caught.value) and str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+    for missing in (tmp_path, tmp_path / "none.json"):
+        with pytest.raises(ValueError, match=missing.name):
+            load_graphs(missing)
+
+
+def test_a_large_list_is_read_piece_by_piece_and_a_cut_one_is_refused(tmp_path):
+    path = write(tmp_path, [changed(img_id=str(n)) for n in range(6000)])  # 3 MB
+    assert [graph.id for graph in load_graphs(path)] == [str(n) for n in range(6000)]
+    write(tmp_path, path.read_text(encoding="utf-8")[:-100])
+    assert len(load_graphs(path, limit=3)) == 3
+    with pytest.raises(ValueError, match="entry 5999 is broken or cut off"):
+        load_graphs(path)
+
+
+# ---- answers of VLMs ----
 
 
 def as_json(graph, **options):
     return json.dumps({"objects": graph.objects, "triples": graph.triples}, **options)
 
 
-def same(parsed, graph):
-    return (parsed.objects, parsed.triples) == (graph.objects, graph.triples)
+JSON = as_json(GOLD)
+PAIRS = [dict(zip("sro", triple)) for triple in GOLD.triples]
 
 
-# ---- metric ----
-
-name_lists = st.lists(st.sampled_from(NAMES), max_size=5)
-triple_lists = st.lists(
-    st.tuples(st.sampled_from(NAMES), st.sampled_from(RELATIONS), st.sampled_from(NAMES)),
-    max_size=5,
-)
-graphs = st.builds(SceneGraph, name_lists, triple_lists)
+def as_objects(*keys):
+    return json.dumps([{"id": 3, **dict(zip(keys, t)), "score": 0.9} for t in GOLD.triples])
 
 
-def naive_iou(first, second):
-    """IoU counted on lists, pair by pair: no set operation is common with the implementation."""
-    first_unique = []
-    for element in first:
-        if element not in first_unique:
-            first_unique.append(element)
-    common = 0
-    only_second = []
-    for element in second:
-        if element not in first_unique and element not in only_second:
-            only_second.append(element)
-    for element in first_unique:
-        if element in second:
-            common += 1
-    total = len(first_unique) + len(only_second)
-    return 0.0 if total == 0 else common / total
-
-
-def naive_views(graph):
-    def plain(text):
-        text = text.strip().lower()
-        for gap in ("_", "   ", "  "):
-            text = text.replace(gap, " ")
-        return text
-
-    triples = [[plain(part) for part in triple] for triple in graph.triples]
-    entities = [plain(name) for name in graph.objects]
-    entities += [triple[0] for triple in triples] + [triple[2] for triple in triples]
-    return {
-        "sg_iou": triples,
-        "entity_iou": entities,
-        "relation_iou": [triple[1] for triple in triples],
-    }
-
-
-@settings(max_examples=1000, deadline=None)
-@given(graphs, graphs)
-def test_metric_equals_a_naive_one(pred, gold):
-    pred_views = naive_views(pred)
-    gold_views = naive_views(gold)
-    expected = {name: naive_iou(pred_views[name], gold_views[name]) for name in pred_views}
-    scores = sg_iou(pred, gold)
-    assert scores == pytest.approx(expected)
-    assert scores == sg_iou(gold, pred)
-    assert all(isinstance(score, float) and 0 <= score <= 1 for score in scores.values())
-
-
-def test_metric_by_hand():
-    pred = SceneGraph(
-        ["Red_Circle", "blue square", "yellow star"],
-        [
-            ("red circle", "LEFT OF", "blue  square"),
-            ("red circle", "left_of", "blue square"),
-            ("blue square", "below", "red circle"),
-        ],
-    )
-    # triples: 1 common of 3; objects: 2 common of 4; relations: "left of" of 3 words
-    expected = {"sg_iou": 1 / 3, "entity_iou": 2 / 4, "relation_iou": 1 / 3}
-    assert sg_iou(pred, GOLD) == pytest.approx(expected)
-    assert sg_iou(GOLD, GOLD) == {"sg_iou": 1.0, "entity_iou": 1.0, "relation_iou": 1.0}
-
-
-def test_direction_matters_and_a_lone_object_counts_as_entity():
-    mirrored = SceneGraph(["a", "b", "c"], [("b", "left of", "a")])
-    gold = SceneGraph(["a", "b"], [("a", "left of", "b")])
-    expected = {"sg_iou": 0.0, "entity_iou": 2 / 3, "relation_iou": 1.0}
-    assert sg_iou(mirrored, gold) == pytest.approx(expected)
-
-
-def test_empty_graphs_score_zero():
-    empty = SceneGraph([], [])
-    zeros = {"sg_iou": 0.0, "entity_iou": 0.0, "relation_iou": 0.0}
-    assert sg_iou(empty, empty) == zeros
-    assert sg_iou(empty, GOLD) == zeros
-
-
-def test_entities_include_those_named_in_triples_only():
-    assert sg_iou(SceneGraph([], GOLD.triples), GOLD)["entity_iou"] == 1.0
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [(" Left_Of\t", "left of"), ("ÉTÉ__x\n y", "été x y"), ("_", ""), ("man's hat", "man's hat")],
-)
-def test_normalise(text, expected):
-    assert sgiou.normalise(text) == expected
-
-
-def test_graphs_of_lists_and_of_tuples_are_equal_and_hashable():
-    listed = SceneGraph(["a", "b"], [["a", "on", "b"]])
-    assert len({listed, SceneGraph(("a", "b"), (("a", "on", "b"),))}) == 1
-    with pytest.raises(AttributeError):
-        listed.caption = "frozen"
-
-
-# ---- loader ----
-
-
-def laion_entry():
-    return {
-        "img_id": "482063",
-        "name": "minus83166520.jpg",
-        "caption_ori": "Page 90 — Girl",
-        "score": "6.720815181732178",
-        "url": "https://example.org/a.jpg",
-        "items": [
-            {
-                "item_id": 0,
-                "label": "person",
-                "attributes": ["young", "female"],
-                "global_item_id": 3201686,
-            },
-            {"item_id": 7, "label": "café", "attributes": [], "global_item_id": 3201687},
-            {"item_id": 2, "label": " dog ", "global_item_id": 3201688},
-        ],
-        "relations": [
-            {
-                "triple_id": 0,
-                "item1": 0,
-                "relation": "sit in front of",
-                "item2": 7,
-                "global_relation_id": 2118510,
-            },
-            {
-                "triple_id": 1,
-                "item1": 7,
-                "relation": "behind",
-                "item2": 0,
-                "global_relation_id": 2118511,
-            },
-        ],
-    }
-
-
-def write(tmp_path, content):
-    path = tmp_path / "data.json"
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-    path.write_text(text, encoding="utf-8")
-    return path
-
-
-def test_loader_reads_the_published_format(tmp_path, capsys):
-    no_relations = {**laion_entry(), "relations": []}
-    minimal = {
-        "img_id": 5,
-        "caption_ori": None,
-        "items": [{"item_id": "x", "label": "sun", "attributes": None}],
-        "relations": [{"item1": "x", "relation": "above", "item2": "x"}],
-    }
-    path = write(tmp_path, [laion_entry(), no_relations, minimal, no_relations])
-    first, second = load_laion_sg(path)
-    assert first == SceneGraph(
-        ("young female person", "café", "dog"),
-        (
-            ("young female person", "sit in front of", "café"),
-            ("café", "behind", "young female person"),
-        ),
-        "Page 90 — Girl",
-        "482063",
-    )
-    assert first.prompt() == (
-        "young female person sit in front of café; café behind young female person; dog"
-    )
-    assert second == SceneGraph(("sun",), (("sun", "above", "sun"),), "", "5")
-    warning = capsys.readouterr().err
-    assert warning.count("\n") == 1
-    assert "2 entries dropped" in warning
-    assert "data.json" in warning
-
-
-def test_loader_limit_counts_kept_graphs_and_silence_when_nothing_is_dropped(tmp_path, capsys):
-    entries = [{**laion_entry(), "img_id": str(index)} for index in range(5)]
-    path = write(tmp_path, entries)
-    assert [graph.id for graph in load_laion_sg(path, limit=2)] == ["0", "1"]
-    assert [graph.id for graph in load_laion_sg(str(path))] == ["0", "1", "2", "3", "4"]
-    assert load_laion_sg(path, limit=0) == []
-    assert capsys.readouterr().err == ""
-    entries[0]["caption_ori"] = ""
-    assert load_laion_sg(write(tmp_path, entries))[0].caption == ""
-    entries[0]["relations"] = []
-    assert [graph.id for graph in load_laion_sg(write(tmp_path, entries), limit=2)] == ["1", "2"]
-
-
-def change(*path_and_value):
-    """A function that sets, or with value `...` deletes, one place of an entry."""
-    *path, last, value = path_and_value
-
-    def apply(entry):
-        for step in path:
-            entry = entry[step]
-        if value is ...:
-            del entry[last]
-        else:
-            entry[last] = value
-
-    return apply
-
-
-BROKEN_ENTRIES = [
-    (change("img_id", ...), "field img_id", "is missing"),
-    (change("img_id", [1]), "field img_id", "is list"),
-    (change("items", ...), "field items", "is missing"),
-    (change("items", {}), "field items", "is dict; make it list"),
-    (change("items", 1, "person"), "field items[1].item_id", "not inside a JSON object"),
-    (change("items", 1, "item_id", ...), "field items[1].item_id", "is missing"),
-    (change("items", 1, "item_id", 1.5), "field items[1].item_id", "is float; make it int | str"),
-    (change("items", 1, "item_id", 0), "field items[1].item_id", "0 is taken"),
-    (change("items", 2, "label", ...), "field items[2].label", "is missing"),
-    (change("items", 2, "label", None), "field items[2].label", "is missing"),
-    (change("items", 2, "label", 3), "field items[2].label", "is int; make it str"),
-    (change("items", 2, "label", " \t"), "field items[2].label", "is empty"),
-    (change("items", 0, "attributes", "young"), "field items[0].attributes", "is str"),
-    (change("items", 0, "attributes", [1]), "field items[0].attributes", "not all are str"),
-    (change("relations", ...), "field relations", "is missing"),
-    (change("relations", 1, None), "field relations[1].item1", "not inside a JSON object"),
-    (change("relations", 1, "item1", ...), "field relations[1].item1", "is missing"),
-    (change("relations", 1, "item2", 99), "field relations[1].item2", "no item has id 99"),
-    (change("relations", 1, "item1", "0"), "field relations[1].item1", "no item has id '0'"),
-    (change("relations", 0, "relation", ...), "field relations[0].relation", "is missing"),
-    (change("relations", 0, "relation", ""), "field relations[0].relation", "is empty"),
-    (change("caption_ori", 3), "field caption_ori", "is int; make it str"),
-]
-
-
-@pytest.mark.parametrize(("breakage", "field", "problem"), BROKEN_ENTRIES)
-def test_a_broken_entry_names_file_index_and_field(tmp_path, breakage, field, problem):
-    broken = laion_entry()
-    breakage(broken)
-    path = write(tmp_path, [laion_entry(), laion_entry(), broken])
-    with pytest.raises(ValueError, match="entry 2") as caught:
-        load_laion_sg(path)
-    message = str(caught.value)
-    assert message.startswith(f"{path}: entry 2, {field}: ")
-    assert problem in message
-    assert "; " in message, "it says what to do"
-    assert "\n" not in message
-
-
-@pytest.mark.parametrize(
-    ("content", "problem"),
-    [
-        ('[{"img_id": ', "no JSON to read"),
-        ("", "no JSON to read"),
-        ("[" * 200_000, "no JSON to read"),
-        ('{"img_id": "1"}', "is no JSON list"),
-        ("null", "is no JSON list"),
-        ('["entry"]', "entry 0, field items: is not inside a JSON object"),
-    ],
-)
-def test_a_broken_file_is_named(tmp_path, content, problem):
-    path = write(tmp_path, content)
-    with pytest.raises(ValueError, match="data.json") as caught:
-        load_laion_sg(path)
-    assert problem in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_missing_file_folder_and_foreign_bytes(tmp_path):
-    (tmp_path / "bytes.json").write_bytes(b'["\xff\xfe"]')
-    for path in (tmp_path / "none.json", tmp_path, tmp_path / "bytes.json"):
-        with pytest.raises(ValueError, match="check path and content") as caught:
-            load_laion_sg(path)
-        assert str(path) in str(caught.value)
-        assert "\n" not in str(caught.value)
-
-
-# ---- prompts ----
-
-
-def test_prompt_keeps_lone_objects():
-    assert GOLD.prompt() == "red circle left of blue square; green triangle above red circle"
-    lone = SceneGraph(["Sun", "A", "b"], [("a", "on", "B")])
-    assert lone.prompt() == "a on B; Sun"
-
-
-def test_parse_prompt_by_hand():
-    graph = parse_prompt(
-        " Red circle  LEFT_OF blue square;;leftover offal ; table on top of rug;",
-        RELATIONS[2:] + ["left of"],
-    )
-    assert graph.triples == (
-        ("Red circle", "left of", "blue square"),
-        ("table", "on top of", "rug"),
-    )
-    assert graph.objects == ("Red circle", "blue square", "leftover offal", "table", "rug")
-
-
-def test_parse_prompt_takes_the_longest_relation_in_a_clause_and_literal_ones():
-    graph = parse_prompt("man in hat in front of car; x c++ y", ["in", "in front of", "c++"])
-    assert graph.triples == (("man in hat", "in front of", "car"), ("x", "c++", "y"))
-
-
-@pytest.mark.parametrize(
-    ("text", "problem"),
-    [
-        ("", "empty"),
-        (" ; ;", "empty"),
-        ("left of blue square", "'left of blue square'"),
-        ("sun; red circle left of", "'red circle left of'"),
-        ("left of", "'left of'"),
-        ("sun left of sea left of moon", "one object a side"),
-    ],
-)
-def test_parse_prompt_errors(text, problem):
-    with pytest.raises(ValueError, match="prompt") as caught:
-        parse_prompt(text, ["left of", "above"])
-    assert problem in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-WORDS = st.sampled_from(["red", "blue", "circle", "Square", "off", "lefty", "ab-on", "été"])
-PHRASES = st.lists(WORDS, min_size=1, max_size=3).map(" ".join)
-
-
-@settings(max_examples=700, deadline=None)
-@given(
-    st.lists(
-        st.tuples(PHRASES, st.sampled_from(["left of", "on", "on_top of"]), PHRASES), max_size=4
-    ),
-    st.lists(PHRASES, max_size=3),
-)
-def test_prompt_round_trip(triples, lone):
-    mentioned = [name for subject, _, other in triples for name in (subject, other)]
-    spelled = {}
-    for name in mentioned + lone:
-        spelled.setdefault(sgiou.normalise(name), name)
-    if not spelled:
-        return
-    objects = list(dict.fromkeys([spelled[sgiou.normalise(name)] for name in mentioned + lone]))
-    triples = [
-        (spelled[sgiou.normalise(a)], relation, spelled[sgiou.normalise(b)])
-        for a, relation, b in triples
-    ]
-    graph = SceneGraph(objects, triples)
-    assert same(parse_prompt(graph.prompt(), ["on", "left of", "on_top of"]), graph)
-
-
-# ---- lenient parser ----
-
-REPAIRED = {
-    "indented": as_json(GOLD, indent=2),
-    "fence": f"```json\n{as_json(GOLD)}\n```",
-    "nested fences": f"````\n```json\n{as_json(GOLD)}\n```\n````",
-    "prose": f"Here's the user's graph (it isn't \"hard\"): {as_json(GOLD)} I hope it's right!",
-    "smiley": f"Sure :( {as_json(GOLD)} :)",
-    "python": repr({"objects": list(GOLD.objects), "triples": list(GOLD.triples), "score": None}),
-    "literals": as_json(GOLD)[:-1] + ', "done": True, "n": 3.5, "next": null}',
-    "trailing commas": as_json(GOLD).replace("]", ",]").replace("}", ",}"),
-    "no commas": as_json(GOLD).replace(",", " "),
-    "smart quotes": re.sub('"([^"]*)"', r"“\1”", as_json(GOLD)),
-    "single smart": re.sub('"([^"]*)"', r"‘\1’", as_json(GOLD)),
-    "single quotes": as_json(GOLD).replace('"', "'"),
-    "word level": as_json(GOLD).replace('"', ' " ').replace(",", " , ").replace(":", " : "),
-    "key case": as_json(GOLD).replace("objects", " Objects ").replace("triples", "TRIPLES"),
-    "bare keys": as_json(GOLD).replace('"objects"', "objects").replace('"triples"', "triples"),
-    "space before colon": as_json(GOLD).replace('":', '"\t\n :'),
-    "lost bracket": as_json(GOLD).replace('"], "triples"', '", "triples"'),
-    "no last brackets": as_json(GOLD)[:-2],
-    "stray brackets": "]})" + as_json(GOLD) + "]]}",
-    "tuples in lines": "objects: ['red circle', 'blue square']\n"
-    "1. ('red circle', 'left of', 'blue square')\n"
-    "2. ('green triangle', 'above', 'red circle')",
-    "dicts": json.dumps(
-        {
-            "objects": GOLD.objects,
-            "relations": [{"subject": s, "predicate": r, "object": o} for s, r, o in GOLD.triples],
-        }
-    ),
-    "laion keys": json.dumps(
-        [{"Item1": s, "id": 3, "relation": r, "item2": o} for s, r, o in GOLD.triples]
-    ),
-    "too deep": "[" * 1000 + as_json(GOLD),
-    "unclosed first line": '["never closed, \n' + as_json(GOLD),
+ANSWERS = {  # each of them says GOLD
+    "json": JSON,
+    "fence": f"```json\n{as_json(GOLD, indent=2)}\n```",
+    "prose": f"Here's the user's graph (it isn't \"hard\") :( {JSON} I hope it's right!",
+    "thoughts": f'<think>Is it [["sun", "on", "sea"]]?</think>{JSON}',
+    "prefilled thoughts": f'Is it [["sun", "on", "sea"]]? </think> {JSON}',
+    "thoughts at the end": f'{JSON}<think>Or [["sun", "on", "sea"]]?',
+    "python": repr({"objects": list(GOLD.objects), "triples": list(GOLD.triples), "n": None}),
+    "trailing commas": JSON.replace("]", ",]").replace("}", ",}"),
+    "no commas": JSON.replace(",", " "),
+    "smart quotes": JSON.replace(' "', " “").replace('["', "[“").replace('"', "”"),
+    "spaces in strings": JSON.replace('"', ' " ').replace(",", " , ").replace(":", " : "),
+    "key case": JSON.replace("objects", " Objects ").replace("triples", "TRIPLES"),
+    "bare keys": JSON.replace('"objects"', "objects").replace('"triples"', "triples"),
+    "lost bracket": JSON.replace('"], "triples"', '", "triples"'),
+    "no last brackets": JSON[:-2],
+    "too deep": "[" * 1000 + JSON,
+    "laion-sg's keys": json.dumps({"scene_graph": GOLD.triples, "object_list": GOLD.objects}),
+    "articles": JSON.replace('"red', '"The red').replace('"above', '"is above'),
+    "prepositions": JSON.replace('"left of', '"is to the left_of'),
+    "scores": JSON.replace('"blue square"], [', '"blue square", 0.9], [').replace("]]", ", 95%]]"),
+    "subject, predicate": as_objects("subject", "predicate", "object"),
+    "item1, relation": as_objects("Item1", "relation", "item2"),
+    "head, relationship": as_objects("head", "relationship", "tail"),
+    "source, target": as_objects("source", "relation", "target"),
+    "s, r, o": as_objects("s", "r", "o"),
 }
+for style, form in {
+    "strings": '"{s} - {r} - {o}"',
+    "tuples": "({s}, {r}, {o})",
+    "angles": "<{s}, {r}, {o}>",
+    "arrows": "{s} -> {r} -> {o}",
+    "long arrows": "{s} --{r}--> {o}",
+    "numbered": "1. {s}, {r}, {o}",
+    "bold": "- **{s}** {r} **{o}**",
+    "bold lines": "2. **{s} - {r} - {o}**",
+    "labeled": "Triple 1: {s} → {r} → {o}.",
+    "quoted": '* "{s}" | "{r}" | "{o}"',
+}.items():
+    lines = [form.format(**pair) for pair in PAIRS]
+    ANSWERS[style] = "Sure, I see, look:\n" + "\n".join(lines)
+ANSWERS["strings"] = json.dumps({"triples": [f"{s} - {r} - {o}" for s, r, o in GOLD.triples]})
 
 
-@pytest.mark.parametrize("case", REPAIRED)
-def test_parser_repairs(case):
-    parsed = parse_scene_graph(REPAIRED[case])
-    assert parsed.triples == GOLD.triples
-    assert set(parsed.objects) == set(GOLD.objects)
-    assert len(parsed.objects) == len(GOLD.objects)
+@pytest.mark.parametrize("style", ANSWERS)
+def test_answers_as_vlms_write_them(style):
+    answer = parse_scene_graph(ANSWERS[style], GOLD.objects, ["left of", "above", "on"])
+    assert answer.triples == GOLD.triples
+    assert sorted(answer.objects) == sorted(GOLD.objects)
 
 
 @pytest.mark.parametrize(
     ("text", "objects"),
     [
-        ("{'objects': ['man's hat', 'dog']}", ("man's hat", "dog")),
-        ("{'objects': ['man\\'s hat', 'dog']}", ("man's hat", "dog")),
-        ("{“objects”: [‘man’s hat’, ‘dog’]}", ("man’s hat", "dog")),
+        ('{"objects": [], "triples": []}', ()),
+        ("```json\n[]\n```", ()),
+        ('{"scene_graph": []}', ()),
         (
-            '{"objects": ["tab\\there", "caf\\u00e9", "\\ud83d\\ude00"]}',
-            ("tab\there", "café", "😀"),
+            '{"objects": ["tab\\there", "caf\\u00e9", "man\'s hat"]}',
+            ("tab here", "café", "man's hat"),
         ),
-        ('{"objects": ["bad \\q escape", "", "  ", "dog "]}', ("bad q escape", "dog")),
-        ('{"objects": [red, 3, None, "dog"]}', ("dog",)),
-        ('{"objects": ["dog", "ca', ("dog",)),
-        ('{"colours": ["red", "green", "blue"], "objects": ["dog"]}', ("dog",)),
-        ('{"objects": {"colour": "red"}}', ()),
-        ('{"objects": ["cat", [[[[[["deep"]]]]]], "dog"]}', ("cat", "dog")),
-        ("", ()),
-        ("no graph [here], none {there}", ()),
+        ('{"objects": [3, null, "", " a dog ", [["cat"]]], "colors": ["a", "b", "c"]}', ("dog",)),
     ],
 )
-def test_parser_objects(text, objects):
-    assert same(parse_scene_graph(text), SceneGraph(objects, ()))
+def test_objects_of_an_answer(text, objects):
+    assert parse_scene_graph(text) == SceneGraph(objects, ())
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "I see no graph [here], none {there}.", "Sure, a dog, a cat.", "<think>[['a', 'on', 'b']]"]
+    + ['[{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]'],
+)
+def test_an_answer_without_a_graph_is_none(text):
+    assert parse_scene_graph(text) is None
+    assert parse_scene_graph(text, ["dog", "cat", "a", "b"], ["on"]) is None
 
 
 @pytest.mark.parametrize(
     "triple",
-    [
-        '["a", "on"]',
-        '["a", "on", "b", "c"]',
-        '["a", "on", null]',
-        '["a", null, "on", "b"]',
-        '["a", "", "b"]',
-        '{"subject": "a", "relation": "on"}',
-        '{"subject": "a", "relation": "on", "object": null}',
-        '["a", "on", "b"',
-        '{"subject": "a", "relation": "on", "object": "b"',
-    ],
+    ['["sun", "on"]', '["sun", "on", null]', '["sun", "", "sea"]', '["sun", null, "on", "sea"]']
+    + ['{"subject": "sun", "relation": "on"}', '{"s": "sun", "r": "on", "o": null}']
+    + ['["sun", "on", "se', "The sun is not on the sea.", "sun, on the left, sea", "sun, one: sea"],
 )
 def test_an_incomplete_triple_is_no_triple(triple):
-    assert parse_scene_graph('{"triples": [["c", "on", "d"], ' + triple).triples == (
-        ("c", "on", "d"),
+    for text in (triple, f'{{"triples": [{triple}]}}'):
+        graph = parse_scene_graph(text, ["sun", "sea"], ["on"])
+        assert not graph or graph.triples == ()
+
+
+def test_the_vocabulary_restricts_and_spells():
+    text = (
+        '[["RED_circle", "Left_Of", "the sun"], ["sun", "eats", "sun"], ["cow", "left of", "it"]]'
     )
+    graph = parse_scene_graph(text, ["Red Circle", "sun"], ["left of"])
+    assert graph == SceneGraph(("Red Circle", "sun"), (("Red Circle", "left of", "sun"),))
+    assert parse_scene_graph(text, [], []) == SceneGraph((), ())
 
 
-def test_vocabulary_restricts_and_spells():
-    text = as_json(
-        SceneGraph(
-            ["RED_circle", "purple cow", "blue square"],
-            [
-                ("red  circle", "Left_Of", "Blue Square"),
-                ("red circle", "eats", "blue square"),
-                ("purple cow", "left of", "blue square"),
-            ],
-        )
-    )
-    both = parse_scene_graph(text, objects=["Red Circle", "blue square"], relations=["left of"])
-    triples = (("Red Circle", "left of", "blue square"),)
-    assert same(both, SceneGraph(("Red Circle", "blue square"), triples))
-    only_relations = parse_scene_graph(text, relations=["left of"])
-    assert only_relations.objects == ("RED_circle", "purple cow", "blue square")
-    assert [triple[1] for triple in only_relations.triples] == ["left of", "left of"]
-    only_objects = parse_scene_graph(text, objects=["Red Circle", "blue square"])
-    assert [triple[1] for triple in only_objects.triples] == ["Left_Of", "eats"]
-    assert same(parse_scene_graph(text, objects=[], relations=[]), SceneGraph((), ()))
+def test_a_graph_brings_its_own_relations_to_the_listed_ones():
+    graph = SceneGraph([], [("man", "riding", "horse"), ("man", "Left_of", "sun")])
+    assert graph.vocabulary(["above", "left of"]) == ["above", "left of", "riding"]
+    assert graph.vocabulary() == ["riding", "Left_of"]
+    answer = '[["man", "is riding", "horse"]]'
+    assert parse_scene_graph(answer, None, graph.vocabulary(["above"])).triples == graph.triples[:1]
 
 
-def test_objects_only_in_triples_are_added_once():
-    text = '{"objects": ["B"], "triples": [["a", "on", "b"], ["b", "on", "c"], ["a", "on", "c"]]}'
-    assert parse_scene_graph(text).objects == ("B", "a", "c")
-
-
-tidy_text = st.text(min_size=1, max_size=12).map(str.strip).filter(bool)
+tidy_text = st.text(min_size=1, max_size=12).map(sgiou.clean_name)
+tidy_text = tidy_text.filter(lambda text: text and "think>" not in text)
 
 
 @settings(max_examples=1000, deadline=None)
 @given(
-    st.lists(tidy_text, min_size=1, max_size=5),
+    st.lists(tidy_text, min_size=1, max_size=5, unique_by=normalise),
     st.lists(st.tuples(st.integers(0, 4), tidy_text, st.integers(0, 4)), max_size=5),
     st.booleans(),
 )
-def test_json_round_trip_is_exact(objects, links, ensure_ascii):
-    triples = [(objects[a % len(objects)], r, objects[b % len(objects)]) for a, r, b in links]
-    graph = SceneGraph(objects, triples)
-    assert same(parse_scene_graph(as_json(graph, ensure_ascii=ensure_ascii)), graph)
-
-
-def test_every_prefix_holds_only_what_is_complete():
-    texts = [as_json(graph) for graph in (GOLD, ODD)]
-    texts += [as_json(graph, indent=1, ensure_ascii=False) for graph in (GOLD, ODD)]
-    texts += [repr({"objects": list(GOLD.objects), "triples": list(GOLD.triples)})]
-    texts += [REPAIRED["dicts"], REPAIRED["fence"], REPAIRED["word level"]]
-    for text in texts:
-        whole = parse_scene_graph(text)
-        counts = []
-        for end in range(len(text) + 1):
-            part = parse_scene_graph(text[:end])
-            assert part.objects == whole.objects[: len(part.objects)]
-            assert part.triples == whole.triples[: len(part.triples)]
-            counts.append(len(part.objects) + len(part.triples))
-        assert counts == sorted(counts)
-        assert counts[0] == 0
-        assert counts[-1] == len(whole.objects) + len(whole.triples) > 4
-
-
-def check_any(text):
-    """What must hold for every string: a graph comes back, tidy, and inside the vocabulary."""
-    free = parse_scene_graph(text)
-    assert all(name and name == name.strip() for name in free.objects)
-    names = {sgiou.normalise(name) for name in free.objects}
-    for subject, relation, other in free.triples:
-        assert relation
-        assert {sgiou.normalise(subject), sgiou.normalise(other)} <= names
-    bound = parse_scene_graph(text, objects=["red circle", "sun"], relations=["left of"])
-    assert set(bound.objects) <= {"red circle", "sun"}
-    assert {triple[1] for triple in bound.triples} <= {"left of"}
-    assert len(bound.triples) <= len(free.triples)
-
-
-@settings(max_examples=3000, deadline=None)
-@given(st.text(max_size=200))
-def test_any_text(text):
-    check_any(text)
+def test_what_is_json_is_read_exactly(names, links, ensure_ascii):
+    triples = [(names[a % len(names)], f"x{r}", names[b % len(names)]) for a, r, b in links]
+    graph = SceneGraph(names, triples)
+    assert parse_scene_graph(as_json(graph, ensure_ascii=ensure_ascii)) == graph
 
 
 SHARDS = st.sampled_from(
-    ["[", "]", "{", "}", "(", ")", '"', "'", "“", "”", "‘", "’", ":", ",", "\\", "\n", " ", "```"]
-    + ["objects", "triples", '"objects":', '"red circle"', "'left of'", "None", "a", "\\u12", "é"]
-    + ['["red circle", "left of", "sun"]', '{"subject": "sun", "relation": "left of",']
+    [*"[]{}()<>\"'“”‘’:,\\\n "]
+    + ["objects", '"triples":', '"red circle"', "left of", "None", "a", "\\u12", "é", "0.9", "->"]
+    + ['["red circle", "left of", "sun"]', '{"subject": "sun", "relation": "left of",', "**", "1. "]
+    + ["<think>", "</think>", JSON, "- sun - left of - red circle\n"]
 )
 
 
-@settings(max_examples=3000, deadline=None)
-@given(st.lists(SHARDS, max_size=40).map("".join))
-def test_any_shards_of_json(text):
-    check_any(text)
+@settings(max_examples=5000, deadline=None)
+@given(st.one_of(st.text(max_size=200), st.lists(SHARDS, max_size=40).map("".join)))
+def test_any_text_gives_a_tidy_graph_or_none(text):
+    for vocabulary in ((), (["red circle", "sun"], ["left of"])):
+        graph = parse_scene_graph(text, *vocabulary) or SceneGraph((), ())
+        assert all(name and name == name.strip() for name in graph.objects)
+        assert {*sgiou.names_in(graph.triples)} <= {*graph.objects} or not vocabulary
+        assert {relation for _, relation, _ in graph.triples} <= {"left of"} or not vocabulary
 
 
-@settings(max_examples=3000, deadline=None)
-@given(
-    st.sampled_from([as_json(GOLD), as_json(ODD), REPAIRED["python"], REPAIRED["fence"]]),
-    st.lists(st.tuples(st.integers(0, 400), st.integers(0, 6), SHARDS), min_size=1, max_size=5),
-)
-def test_any_mutation_of_an_answer(text, edits):
-    for place, removed, inserted in edits:
-        place %= len(text) + 1
-        text = text[:place] + inserted + text[place + removed :]
-    check_any(text)
+HUGE = ["[", '{"a":', "[]", '["', "['a", '["\\"', "\\", '["a\n', '["a", ', " ", "a:", "_:", "the "]
+HUGE += ["<think>", "</think>", "red circle ", "red circle left of ", "red circle, left_of; ", JSON]
 
 
-MILLION = 1_000_000
-HUGE = {
-    "brackets": "[" * MILLION,
-    "braces": '{"a":' * (MILLION // 5),
-    "closed nest": "[" * MILLION + "]" * MILLION,
-    "quotes": "[" + '"' * MILLION,
-    "single quotes": "['" + "a'" * (MILLION // 2),
-    "escaped quotes": '["' + '\\"' * (MILLION // 2),
-    "backslashes": '["' + "\\" * MILLION,
-    "smart quotes": "[" + "‘’a" * (MILLION // 3),
-    "spaces": "[a" + " " * MILLION + "b",
-    "broken lines": "[" + '"a\n' * (MILLION // 3),
-    "one word": "[" + "a" * MILLION,
-    "one string": '["' + "a" * MILLION,
-    "prose": 'it\'s a "test" ' * (MILLION // 14),
-}
-
-
-@pytest.mark.parametrize("case", HUGE)
-def test_megabytes_take_seconds_at_most(case):
+@pytest.mark.parametrize("shard", HUGE)
+def test_a_long_answer_takes_seconds_at_most(shard):
+    text = shard * (200_000 // len(shard))  # in quadratic time it would take minutes
     start = time.process_time()
-    graph = parse_scene_graph(HUGE[case])
-    assert time.process_time() - start < 5
-    assert not graph.triples
-
-
-def test_a_megabyte_of_answers_is_read_in_full():
-    answer = as_json(GOLD) + "\n"
-    copies = MILLION // len(answer)
-    start = time.process_time()
-    graph = parse_scene_graph(answer * copies)
-    assert time.process_time() - start < 5
-    assert graph.triples == GOLD.triples * copies
-    assert sg_iou(graph, GOLD)["sg_iou"] == 1.0
-    nested = parse_scene_graph("[" * MILLION + answer)
-    assert nested.triples == GOLD.triples
+    parse_scene_graph(text, GOLD.objects, RELATIONS)
+    parse_scene_graph("[a" + text)
+    assert time.process_time() - start < 10
 
 
 # ---- the file alone ----
@@ -629,7 +498,6 @@ def test_a_megabyte_of_answers_is_read_in_full():
 
 def test_the_file_works_alone_in_an_empty_folder(tmp_path):
     shutil.copy(sgiou.__file__, tmp_path / "sgiou.py")
-    start = time.perf_counter()
     demo = subprocess.run(
         [sys.executable, "-I", "sgiou.py"],
         cwd=tmp_path,
@@ -638,9 +506,6 @@ def test_the_file_works_alone_in_an_empty_folder(tmp_path):
         text=True,
         check=True,
     )
-    assert time.perf_counter() - start < 5
-    assert "read as: Red circle left_of blue square" in demo.stdout
-    assert "sg_iou        0.50" in demo.stdout
-    assert "entity_iou    0.50" in demo.stdout
-    assert demo.stderr == ""
-    assert os.listdir(tmp_path) == ["sgiou.py"]
+    assert "read as: red circle left of blue square" in demo.stdout
+    assert "entity_iou    0.67" in demo.stdout
+    assert demo.stderr == "" and os.listdir(tmp_path) == ["sgiou.py"]

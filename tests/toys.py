@@ -84,13 +84,15 @@ class Policy:
 
 
 class Actor(Policy):
-    def propose(self, images, prompts, feedback, n=1, seed=0):
+    def propose(self, images, prompts, feedback, seeds, n=1, tried=None):
         count = len(images) * n
-        generator = torch.Generator().manual_seed(seed)
         with self.adapter(), torch.no_grad():
             table = self.current().log_softmax(0)
-        draws = torch.multinomial(table.exp(), count * LENGTH, True, generator=generator)
-        ids = draws.view(count, LENGTH)
+        draws = [
+            torch.multinomial(table.exp(), n * LENGTH, True, generator=generator(seed))
+            for seed in seeds
+        ]
+        ids = torch.cat(draws).view(count, LENGTH)
         instructions = [WORDS[first] for first in ids[:, 0].tolist()]
         return Proposals(
             images=[image for image in images for _ in range(n)],
@@ -130,7 +132,7 @@ class Editor(Policy):
             with self.adapter(), torch.no_grad():
                 after = x + self.current() + STD * torch.stack(noise)
                 step = SimpleNamespace(sample=x, next_sample=after)
-                step.log_prob = self.log_probs(step)[0]
+                step.log_prob, step.mean, _ = self.log_probs(step)
             steps.append(step)
             x = after
         scores = [

@@ -12,12 +12,12 @@ import time
 from contextlib import contextmanager
 
 import torch
+from phases import ActorPhase, EditorPhase
 
 from config import load_config
 from grpo import token_log_probs
 from loop import build
-from phases import ActorPhase, EditorPhase
-from sgiou import load_laion_sg
+from sgiou import load_graphs
 from train import TrainConfig, collect, fresh_states, update
 
 VOCABULARY = 151_936  # Qwen2.5-VL's
@@ -73,7 +73,7 @@ def bench_phase(number, iterations):
     phase = (ActorPhase, EditorPhase)[number - 1](loop, config)
     parameters = phase.trained.add_adapter(config.rank)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
-    graphs = load_laion_sg(config.data)
+    graphs = load_graphs(config.data)
     began, samples = time.perf_counter(), 0
     with passes(loop) as watch:
         for iteration in range(iterations):

@@ -20,7 +20,7 @@ from world import kept
 
 from config import LoopConfig, load_config
 from loop import build
-from sgiou import SceneGraph, load_laion_sg, sg_iou
+from sgiou import SceneGraph, load_graphs, sg_iou
 
 
 def auc(scores, labels):
@@ -90,7 +90,7 @@ def editor_lessons(editor, seed=3, total=400):
 def main():
     loop = build(load_config("eval.yaml", LoopConfig))
     loop.actor.use_adapter = loop.editor.use_adapter = False  # the base, not what RL makes of it
-    graphs = load_laion_sg("tiny/data/val.json")
+    graphs = load_graphs("tiny/data/val.json")
     rng = random.Random(0)
 
     drawn = [world.random_scene(rng, rng.choice((2, 3, 4)), "val") for _ in range(200)]

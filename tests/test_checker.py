@@ -1,0 +1,337 @@
+"""checker.py: questions and score, the words yes and no, and the shipped tiny VLM as Checker."""
+
+import importlib.util
+import json
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from checker import Checker, object_question, questions, reflect, triple_question
+from sgiou import SceneGraph
+from tiny import world
+
+VLM = Path(__file__).resolve().parent.parent / "tiny" / "models" / "vlm"
+needs_models = pytest.mark.skipif(not VLM.is_dir(), reason="run tiny/make/pretrain.py first")
+
+GRAPH = SceneGraph(
+    ["red circle", "blue square", "owl"],
+    [("red circle", "left of", "blue square"), ("owl", "above", "red circle")],
+)
+
+
+# ---- questions and score, without a model ----
+
+
+def test_questions():
+    assert object_question("red circle") == "Is there a red circle?"
+    assert object_question("owl") == "Is there an owl?"
+    assert triple_question(GRAPH.triples[0]) == "Is the red circle left of the blue square?"
+    assert len(questions(GRAPH)) == 5
+
+
+def test_score_and_feedback_by_hand():
+    reflection = reflect(GRAPH, [0.9, 0.3, 0.6, 0.2, 0.5])
+    assert reflection.score == pytest.approx((0.6 + 0.35) / 2)
+    assert reflection.probs == (0.9, 0.3, 0.6, 0.2, 0.5)
+    assert reflection.feedback == "missing: blue square. wrong: red circle left of blue square"
+    assert not reflection.satisfied
+    assert reflect(GRAPH, [0, 1, 0, 0, 0]).feedback == (
+        "missing: red circle, owl. wrong: red circle left of blue square; owl above red circle"
+    )
+
+
+def test_objects_alone_make_the_score():
+    alone = SceneGraph(["red circle", "blue square"], [])
+    assert reflect(alone, [0.9, 0.3]).score == pytest.approx(0.6)
+
+
+def test_a_half_is_enough():
+    reflection = reflect(GRAPH, [0.5] * 5)
+    assert reflection.satisfied and reflection.feedback == "" and reflection.score == 0.5
+    assert not reflect(GRAPH, [1, 1, 1, 1, 0.4999]).satisfied
+
+
+@settings(deadline=None)
+@given(st.lists(st.floats(0, 1), min_size=5, max_size=5))
+def test_feedback_is_empty_exactly_when_satisfied(probs):
+    reflection = reflect(GRAPH, probs)
+    assert (reflection.feedback == "") == reflection.satisfied
+    assert 0 <= reflection.score <= 1
+    for name, prob in zip(GRAPH.objects, probs):
+        listed = reflection.feedback.partition("wrong: ")[0]
+        assert (name in listed) == (prob < 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_own_reward_may_give_tensors(dtype):
+    reflection = reflect(GRAPH, torch.tensor([0.75, 0.25, 0.5, 0.25, 0.5], dtype=dtype))
+    assert (
+        json.dumps([reflection.probs, reflection.score]) == "[[0.75, 0.25, 0.5, 0.25, 0.5], 0.4375]"
+    )
+
+
+# ---- which tokens mean yes and no ----
+
+
+def token_ids(tokenizer, *words):
+    """`Checker.token_ids`, which needs nothing of a Checker but its tokenizer."""
+    return Checker.token_ids(
+        SimpleNamespace(processor=SimpleNamespace(tokenizer=tokenizer)), *words
+    )
+
+
+def wrap(model, decoder):
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(model)
+    tokenizer.decoder = decoder
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+
+
+def sentencepiece(words, strip):
+    """A tokenizer as Llama (strip) or Gemma has it: a space is ▁, unknown characters are bytes."""
+    from tokenizers import decoders, models
+
+    tokens = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *words]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    steps += [decoders.Strip(" ", 1, 0)] if strip else []
+    model = models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True)
+    return wrap(model, decoders.Sequence(steps))
+
+
+WORDS = "▁yes yes ▁Yes Yes ▁YES YES yesterday ▁no no ▁No No ▁NO NO ▁not nothing 0 1".split()
+
+
+def spelled(tokenizer, ids):
+    return sorted(tokenizer.convert_ids_to_tokens(ids))
+
+
+@pytest.mark.parametrize("strip", [True, False], ids=["Llama", "Gemma"])
+def test_yes_and_no_of_a_sentencepiece_tokenizer(strip):
+    tokenizer = sentencepiece(WORDS, strip)
+    yes, no = token_ids(tokenizer, "yes", "no")
+    assert spelled(tokenizer, yes) == sorted("▁yes yes ▁Yes Yes ▁YES YES".split())
+    assert spelled(tokenizer, no) == sorted("▁no no ▁No No ▁NO NO".split())
+    (zero, one) = token_ids(tokenizer, "0", "1")
+    assert "0" in spelled(tokenizer, zero) and "1" in spelled(tokenizer, one)
+
+
+def test_a_spelling_that_only_one_word_has_is_left_out():
+    """`Yes` alone would be an advantage of yes; where only ▁no has a space, no is not lost."""
+    tokenizer = sentencepiece(["yes", "Yes", "YES", "▁yes", "▁no", "NO"], strip=True)
+    yes, no = token_ids(tokenizer, "yes", "no")
+    assert spelled(tokenizer, yes) == ["YES", "yes", "▁yes"]
+    assert spelled(tokenizer, no) == ["NO", "▁no"]
+
+
+def test_a_tokenizer_without_the_words_is_refused():
+    with pytest.raises(ValueError, match="lacks single tokens for yes, no"):
+        token_ids(sentencepiece(["yes", "No"], strip=True), "yes", "no")
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("dashscope"), reason="pip install dashscope")
+def test_yes_and_no_of_qwens_vocabulary():
+    import base64
+
+    from tokenizers import decoders, models, pre_tokenizers
+
+    folder = Path(importlib.util.find_spec("dashscope").origin).parent
+    lines = (folder / "resources" / "qwen.tiktoken").read_text().splitlines()
+    printable = [
+        n for n in range(256) if chr(n).isprintable() and not chr(n).isspace() and n != 173
+    ]
+    others = [n for n in range(256) if n not in printable]
+    letters = {n: chr(n) for n in printable} | {n: chr(256 + i) for i, n in enumerate(others)}
+    assert set(letters.values()) == set(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<unk>": len(lines)}
+    for line in lines:
+        token, index = line.split()
+        vocabulary["".join(letters[byte] for byte in base64.b64decode(token))] = int(index)
+    tokenizer = wrap(models.BPE(vocabulary, []), decoders.ByteLevel())
+    yes, no = token_ids(tokenizer, "yes", "no")
+    assert {tokenizer.decode([id]) for id in yes} == {"yes", " yes", "Yes", " Yes", "YES", " YES"}
+    assert {tokenizer.decode([id]) for id in no} == {"no", " no", "No", " No", "NO", " NO"}
+    assert len(yes) == len(no) == 6
+    digits = token_ids(tokenizer, *"0123456789")
+    assert [[tokenizer.decode([index]) for index in ids] for ids in digits] == [
+        [str(digit)] for digit in range(10)
+    ]
+
+
+# ---- the shipped VLM ----
+
+
+@pytest.fixture(scope="module")
+def checker():
+    checker = Checker.load(VLM)
+    checker.probe()
+    return checker
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """50 graphs, a right and a wrong drawing of each: two objects of a triple changed places."""
+    rng = random.Random(0)
+    graphs, right, wrong = [], [], []
+    while len(graphs) < 50:
+        things = world.random_scene(rng, rng.choice((2, 3, 4)), "val")
+        triples = world.random_triples(rng, things)
+        if triples is None:
+            continue
+        graphs.append(SceneGraph([thing.name for thing in things], triples))
+        swap = {triples[0][0]: triples[0][2], triples[0][2]: triples[0][0]}
+        swapped = [thing._replace(name=swap.get(thing.name, thing.name)) for thing in things]
+        right.append(Image.fromarray(world.render(things)))
+        wrong.append(Image.fromarray(world.render(swapped)))
+    return graphs, right, wrong
+
+
+@needs_models
+def test_right_drawings_satisfy_and_wrong_ones_do_not(checker, drawn):
+    graphs, right, wrong = drawn
+    accepted = [reflection.satisfied for reflection in checker.check(right, graphs)]
+    refused = [not reflection.satisfied for reflection in checker.check(wrong, graphs)]
+    assert sum(accepted + refused) >= 90
+    assert all(reflection.mass > 0.9 for reflection in checker.check(right, graphs))
+
+
+@needs_models
+@pytest.mark.parametrize("share", [True, False])
+def test_a_verdict_is_a_softmax_over_yes_and_no(drawn, share):
+    """An independent reference: one forward pass per question, the prompt written by hand."""
+    graphs, right, wrong = drawn
+    checker = Checker.load(VLM)
+    checker.share = share
+    tokenizer = checker.processor.tokenizer
+    answers = tokenizer.convert_tokens_to_ids(["yes", "no"])
+    for image in (right[0], wrong[0]):
+        (reflection,) = checker.check([image], graphs[:1])
+        masses = []
+        for question, prob in zip(questions(graphs[0]), reflection.probs, strict=True):
+            inputs = checker.processor(
+                images=image, text=f"<image> {question} <answer>", return_tensors="pt"
+            )
+            with torch.no_grad():
+                logits = checker.model(**inputs).logits[0, -1]
+            yes, no = logits[answers].float().softmax(-1).tolist()
+            masses.append(logits.softmax(-1)[answers].sum().item())
+            assert prob == pytest.approx(yes, abs=1e-5)
+        assert reflection.mass == pytest.approx(sum(masses) / len(masses), abs=1e-5)
+
+
+@needs_models
+def test_a_reflection_does_not_depend_on_the_batch(checker, drawn, monkeypatch):
+    graphs, right, _ = drawn
+    batched = checker.check(right[:8], graphs[:8])
+    for batch_size in (1, 3, 1000):
+        monkeypatch.setattr(checker, "batch_size", batch_size)
+        for one, many in zip(checker.check(right[:8], graphs[:8]), batched):
+            assert one.probs == pytest.approx(many.probs, abs=1e-5)
+
+
+@needs_models
+def test_nothing_to_check(checker, drawn):
+    assert checker.check([], []) == []
+    with pytest.raises(ValueError, match="names no object"):
+        checker.check(drawn[1][:1], [SceneGraph([], [])])
+
+
+@needs_models
+def test_a_model_that_answers_nan_is_told(checker, drawn, monkeypatch):
+    head = checker.model.lm_head.weight
+    monkeypatch.setattr(head, "data", torch.full_like(head, torch.nan))
+    with pytest.raises(ValueError, match="answers NaN.*checker.dtype"):
+        checker.check(drawn[1][:1], drawn[0][:1])
+
+
+# ---- a VLM that does not fit ----
+
+
+def copy_with_template(folder, change):
+    """The shipped VLM with its chat template changed."""
+    shutil.copytree(VLM, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text(change(template.read_text()))
+    return Checker.load(folder)
+
+
+@needs_models
+def test_a_template_that_ends_inside_a_thought_is_refused(tmp_path):
+    for number, ending in enumerate(("<think>", "<think>\n", "<think> let me see")):
+        folder = tmp_path / str(number)
+        checker = copy_with_template(folder, lambda text: text + ending)  # noqa: B023
+        with pytest.raises(ValueError, match=f"probability .*{folder} ends inside <think>"):
+            checker.probe()
+
+
+@needs_models
+def test_a_template_that_can_do_without_a_thought_is_asked_to(tmp_path, drawn, checker):
+    choice = "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
+    other = copy_with_template(tmp_path / "vlm", lambda text: text + choice)
+    other.probe()
+    graphs, right, _ = drawn
+    assert other.check(right[:2], graphs[:2]) == checker.check(right[:2], graphs[:2])
+
+
+@needs_models
+def test_a_model_that_does_not_answer_is_refused(tmp_path):
+    checker = copy_with_template(tmp_path / "vlm", lambda text: text + " yes")
+    with pytest.raises(ValueError, match=r"yes and no together have the probability \d.*may not"):
+        checker.probe()
+
+
+@needs_models
+def test_a_family_that_cannot_share_is_asked_one_by_one(drawn, checker, capsys, monkeypatch):
+    graphs, right, _ = drawn
+    expected = checker.check(right[:2], graphs[:2])
+    other = Checker(checker.model, checker.processor)
+    shared = other.shared_logits
+
+    def fails(*_):
+        raise TypeError("no cache here")
+
+    for wrong, reason in ((fails, "no cache here"), (lambda *rows: -shared(*rows), "differ by")):
+        monkeypatch.setattr(other, "shared_logits", wrong)
+        other.probe()
+        told = capsys.readouterr().err
+        assert told.count("\n") == 1 and "encodes its image anew" in told and reason in told
+        assert not other.share
+        for one, two in zip(other.check(right[:2], graphs[:2]), expected):
+            assert one.probs == pytest.approx(two.probs, abs=1e-5)
+
+
+@needs_models
+@pytest.mark.parametrize("lost", ["lm_head.weight", "model.language_model.layers.0.mlp.up_proj"])
+def test_missing_weights_are_refused_by_name(tmp_path, lost):
+    folder = tmp_path / "vlm"
+    shutil.copytree(VLM, folder)
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    (name,) = [name for name in tensors if lost.split("model.")[-1] in name]
+    del tensors[name]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"lack 1 tensors.*{lost.split('model.')[-1]}"):
+        Checker.load(folder)
+
+
+@needs_models
+def test_remote_code_is_never_run(tmp_path):
+    folder = tmp_path / "vlm"
+    shutil.copytree(VLM, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "unheard", "auto_map": {"AutoConfig": "evil.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError):
+        Checker.load(folder)
+    assert not (tmp_path / "ran").exists()

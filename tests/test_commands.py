@@ -1,0 +1,197 @@
+"""Command lines: what is wrong is one line on stderr, before any model library is imported."""
+
+import contextlib
+import importlib
+import io
+import signal
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+HEAVY = ("torch", "transformers", "diffusers", "peft")
+GOOD = """
+diffuser: {model: model}
+checker: {model: model}
+actor: {model: model}
+editor: {model: model}
+relations: [left of, above]
+"""
+
+
+@pytest.fixture(scope="module")
+def poison(tmp_path_factory):
+    """A folder whose torch, transformers, ... end the process at import, with exit code 97."""
+    folder = tmp_path_factory.mktemp("poison")
+    for name in HEAVY:
+        (folder / f"{name}.py").write_text("import os\nos._exit(97)\n")
+    return folder
+
+
+@pytest.fixture
+def run(poison, tmp_path):
+    """Runs a script in a folder with a model folder and config.yaml; returns the process."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "config.yaml").write_text(GOOD)
+
+    def run_script(script, *arguments):
+        path = ROOT / script if script.endswith(".py") else script
+        return subprocess.run(
+            [sys.executable, path, *map(str, arguments)],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(poison), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    return run_script
+
+
+def refused(process, *hints):
+    """Asserts that a process ended with one line on stderr, and nothing heavy was imported."""
+    assert process.returncode not in (0, 97), process.stderr
+    assert len(process.stderr.splitlines()) == 1, process.stderr
+    for hint in hints:
+        assert hint in process.stderr
+
+
+def test_without_a_mistake_the_model_libraries_are_reached(run):
+    """What makes the tests below meaningful."""
+    for name in HEAVY:
+        assert run("-c", f"import {name}").returncode == 97
+    process = run("loop.py", "a above b", "--config", "config.yaml")
+    assert process.returncode == 97, process.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "option"), [("loop.py", "--prompts"), ("eval.py", "--full"), ("report.py", "folder")]
+)
+def test_help_is_cheap(run, script, option):
+    process = run(script, "--help")
+    assert process.returncode == 0 and process.stderr == ""
+    assert option in process.stdout
+
+
+def test_help_of_training_costs_no_more_than_torch():
+    program = "import sys; sys.argv = ['train.py', '--help']; import atexit\n"
+    program += f"atexit.register(lambda: print({{*sys.modules}} & {set(HEAVY)}))\n"
+    program += "import train; train.main()"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert "--resume" in done.stdout and done.stdout.splitlines()[-1] == "{'torch'}", done.stderr
+
+
+@pytest.mark.parametrize("script", [("loop.py", "a above b"), ("eval.py",)])
+def test_mistakes_in_the_config(run, script, tmp_path):
+    path = tmp_path / "wrong.yaml"
+    refused(run(*script, "--config", path), "wrong.yaml")
+    path.write_text(GOOD.replace("relations", "relatons"))
+    refused(run(*script, "--config", path), "wrong.yaml", "'relatons'", "'relations'")
+    path.write_text(GOOD.replace("checker: {model: model", "checker: {model: /no/such"))
+    refused(run(*script, "--config", path), "wrong.yaml", "'checker.model'", "/no/such")
+    refused(run(*script, "--config", "config.yaml", "ronds=1"), "'ronds'", "'rounds'")
+
+
+@pytest.mark.parametrize("prompt", ["", " ; ", "above b", "a above"])
+def test_prompts_that_say_nothing(run, prompt):
+    refused(run("loop.py", prompt, "--config", "config.yaml"), "loop.py", "prompt")
+
+
+def test_files_of_prompts(run, tmp_path):
+    command = ("loop.py", "--config", "config.yaml", "--prompts")
+    path = tmp_path / "prompts.txt"
+    refused(run(*command, path), "prompts.txt")
+    path.write_text("\n\n")
+    refused(run(*command, path), "prompts.txt")
+    path.write_text("above b\n")
+    refused(run(*command, path), "prompts.txt", "line 1", "above b")
+
+
+BROKEN = '[{"img_id": 1, "items": [{"item_id": 0, "label": "sun"}], "relations": [{"item1": 0}]}]'
+
+
+@pytest.mark.parametrize("content", [BROKEN, "{", "[]"])
+def test_broken_data(run, content, tmp_path):
+    (tmp_path / "data.json").write_text(content)
+    command = ("--config", "config.yaml")
+    refused(run("eval.py", *command, "evaluation.data=data.json"), "data.json: no scene graph")
+    refused(run("loop.py", *command, "--prompts", "data.json"), "data.json: no scene graph")
+
+
+def test_an_evaluation_needs_its_section(run):
+    refused(run("eval.py", "--config", "config.yaml"), "config.yaml", "'evaluation'")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "hint"),
+    [
+        (["--phase", "2", "--config", "phase1.yaml"], "is for phase 1"),
+        (["--phase", "1", "iterations=many", "--resume"], "'iterations'"),
+    ],
+)
+def test_mistakes_in_a_command_of_training(monkeypatch, arguments, hint):
+    import train
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(train, "build", None)  # is not reached
+    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+    with pytest.raises(SystemExit, match=hint) as ended:
+        train.main()
+    assert len(ended.value.code.splitlines()) == 1
+
+
+# ---- anything at all ----
+
+options = st.sampled_from(
+    "--phase --config --resume --prompts --seed --out --full --help -h -- 1 2 eval.yaml "
+    "phase1.yaml phase2.yaml rounds=2 kl=1e-3 seed=-1 run= run=runs/x a=b=c =".split()
+)
+words = st.text(st.characters(exclude_characters="\0"), max_size=12)
+
+
+@pytest.fixture(scope="module")
+def without_models(tmp_path_factory):
+    """A folder with the project's configs and data, in which no model can be built."""
+
+    def refuse(_):
+        raise ValueError("no models here")
+
+    folder = tmp_path_factory.mktemp("commands")
+    for name in ("eval.yaml", "phase1.yaml", "phase2.yaml", "tiny"):
+        (folder / name).symlink_to(ROOT / name)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        for program in ("loop", "eval", "train"):
+            patch.setattr(f"{program}.build", refuse)
+        yield patch
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.sampled_from(["loop", "eval", "train", "report"]), st.lists(options | words, max_size=6))
+def test_random_command_lines_end_in_one_line(without_models, script, arguments):
+    without_models.setattr(sys, "argv", [f"{script}.py", *arguments])
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="utf-8")
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(printed):
+        with pytest.raises(SystemExit) as ended:
+            importlib.import_module(script).main()
+    code = ended.value.code
+    asked = any(argument.startswith(("-h", "--h")) for argument in arguments)
+    assert code not in (0, None) or asked
+    assert not isinstance(code, str) or len(code.splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_all_random_tests_with_ten_more_seeds():
+    """Random texts, figures, files and command lines, in all test files."""
+    chosen = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "any or random"]
+    for seed in range(10):
+        process = subprocess.run(
+            [*chosen, f"--hypothesis-seed={seed}"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert process.returncode == 0, process.stdout

@@ -1,0 +1,216 @@
+"""Diffuser: images, prompts it cannot read, loading, and the arguments of a pipeline's call."""
+
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from config import LoopConfig, load_config
+from diffuser import Diffuser, check_call
+from loop import build, once_per_place
+from sgiou import SceneGraph, load_graphs
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "tiny/models/flow").is_dir(), reason="python tiny/make/pretrain.py makes the models"
+)
+PROMPT = "red circle left of blue square; green triangle above red circle"
+OTHERS = ["yellow square below red triangle", "blue circle right of green circle"]
+
+
+@pytest.fixture(scope="module")
+def loop():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        yield build(load_config("eval.yaml", LoopConfig, ["actor.adapter=", "editor.adapter="]))
+
+
+@pytest.fixture(scope="module")
+def graphs():
+    return load_graphs(ROOT / "tiny" / "data" / "val.json")
+
+
+def difference(first, second):
+    """The largest difference of two images, in 1/255 per channel."""
+    return np.abs(np.asarray(first, int) - np.asarray(second, int)).max()
+
+
+# ---- generate ----
+
+
+def test_an_image_depends_on_its_seed_alone(loop, monkeypatch):
+    (alone,) = loop.diffuser.generate([PROMPT], [3])
+    prompts = [OTHERS[0], PROMPT, OTHERS[1], PROMPT]
+    batch = loop.diffuser.generate(prompts, [1, 3, 2, 4])
+    assert alone.size == (32, 32) and alone.mode == "RGB"
+    assert difference(alone, batch[1]) <= 1
+    assert difference(batch[1], batch[3]) > 30
+    monkeypatch.setattr(loop.diffuser, "batch_size", 3)
+    again = loop.diffuser.generate(prompts, [1, 3, 2, 4])
+    assert len(again) == 4
+    assert max(map(difference, again, batch)) <= 1
+    assert loop.diffuser.generate([], []) == []
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_only_black_images_are_an_error(loop, monkeypatch):
+    bias = loop.diffuser.pipeline.vae.decoder.conv_out.bias
+    for broken in (torch.full_like(bias, torch.nan), torch.full_like(bias, -1e4)):
+        monkeypatch.setattr(bias, "data", broken)
+        with pytest.raises(ValueError, match="only black.*diffuser.dtype"):
+            loop.diffuser.generate([PROMPT], [0])
+
+
+@pytest.mark.parametrize("call", [{"max_sequence_length": 9999}, {"sigmas": "abc"}])
+def test_an_error_of_the_pipeline_is_one_line_that_names_the_key(loop, call, monkeypatch):
+    monkeypatch.setattr(loop.diffuser, "call", loop.diffuser.call | call)
+    with pytest.raises(ValueError, match="FluxKontextPipeline fails.*'diffuser.call'") as caught:
+        loop.diffuser.generate([PROMPT], [0])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# ---- prompts ----
+
+
+def test_prompts_that_it_cannot_read(loop, graphs):
+    assert [loop.diffuser.problem(graph.prompt()) for graph in graphs] == [None] * len(graphs)
+    assert "'purple'" in loop.diffuser.problem("purple circle left of red circle")
+    assert "tokens" in loop.diffuser.problem("; ".join([PROMPT] * 3))
+    assert "surrogate" in loop.diffuser.problem("red \udcff circle")
+
+
+def test_graphs_that_it_cannot_read_are_counted_and_left_out(loop, graphs, capsys):
+    long = SceneGraph((), [(f"red circle {n}", "left of", "blue square") for n in range(200)])
+    assert loop.diffuser.readable([graphs[0], long, graphs[1]], "data.json") == graphs[:2]
+    told = capsys.readouterr().err
+    assert told.startswith("data.json: 1 of 3 prompts cannot be read") and told.count("\n") == 1
+    assert loop.diffuser.readable(graphs, "data.json") == graphs
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="data.json: 2 of 2 prompts .* other data"):
+        loop.diffuser.readable([long, long], "data.json")
+
+
+# ---- loading ----
+
+
+def test_parts_share_their_weights(loop):
+    assert loop.editor.pipeline is loop.diffuser.pipeline
+    models = [m for m in loop.diffuser.pipeline.components.values() if hasattr(m, "parameters")]
+    assert len(models) == 4
+    assert not any(module.training for model in models for module in model.modules())
+    assert not any(p.requires_grad for model in models for p in model.parameters())
+
+
+@pytest.fixture
+def flow(tmp_path, monkeypatch):
+    """A copy of the shipped pipeline, to be damaged."""
+    monkeypatch.chdir(ROOT)
+    return shutil.copytree(ROOT / "tiny/models/flow", tmp_path / "flow")
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "text_encoder_2", "transformer", "vae"])
+def test_missing_weights_are_named(flow, part):
+    (path,) = (flow / part).glob("*.safetensors")
+    tensors = load_file(path)
+    missing = sorted(tensors)[2]
+    del tensors[missing]
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{part} lacks 1 weights, such as {missing}"):
+        Diffuser.load(flow)
+    with pytest.raises(ValueError, match=f"key 'diffuser.model': .*{missing}"):
+        build(load_config("eval.yaml", LoopConfig, [f"diffuser.model={flow}"]))
+
+
+def test_pickled_weights_are_refused(flow):
+    path = flow / "transformer" / "diffusion_pytorch_model.safetensors"
+    torch.save(load_file(path), path.with_suffix(".bin"))
+    path.unlink()
+    with pytest.raises(ValueError, match="key 'diffuser.model'.*safetensors") as caught:
+        build(load_config("eval.yaml", LoopConfig, [f"diffuser.model={flow}"]))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_code_in_a_folder_is_not_run(flow, monkeypatch):
+    index = flow / "model_index.json"
+    index.write_text(index.read_text().replace('"diffusers",\n    "FluxTr', '"code",\n    "FluxTr'))
+    assert '"code"' in index.read_text()
+    (flow / "transformer" / "code.py").write_text("raise SystemExit('remote code')")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(ValueError):
+        build(load_config("eval.yaml", LoopConfig, [f"diffuser.model={flow}"]))
+
+
+# ---- the arguments of a pipeline's call ----
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (
+            {"num_inference_step": 8},
+            "takes no num_inference_step from a file; did you mean num_inference_steps",
+        ),
+        ({"num_inference_steps": 8.0}, "'editor.call.num_inference_steps' is 8.0; make it int"),
+        ({"num_inference_steps": True}, "make it int"),
+        ({"num_inference_steps": "8"}, "make it int"),
+        ({"max_area": None}, "'editor.call.max_area' is None; make it int"),
+        ({"guidance_scale": "3.5"}, "make it int or float"),
+        ({"_auto_resize": 0}, "make it bool"),
+        ({"latents": [1]}, "takes no latents from a file"),
+        ({"negative_prompt_2": "blue"}, "no effect without each other"),
+        ({"sigmas": 7}, "'editor.call.sigmas' is 7; make it list"),
+        ({"sigmas": []}, "'editor.call.sigmas' is"),
+        ({"sigmas": [1.0, 0.6]}, "sigmas are 2 steps; leave num_inference_steps out"),
+        ({"joint_attention_kwargs": {"sclae": 2}}, "'editor.call.joint_attention_kwargs' is"),
+        ({"true_cfg_scale": 4.0}, "negative_prompt have no effect without each other"),
+        ({"negative_prompt": "blue"}, "negative_prompt have no effect without each other"),
+        ({"true_cfg_scale": 1.0, "negative_prompt": "blue"}, "no effect"),
+    ],
+)
+def test_calls_that_cannot_be_meant_are_refused(loop, call, message):
+    with pytest.raises(ValueError, match=message):
+        check_call("editor.call", type(loop.editor.pipeline), loop.editor.call | call)
+
+
+def test_calls_that_can_be_meant_are_accepted(loop):
+    for call in (
+        {"guidance_scale": 3, "sigmas": [1.0, 0.6], "num_inference_steps": 2},
+        {"true_cfg_scale": 4, "negative_prompt": "blue"},
+        {"true_cfg_scale": 1.0, "height": None},
+    ):
+        check_call("editor.call", type(loop.editor.pipeline), loop.editor.call | call)
+
+
+def test_a_typo_in_a_call_is_told(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    for part in ("diffuser", "editor"):
+        config = load_config("eval.yaml", LoopConfig, [f"{part}.call.num_inference_step=8"])
+        with pytest.raises(
+            ValueError, match=f"key '{part}.call'.*takes no num_inference_step from"
+        ):
+            build(config)
+
+
+def test_another_size_than_asked_is_told_once(loop, graphs, monkeypatch, capsys):
+    monkeypatch.setattr(loop.diffuser, "size_reported", False)
+    call = loop.diffuser.call | {"width": 50, "height": 30}
+    monkeypatch.setattr(loop.diffuser, "call", call)
+    for _ in range(2):
+        assert loop.start(graphs[:1], [0])[0].steps[0].image.size != (50, 30)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "'diffuser.call': asked for width and height (50, 30)" in line
+    assert "the images have (40, 24)" in line
+
+
+def test_warnings_of_diffusers_are_shown_once(loop):
+    """`build` turns them on after loading. They are about arguments that a pipeline ignores."""
+    assert logging.getLogger("diffusers").getEffectiveLevel() == logging.WARNING
+    is_new = once_per_place()
+    first = logging.LogRecord("diffusers", logging.WARNING, "a.py", 1, "ignored: 1", (), None)
+    again = logging.LogRecord("diffusers", logging.WARNING, "a.py", 1, "ignored: 2", (), None)
+    other = logging.LogRecord("diffusers", logging.WARNING, "a.py", 2, "too long", (), None)
+    assert [is_new(record) for record in (first, again, other, other)] == [True, False, True, False]

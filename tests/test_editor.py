@@ -1,0 +1,510 @@
+"""Editor: what it edits, what it records and replays, its adapter; on the shipped tiny model.
+
+Other pipelines are tested in test_pipeline_families.py.
+"""
+
+import inspect
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+import checker
+from config import LoopConfig, TrainConfig, load_config
+from editor import PIPELINES, Editor, normalize_image
+from grpo import clipped_loss, gaussian_kl, sde_step
+from loop import build
+from sgiou import parse_prompt
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(
+    not (ROOT / "tiny/models/flow").is_dir(), reason="python tiny/make/pretrain.py makes the models"
+)
+PROMPTS = ["red circle left of blue square", "green triangle above red circle"]
+MOVE = "move the red circle left of the blue square"
+
+
+@pytest.fixture
+def loop(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    return build(load_config("phase1.yaml", TrainConfig))
+
+
+@pytest.fixture
+def images(loop):
+    return loop.diffuser.generate(PROMPTS, [0, 1])
+
+
+def difference(first, second):
+    """The largest difference of two images, in 1/255 per channel."""
+    return np.abs(np.asarray(first, int) - np.asarray(second, int)).max()
+
+
+def disturb(parameters, size=0.3):
+    """Make an untrained adapter, which changes nothing, one that does."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in parameters:
+        parameter.data += size * torch.randn(parameter.shape, generator=generator)
+
+
+def record(editor, images, window=range(1, 4)):
+    """A rollout of two groups of three samples."""
+    with torch.no_grad():
+        return editor.rollout(
+            [image for image in images for _ in range(3)],
+            [MOVE] * 3 + ["remove the red circle"] * 3,
+            [0] * 3 + [1] * 3,
+            range(100, 106),
+            window,
+            0.8,
+        )
+
+
+# ---- edit ----
+
+
+def test_an_edit_depends_on_its_seed_alone(loop, images, monkeypatch):
+    texts = ["remove the red circle", MOVE]
+    (alone,) = loop.editor.edit(images[1:], texts[1:], [3])
+    batch = loop.editor.edit(images, texts, [1, 3])
+    assert alone.size == (32, 32) and alone.mode == "RGB"
+    assert difference(alone, batch[1]) <= 1
+    (other,) = loop.editor.edit(images[1:], texts[1:], [4])
+    assert difference(alone, other) > 1
+    monkeypatch.setattr(loop.editor, "batch_size", 1)
+    assert max(map(difference, loop.editor.edit(images, texts, [1, 3]), batch)) <= 1
+    assert loop.editor.edit([], [], []) == []
+
+
+def outside(image, kind):
+    """The same image as it comes from outside, in another mode, size or orientation."""
+    if kind == "EXIF":
+        turned = image.transpose(Image.Transpose.ROTATE_90)
+        turned.getexif()[0x0112] = 6  # "rotate by 90 degrees clockwise to view"
+        return turned
+    if kind == "transparent":
+        clear = image.convert("RGBA")
+        clear.putdata([(0, 0, 0, 0) if p == (255, 255, 255, 255) else p for p in clear.getdata()])
+        return clear
+    if kind == "4000 x 3000":
+        return image.resize((4000, 3000), Image.Resampling.NEAREST)
+    return image.convert(kind)
+
+
+@pytest.mark.parametrize("kind", ["RGBA", "transparent", "EXIF", "4000 x 3000", "CMYK"])
+def test_images_from_outside_are_read_like_their_rgb_copy(loop, images, kind):
+    image = images[0]
+    if kind == "transparent":  # an image with white in it
+        image = Image.new("RGB", (32, 32), "white")
+        image.paste(images[0].crop((0, 0, 20, 20)), (4, 4))
+    (expected,) = loop.editor.edit([image], [MOVE], [0])
+    (got,) = loop.editor.edit([outside(image, kind)], [MOVE], [0])
+    assert difference(got, expected) <= 2
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "I;16", "HSV", "RGBX"])
+def test_images_of_any_mode_can_be_edited(loop, images, mode):
+    image = Image.new(mode, (20, 10)) if mode in ("PA", "I;16", "RGBX") else images[0].convert(mode)
+    (edited,) = loop.editor.edit([image], [MOVE], [0])
+    assert edited.size == (32, 32) and edited.mode == "RGB"
+
+
+def test_the_normalization_of_images_is_the_same_everywhere():
+    """It is repeated where images enter, so that every component works as a copied file."""
+    for module in (checker,):
+        if hasattr(module, "normalize_image"):
+            assert inspect.getsource(module.normalize_image) == inspect.getsource(normalize_image)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_only_black_images_are_an_error(loop, images, monkeypatch):
+    bias = loop.editor.pipeline.vae.decoder.conv_out.bias
+    for broken in (torch.full_like(bias, torch.nan), torch.full_like(bias, -1e4)):
+        monkeypatch.setattr(bias, "data", broken)
+        with pytest.raises(ValueError, match="only black.*editor.dtype"):
+            loop.editor.edit(images[:1], [MOVE], [0])
+
+
+def test_an_error_of_the_pipeline_is_one_line_that_names_the_key(loop, images):
+    loop.editor.call["max_sequence_length"] = 9999
+    with pytest.raises(ValueError, match="FluxKontextPipeline fails.*'editor.call'") as caught:
+        loop.editor.edit(images[:1], [MOVE], [0])
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# ---- which pipelines ----
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "FluxPipeline",  # takes no image
+        "FluxKontextInpaintPipeline",  # starts from a noised image
+        "Flux2KleinKVPipeline",  # its steps share a cache
+        "LTXImageToVideoPipeline",
+        "Kandinsky5I2IPipeline",
+        "QwenImageLayeredPipeline",
+        "SanaImageToVideoPipeline",
+        "ZImageOmniPipeline",
+        "LongCatImageEditPipeline",  # no LoRA
+        "NoSuchPipeline",
+    ],
+)
+def test_other_pipelines_are_refused_by_name_before_weights_are_read(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    index = {"_class_name": name, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))  # and no weights at all
+    with pytest.raises(ValueError, match=f"{name} cannot be trained.*FluxKontextPipeline"):
+        Editor.check(tmp_path)
+    config = load_config("eval.yaml", LoopConfig, [f"editor.model={tmp_path}"])
+    with pytest.raises(ValueError, match=f"key 'editor.model': .*{name}"):
+        build(config)
+
+
+def test_another_scheduler_is_refused(loop, tmp_path):
+    from diffusers import UniPCMultistepScheduler
+
+    index = {"_class_name": "FluxKontextPipeline", "scheduler": ["diffusers", "UniPC"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="FluxKontextPipeline with UniPC cannot be trained"):
+        Editor.check(tmp_path)
+    loop.editor.pipeline.scheduler = UniPCMultistepScheduler()
+    with pytest.raises(ValueError, match="with UniPCMultistepScheduler"):
+        Editor(loop.editor.pipeline)
+
+
+def test_the_table_names_classes_of_diffusers_and_their_arguments():
+    import diffusers
+
+    for name, kind in PIPELINES.items():
+        takes = inspect.signature(getattr(diffusers, name).__call__).parameters
+        assert {kind.scale, *kind.call} <= set(takes)
+
+
+# ---- recording and replay ----
+
+
+def test_it_replays_what_it_sampled(loop, images):
+    disturb(loop.editor.add_adapter(4))
+    recorded = record(loop.editor, images)
+    assert len(recorded.images) == 6 and len(recorded.steps) == 3
+    for step in recorded.steps:
+        with loop.editor.adapter(), torch.no_grad():
+            log_prob, mean, std = loop.editor.log_probs(step)
+        assert (log_prob - step.log_prob).abs().max() <= 1e-6
+        assert (mean - step.mean).abs().max() <= 1e-5
+        by_hand = torch.distributions.Normal(mean, std).log_prob(step.next_sample)
+        assert (by_hand.mean((1, 2)) - step.log_prob).abs().max() <= 1e-5
+        with torch.no_grad():
+            base = loop.editor.log_probs(step)[0]
+        assert (base - step.log_prob).abs().max() > 1e-4
+
+
+def test_a_rollout_without_window_is_an_edit(loop, images):
+    texts = [MOVE] * 3 + ["remove the red circle"] * 3
+    edited = loop.editor.edit([i for i in images for _ in range(3)], texts, [0] * 3 + [1] * 3)
+    recorded = record(loop.editor, images, range(0))
+    assert not recorded.steps
+    assert max(map(difference, recorded.images, edited)) <= 1
+
+
+def test_a_group_shares_what_is_before_the_window(loop, images):
+    first = record(loop.editor, images).steps[0]
+    for group in (slice(0, 3), slice(3, 6)):
+        assert (first.sample[group] - first.sample[group][0]).abs().max() < 1e-6
+        assert (first.next_sample[group][1:] - first.next_sample[group][0]).abs().min(0)[
+            0
+        ].max() > 0
+    assert not torch.allclose(first.sample[0], first.sample[3])
+
+
+@pytest.mark.parametrize("call", [{}, {"sigmas": [1.0, 0.9, 0.8, 0.6, 0.5, 0.4, 0.3, 0.1]}])
+def test_the_window_ends_before_the_last_step(loop, images, call):
+    loop.editor.call |= call  # 8 steps, by their number or by their sigmas
+    assert len(record(loop.editor, images, range(5, 7)).steps) == 2
+    with pytest.raises(ValueError, match="before the last step, 7"):
+        record(loop.editor, images, range(6, 8))
+    assert "step" not in vars(loop.editor.pipeline.scheduler)  # diffusers' own again
+
+
+def test_gradients_reach_the_adapter_alone(loop, images):
+    parameters = loop.editor.add_adapter(4)
+    step = record(loop.editor, images).steps[0]
+    with loop.editor.adapter():
+        loop.editor.log_probs(step)[0].sum().backward()
+    assert any(parameter.grad.abs().sum() > 0 for parameter in parameters)
+    trained = {id(parameter) for parameter in parameters}
+    others = loop.editor.pipeline.transformer.parameters()
+    assert all(p.grad is None for p in others if id(p) not in trained)
+
+
+def test_activation_checkpointing_changes_no_gradient(loop, images):
+    parameters = loop.editor.add_adapter(4)
+    disturb(parameters)
+    step = record(loop.editor, images).steps[0]
+
+    def gradient():
+        with loop.editor.adapter():
+            loss = loop.editor.log_probs(step)[0].sum()
+            return torch.autograd.grad(loss, parameters)
+
+    before = gradient()
+    loop.editor.pipeline.transformer.enable_gradient_checkpointing()
+    for one, other in zip(before, gradient()):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_offloaded_models_are_recorded_and_replayed_alike(loop, images):
+    """accelerate's hooks, with the CPU as the device: they are around the transformer's forward."""
+    parameters = loop.editor.add_adapter(4)
+    disturb(parameters)
+    expected = record(loop.editor, images).steps[0]
+    loop.editor.pipeline.enable_model_cpu_offload(device="cpu")
+    step = record(loop.editor, images).steps[0]
+    assert torch.equal(step.next_sample, expected.next_sample)
+    assert hasattr(loop.editor.pipeline.transformer, "_hf_hook")
+    with loop.editor.adapter():
+        log_prob, _, _ = loop.editor.log_probs(step)
+        log_prob.sum().backward()
+    assert torch.equal(log_prob, expected.log_prob)
+    assert all(p.grad is not None for p in parameters)
+    names = dict(loop.editor.pipeline.transformer.named_parameters())
+    assert {id(p) for p in parameters} <= set(map(id, names.values()))  # still the same objects
+
+
+def test_guidance(loop):
+    """As the pipelines write it; that they do is tested with the pipelines themselves."""
+    generator = torch.Generator().manual_seed(0)
+    conditional, unconditional = torch.randn(2, 3, 20, 4, generator=generator)
+    sample = torch.zeros(3, 16, 4)
+    editor = loop.editor
+    editor.call["true_cfg_scale"] = 4.0
+    c, u = conditional[:, :16], unconditional[:, :16]
+    expected = u + 4 * (c - u)
+    two_calls = editor._velocity([conditional, unconditional], sample)
+    one_call = editor._velocity([torch.cat([unconditional, conditional])], sample)
+    assert torch.allclose(two_calls, expected) and torch.allclose(one_call, expected)
+    editor.kind = editor.kind._replace(rescaled=True)
+    rescaled = editor._velocity([conditional, unconditional], sample)
+    assert torch.allclose(rescaled.norm(dim=-1), c.norm(dim=-1))
+    assert torch.allclose(torch.cosine_similarity(rescaled, expected, -1), torch.ones(3, 16))
+    editor.kind = editor.kind._replace(last=True)
+    assert torch.equal(editor._velocity([conditional], sample), conditional[:, -16:])
+
+
+def test_guidance_that_cannot_be_replayed_is_refused(loop, images):
+    loop.editor.call |= {"true_cfg_scale": 2.5, "negative_prompt": "red circle"}
+    assert len(record(loop.editor, images).steps) == 3
+    loop.editor.kind = loop.editor.kind._replace(rescaled=True)  # which Kontext does not do
+    with pytest.raises(ValueError, match="guidance cannot be replayed; turn it off"):
+        record(loop.editor, images)
+
+
+def test_the_mean_drift_correction_makes_the_clip_symmetric():
+    """The line of phase 2 after GRPO-Guard (arXiv 2510.22319), simulated with 65,536 dimensions.
+
+    An update moves the mean of a step, by 0.021 std per dimension here. The log-ratio has the
+    expectation -KL(old, new), so nearly every ratio falls below the clip range, whatever the sample
+    was worth. Without correction 91% are clipped low and none high; with it 8% to 9% on each side.
+    """
+    generator = torch.Generator().manual_seed(0)
+    B, D = 400, 65_536
+    zeros = torch.zeros(1, D).expand(B, D)
+    step = {"sigma": 0.7, "sigma_next": 0.6, "noise_level": 0.8}
+    next_sample, old, old_mean, std = sde_step(zeros, zeros, **step, generator=generator)
+    update = 0.161 * std * torch.randn(1, D, generator=generator)  # of the velocity
+    _, new, mean, _ = sde_step(zeros + update, zeros, **step, next_sample=next_sample)
+    drift = ((mean - old_mean) / std).square().mean().sqrt().item()
+    assert drift == pytest.approx(0.021, abs=0.001)
+    bound = 1.37 * drift / D**0.5
+
+    def clipped(log_probs, advantage):
+        advantages = torch.full((B, 1), advantage)
+        mask = torch.ones(B, 1, dtype=torch.bool)
+        pair = log_probs[:, None], old[:, None]
+        _, stats = clipped_loss(*pair, advantages, mask, B, bound, bound)
+        return stats["clipped_low"], stats["clipped_high"]
+
+    corrected = new + gaussian_kl(mean, old_mean, std)
+    assert clipped(new, -1.0)[0] > 0.85 and clipped(new, 1.0)[1] == 0
+    assert 0.05 < clipped(corrected, -1.0)[0] < 0.13 and 0.05 < clipped(corrected, 1.0)[1] < 0.13
+
+
+# ---- the adapter ----
+
+
+@pytest.fixture
+def adapter(loop, tmp_path):
+    """The folder of a trained adapter of rank 4, and its file."""
+    disturb(loop.editor.add_adapter(4))
+    loop.editor.save_adapter(tmp_path / "adapter")
+    return tmp_path / "adapter" / "pytorch_lora_weights.safetensors"
+
+
+def fresh():
+    return build(load_config("phase1.yaml", TrainConfig)).editor
+
+
+def test_a_saved_adapter_loads_here_and_in_diffusers(loop, images, adapter):
+    edited = loop.editor.edit(images, [MOVE, MOVE], [1, 2])
+    ours, theirs = fresh(), fresh()
+    untrained = ours.edit(images, [MOVE, MOVE], [1, 2])
+    assert max(map(difference, untrained, edited)) > 1
+    ours.load_adapter(adapter.parent)
+    theirs.pipeline.load_lora_weights(adapter.parent)
+    for editor in (ours, theirs):
+        got = editor.edit(images, [MOVE, MOVE], [1, 2])
+        assert [image.tobytes() for image in got] == [image.tobytes() for image in edited]
+    got = ours.without_adapter().edit(images, [MOVE, MOVE], [1, 2])
+    assert [image.tobytes() for image in got] == [image.tobytes() for image in untrained]
+
+
+def test_equal_adapters_are_equal_files(loop, adapter, tmp_path):
+    loop.editor.save_adapter(tmp_path / "again")
+    editor = fresh()
+    editor.load_adapter(adapter.parent)
+    editor.save_adapter(tmp_path / "reloaded")
+    for name in ("again", "reloaded"):
+        assert (tmp_path / name / adapter.name).read_bytes() == adapter.read_bytes()
+    assert adapter.stat().st_mode & 0o444 == 0o444 & ~umask()
+
+
+def umask():
+    import os
+
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def rewrite(path, change, keep_metadata=False):
+    """Pass the tensors of a file through a function; drop the metadata, as other programs do."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata() if keep_metadata else {"format": "pt"}
+    save_file({k: v.contiguous() for k, v in change(load_file(path)).items()}, path, metadata)
+
+
+def without_one(tensors):
+    tensors.pop(next(name for name in tensors if "lora_B" in name))
+    return tensors
+
+
+def without_half(tensors):
+    return dict(list(tensors.items())[::2])
+
+
+def renamed(tensors):
+    return {name.replace("lora_A", "lora_C"): tensor for name, tensor in tensors.items()}
+
+
+def with_a_text_encoder(tensors):
+    return tensors | {"text_encoder.layers.0.q_proj.lora_A.weight": torch.zeros(4, 32)}
+
+
+def of_another_model(tensors):
+    return {name.replace("transformer_blocks.0", "blocks.0"): t for name, t in tensors.items()}
+
+
+def not_finite(tensors):
+    next(iter(tensors.values()))[0, 0] = torch.nan
+    return tensors
+
+
+@pytest.mark.parametrize(
+    "change",
+    [without_one, without_half, renamed, with_a_text_encoder, of_another_model, not_finite],
+)
+@pytest.mark.parametrize("keep_metadata", [True, False])
+def test_a_damaged_adapter_is_refused(loop, adapter, change, keep_metadata, monkeypatch):
+    rewrite(adapter, change, keep_metadata)
+    config = load_config("phase1.yaml", TrainConfig, [f"editor.adapter={adapter.parent}"])
+    with pytest.raises(ValueError, match="key 'editor.adapter'"):
+        build(config)
+
+
+def test_a_flipped_bit_and_a_changed_alpha_are_noticed(adapter):
+    data = adapter.read_bytes()
+    for place in (200, len(data) // 2, len(data) - 3):
+        adapter.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
+        with pytest.raises(Exception, match="checksum|[Hh]eader|JSON|Expecting"):
+            fresh().load_adapter(adapter.parent)
+    adapter.write_bytes(data)
+    fresh().load_adapter(adapter.parent)
+    with safe_open(adapter, "pt") as file:
+        config = json.loads(file.metadata()["lora_adapter_metadata"])
+    config["transformer.lora_alpha"] *= 100
+    save_file(load_file(adapter), adapter, {"lora_adapter_metadata": json.dumps(config)})
+    with pytest.raises(ValueError, match="checksum"):
+        fresh().load_adapter(adapter.parent)
+
+
+def test_adapters_of_other_programs(loop, images, adapter):
+    """Without metadata, and with a scale of 2 in `.alpha` tensors, as kohya's scripts write it."""
+    edited = loop.editor.edit(images, [MOVE, MOVE], [1, 2])
+
+    def with_alpha(tensors):
+        names = [name for name in tensors if "lora_A" in name]
+        alphas = {name.replace(".lora_A.weight", ".alpha"): torch.tensor(8.0) for name in names}
+        return tensors | alphas
+
+    for change, same in ((lambda tensors: tensors, True), (with_alpha, False)):
+        rewrite(adapter, change)
+        editor = fresh()
+        editor.load_adapter(adapter.parent)
+        got = editor.edit(images, [MOVE, MOVE], [1, 2])
+        assert (max(map(difference, got, edited)) <= 1) == same
+    layer = next(m for m in editor.pipeline.transformer.modules() if hasattr(m, "scaling"))
+    assert layer.scaling == {"editor": 2.0}
+
+
+def test_an_adapter_trained_in_fp32_loads_in_fp32(loop, adapter, monkeypatch):
+    editor = fresh()
+    editor.pipeline.transformer.to(torch.bfloat16)
+    editor.load_adapter(adapter.parent)
+    tensors = load_file(adapter)
+    for name, parameter in editor.pipeline.transformer.named_parameters():
+        if ".editor." in name:
+            assert torch.equal(parameter, tensors[f"transformer.{name.replace('.editor', '')}"])
+
+
+def test_training_goes_on_from_a_loaded_adapter(loop, images, adapter):
+    editor = fresh()
+    editor.load_adapter(adapter.parent)
+    with pytest.raises(ValueError, match="rank 4; set rank=4"):
+        editor.add_adapter(8)
+    for _ in range(2):  # a second training in a notebook gets it again
+        parameters = editor.add_adapter(4)
+        step = record(editor, images).steps[0]
+        with editor.adapter():
+            editor.log_probs(step)[0].sum().backward()
+        assert len(parameters) == len(load_file(adapter))
+        assert all(p.grad.abs().sum() > 0 and p.dtype == torch.float32 for p in parameters)
+    assert not editor.pipeline.transformer.training
+
+
+def test_a_diffuser_with_the_same_pipeline_never_meets_the_adapter(loop, images):
+    assert loop.editor.pipeline is loop.diffuser.pipeline
+    disturb(loop.editor.add_adapter(4))
+    record(loop.editor, images)
+
+    def fail(*_):
+        raise RuntimeError("in the middle of a rollout")
+
+    hook = loop.editor.pipeline.transformer.register_forward_hook(fail)
+    with pytest.raises(ValueError, match="in the middle of a rollout"):
+        record(loop.editor, images)
+    hook.remove()
+    again = loop.diffuser.generate(PROMPTS, [0, 1])
+    assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
+
+
+def test_the_checker_sees_images_from_outside_as_the_editor_does(loop, images):
+    graphs = [parse_prompt(PROMPTS[0], ["left of"])]
+    (expected,) = loop.checker.check(images[:1], graphs)
+    (got,) = loop.checker.check([normalize_image(outside(images[0], "EXIF"))], graphs)
+    assert got.probs == pytest.approx(expected.probs, abs=1e-3)
