@@ -224,9 +224,10 @@ def check(kind, value, key, folder):
     if type(value) is not python_type or not accepts(value):  # isinstance takes True for an int
         wanted = f"{python_type.__name__} ({wanted})" if wanted else python_type.__name__
         raise ValueError(f"key '{key}' is {value!r:.200}; make it {wanted}")
-    for name in value if kind is dict else ():  # the arguments of a pipeline's call
-        if name in REFUSED:
-            raise ValueError(f"key '{key}' holds {name!r}, which cannot be set; remove it")
-        if name in COUNTS:
-            check(Count, value[name], f"{key}.{name}", folder)
+    if kind is dict:  # the arguments of a pipeline's call
+        for name in value:
+            if name in REFUSED:
+                raise ValueError(f"key '{key}' holds {name!r}, which cannot be set; remove it")
+            if name in COUNTS:
+                check(Count, value[name], f"{key}.{name}", folder)
     return value

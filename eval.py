@@ -56,9 +56,9 @@ class Row:
 def evaluate(loop, graphs, settings, relations, judge, rows, save):
     """Run and measure all systems, except those that `rows` already holds.
 
-    Args: settings: an `EvaluationConfig`; relations: words that the judge may use; judge: a
-    `Checker` whose VLM measures, not necessarily the loop's; rows: a list that grows by a `Row`
-    for every system; save: called with its trajectories.
+    Args: settings: an `EvaluationConfig`; relations: words that the judge may use; judge: the
+    `Checker` whose VLM measures; rows: a list that grows by a `Row` for every system; save: called
+    after each with its trajectories.
     """
 
     def add(name, trajectories, meter):
@@ -87,17 +87,15 @@ def evaluate(loop, graphs, settings, relations, judge, rows, save):
 
 def systems(loop):
     """(name of the row, `Loop`) for the untrained loop and for each trained adapter."""
-    actor, editor = loop.actor, loop.editor
-    parts = [("loop", actor.without_adapter(), editor.without_adapter())]
-    if actor.has_adapter:
-        parts.append(("loop + phase 1", actor, editor.without_adapter()))
-    if editor.has_adapter:
-        name = "loop + phase 1 + 2" if actor.has_adapter else "loop + phase 2"
-        parts.append((name, actor, editor))
-    return [
-        (name, Loop(loop.diffuser, loop.checker, actor, editor, loop.rounds))
-        for name, actor, editor in parts
-    ]
+    actor, editor = loop.actor.without_adapter(), loop.editor.without_adapter()
+    found = [("loop", Loop(loop.diffuser, loop.checker, actor, editor, loop.rounds))]
+    if loop.actor.has_adapter:
+        phase1 = Loop(loop.diffuser, loop.checker, loop.actor, editor, loop.rounds)
+        found.append(("loop + phase 1", phase1))
+    if loop.editor.has_adapter:
+        name = "loop + phase 1 + 2" if loop.actor.has_adapter else "loop + phase 2"
+        found.append((name, loop))
+    return found
 
 
 def first_images(trajectories):
@@ -188,20 +186,17 @@ def extract(vlm, images, graphs, relations=()):
 
     words = [graph.vocabulary(relations) for graph in graphs]
     texts = [extract_request(*asked) for asked in zip(graphs, words)]
+    settings = {"max_new_tokens": 256, "do_sample": False, "repetition_penalty": 1.0}
     answers = []
     for start in range(0, len(texts), vlm.batch_size):
         part = slice(start, start + vlm.batch_size)
         inputs = vlm.inputs(EXTRACT, images[part], texts[part])
         with torch.no_grad():
-            ids = vlm.model.generate(
-                **inputs, max_new_tokens=256, do_sample=False, repetition_penalty=1.0
-            )
+            ids = vlm.model.generate(**inputs, **settings)
         completions = ids[:, inputs["input_ids"].shape[1] :]
         answers += vlm.processor.batch_decode(completions, skip_special_tokens=True)
-    seen = [
-        parse_scene_graph(answer, graph.objects, allowed)
-        for answer, graph, allowed in zip(answers, graphs, words)
-    ]
+    objects = [graph.objects for graph in graphs]
+    seen = [parse_scene_graph(*read) for read in zip(answers, objects, words)]
     if None in seen:
         say(f"  {seen.count(None)} of {len(seen)} answers of the judge hold no scene graph")
     return [graph or SceneGraph((), ()) for graph in seen]

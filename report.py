@@ -5,10 +5,10 @@
 
 A run's folder holds some of these files. The page shows what it can of damaged ones and names them.
 
-    metrics.jsonl, seconds.jsonl   one line per iteration: {"iteration": 1, "reward": 0.5, ...}
-    results.json                   {"tables": [{"title": str, "cells": [[str]]}]}
-    samples/NNNN.json              trajectories after NNNN iterations, see `describe`
-    config.yaml, command.txt       shown as they are
+    metrics.jsonl               one line per iteration: {"iteration": 1, "reward": 0.5, ...}
+    results.json                {"tables": [{"title": str, "cells": [[str]]}]}
+    samples/NNNN.json           trajectories after NNNN iterations, see `describe`
+    config.yaml, command.txt    shown as they are
 """
 
 import argparse
@@ -34,7 +34,6 @@ CHARTS = {  # title -> {figure: label}
     "Gradient norm": {"grad_norm": "before clipping"},
     "Flat groups": {"flat_groups": "share of groups"},
     "No edit": {"malformed": "malformed", "none": "“none”"},
-    "Seconds": {name: name for name in ("generate", "act", "edit", "check", "update")},
 }
 
 
@@ -55,11 +54,7 @@ def report(folders):
     for folder in folders:
         if not any((folder / n).exists() for n in ("metrics.jsonl", "results.json", "samples")):
             raise ValueError(f"{folder}: no run; name a folder of train.py, eval.py or loop.py")
-        rows = {}
-        for file in ("metrics.jsonl", "seconds.jsonl"):
-            for iteration, row in read(folder / file, numbered, damaged):
-                rows.setdefault(iteration, {}).update(row)
-        runs[str(folder)] = sorted(rows.items())
+        runs[str(folder)] = read(folder / "metrics.jsonl", numbered, damaged)
         files = sorted(folder.glob("samples/*.json"), key=lambda path: (len(path.name), path.name))
         cards = []
         for file in files[:1] + files[1:][-1:]:  # the first and the last

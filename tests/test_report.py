@@ -51,7 +51,6 @@ def training(folder, iterations=12, **figures):
     names = [name for labels in report.CHARTS.values() for name in labels]
     rows = [{"iteration": n, **dict.fromkeys(names, n / 100), **figures} for n in range(iterations)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "seconds.jsonl").write_text('{"iteration": 1, "act": 2.5}\n')
     (folder / "config.yaml").write_text("rounds: 3\n")
     report.record(folder, [trajectory([0.2, 0.4], seed=1), trajectory([0.6], seed=2)])
     report.record(folder, [trajectory([0.2, 0.7], seed=1)], iterations)
@@ -85,7 +84,6 @@ def test_a_training_run(tmp_path):
     assert len(page.all("svg")) == len(report.CHARTS)
     assert all(title in page.text for title in report.CHARTS)
     assert "after the edit 0 → 0.11" in page.text  # the reward, first and last
-    assert "act 0 → 0.11" in page.text  # of the seconds
     assert "0 to 0.11, iterations 0 to 11" in page.text
     prompt = "red circle left of blue square"
     before, after, other = (f"{prompt}{s}" for s in ("0.20 → 0.40", "0.20 → 0.70", "0.60 → 0.60"))
@@ -227,11 +225,10 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 def test_a_half_written_line(tmp_path):
     folder = training(tmp_path / "run")
-    for name in ("metrics.jsonl", "seconds.jsonl"):
-        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+    (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes()[:-9])
     page = Page(folder)
     assert "after the edit 0 → 0.1" in page.text
-    assert f"Damaged files{folder / 'metrics.jsonl'}, {folder / 'seconds.jsonl'}" in page.text
+    assert f"Damaged files{folder / 'metrics.jsonl'}" in page.text
 
 
 SAMPLE = '[{"prompt": "p", "seed": %s, "best": %s, "steps": [{"score": %s, "verdicts": []}]}]'
@@ -249,7 +246,7 @@ def test_garbled_files(tmp_path, file, text):
     page = Page(folder)
     assert (f"Damaged files{folder / file}" in page.text) == (text != "" or "jsonl" not in file)
     assert len(page.all("article")) == (2 if "samples" in file else 3)
-    assert bool(page.all("figure"))
+    assert bool(page.all("figure")) == ("metrics" not in file)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, None, "x", [], True, 10**400])
