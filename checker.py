@@ -126,7 +126,7 @@ class Checker:
         import torch
         from PIL import Image
 
-        name = self.processor.tokenizer.name_or_path
+        name = self.processor.tokenizer.name_or_path or "the VLM"
         blank = [Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "gray")]
         asked = [object_question("red circle"), triple_question(("cup", "left of", "red book"))]
         rows = SYSTEM, [image for image in blank for _ in asked], asked * len(blank)

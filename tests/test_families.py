@@ -20,6 +20,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "gpu"))
 
 import architectures  # noqa: E402
+from memory import checkpoint_vlm, take_turns  # noqa: E402
+from phases import ActorPhase, Batch, EditorPhase, State  # noqa: E402
+from rollout import find_mixture, mix  # noqa: E402
 
 from actor import Actor  # noqa: E402
 from checker import Checker, reflect  # noqa: E402
@@ -27,9 +30,6 @@ from config import LoopConfig, load_config  # noqa: E402
 from diffuser import Diffuser  # noqa: E402
 from editor import Editor  # noqa: E402
 from loop import build  # noqa: E402
-from memory import checkpoint_vlm, take_turns  # noqa: E402
-from phases import ActorPhase, Batch, EditorPhase, State  # noqa: E402
-from rollout import find_mixture, mix  # noqa: E402
 from sgiou import SceneGraph  # noqa: E402
 from train import update  # noqa: E402
 
@@ -83,88 +83,6 @@ def difference(first, second):
 # ---- editors ----
 
 
-def wan_vae(channels=4):
-    from diffusers import AutoencoderKLWan
-
-    return AutoencoderKLWan(
-        base_dim=4,
-        z_dim=channels,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * channels,
-        latents_std=[1.0] * channels,
-        is_residual=True,
-        in_channels=12,
-        out_channels=12,
-        patch_size=2,
-        scale_factor_spatial=16,
-    )
-
-
-def fibo_edit():
-    """Guides on a batch twice as large; text encoder SmolLM3."""
-    from diffusers import (
-        BriaFiboEditPipeline,
-        BriaFiboTransformer2DModel,
-        FlowMatchEulerDiscreteScheduler,
-    )
-    from transformers import SmolLM3Config, SmolLM3ForCausalLM
-
-    config = SMALL | {"num_hidden_layers": 2, "pad_token_id": 0, "vocab_size": 128256}
-    return BriaFiboEditPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=wan_vae(),
-        text_encoder=SmolLM3ForCausalLM(SmolLM3Config(**config, no_rope_layers=[1, 1])).eval(),
-        tokenizer=architectures.tokenizer(),
-        transformer=BriaFiboTransformer2DModel(
-            in_channels=4,
-            num_layers=1,
-            num_single_layers=1,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=64,
-            axes_dims_rope=[4, 6, 6],
-            text_encoder_dim=32,
-        ).eval(),
-    )
-
-
-def qwen_image_edit():
-    """Guides by two calls, and gives the mixture the length of the guided answer."""
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImageEditPipeline,
-        QwenImageTransformer2DModel,
-    )
-
-    vae = AutoencoderKLQwenImage(
-        base_dim=4,
-        z_dim=4,
-        dim_mult=[1, 1, 1, 1],
-        num_res_blocks=1,
-        latents_mean=[0.0] * 4,
-        latents_std=[1.0] * 4,
-    )
-    text_encoder, processor = qwen_vl("Qwen2_5_VLForConditionalGeneration")
-    return QwenImageEditPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=processor.tokenizer,
-        processor=processor,
-        transformer=QwenImageTransformer2DModel(
-            in_channels=16,
-            out_channels=4,
-            num_layers=2,
-            attention_head_dim=16,
-            num_attention_heads=2,
-            joint_attention_dim=32,
-            axes_dims_rope=(4, 6, 6),
-        ).eval(),
-    )
-
-
 def qwen_vl(name):
     """A tiny Qwen-VL, with its own processor where torchvision lets it be built."""
     model, processor = architectures.qwen_vl(name, tiny=True)
@@ -183,118 +101,6 @@ def qwen_vl(name):
             chat_template=processor.tokenizer.chat_template,
         )
     return model, processor
-
-
-KONTEXT = {"height": 32, "width": 32, "max_area": 1024, "_auto_resize": False}
-KONTEXT |= {"num_inference_steps": 4, "max_sequence_length": 12}
-EDITORS = {  # how it is made, pixels a side, arguments of its call, template
-    "FluxKontext": (lambda: architectures.kontext(True), 32, KONTEXT, "{}"),
-    "FluxKontext, guided": (
-        lambda: architectures.kontext(True),
-        32,
-        KONTEXT | {"true_cfg_scale": 2.5, "negative_prompt": "red"},
-        "{}",
-    ),
-    "Flux2Klein, guided": (
-        lambda: architectures.klein(True),
-        64,  # pixels, the least that it takes
-        {"num_inference_steps": 4, "guidance_scale": 4.0, "max_sequence_length": 24}
-        | {"text_encoder_out_layers": [1, 2, 3], "height": 64, "width": 64},
-        "{}",
-    ),
-    "QwenImageEdit, guided": (
-        qwen_image_edit,
-        64,
-        {"num_inference_steps": 4, "true_cfg_scale": 4.0, "negative_prompt": " "}
-        | {"height": 64, "width": 64},
-        "{}",
-    ),
-    "BriaFiboEdit, guided": (
-        fibo_edit,
-        64,
-        {"num_inference_steps": 4, "guidance_scale": 5, "height": 64, "width": 64},
-        '{"edit_instruction": "{}"}',
-    ),
-}
-
-
-@pytest.mark.parametrize("name", EDITORS)
-def test_editor(name, tmp_path, monkeypatch):
-    make, size, call, template = EDITORS[name]
-    module = "diffusers.pipelines.qwenimage.pipeline_qwenimage_edit"
-    # One megapixel, which it edits at, takes too long for a test.
-    monkeypatch.setattr(f"{module}.calculate_dimensions", lambda *_: (160, 160, None))
-
-    def load():
-        torch.manual_seed(0)
-        pipeline = make()
-        if "Qwen" in name and not TORCHVISION:  # with a processor that cannot be saved
-            return Editor(pipeline, call, template=template)
-        pipeline.save_pretrained(tmp_path / "model")
-        return Editor.load(tmp_path / "model", "cpu", call=call, template=template)
-
-    editor = load()
-    images = pictures(2, size)
-    plain = editor.edit(images, TEXTS, [1, 2])
-    alone = [editor.edit([i], [t], [s])[0] for i, t, s in zip(images, TEXTS, [1, 2])]
-    assert plain[0].size == (size, size)
-    assert difference(plain, alone) <= 1
-    parameters = editor.add_adapter(4)
-    assert bytes_of(editor.edit(images, TEXTS, [1, 2])) == bytes_of(plain)
-    disturb(parameters, 0.3)
-
-    group = [images[:1] * 3, TEXTS[:1] * 3, [5] * 3, [10, 11, 12]]
-    with torch.no_grad():
-        ode = editor.rollout(*group, range(0), 0.0)
-        rollout = editor.rollout(*group, range(1, 3), 0.8)
-    assert difference(ode.images, editor.edit(*group[:3])) <= 1
-    assert len(rollout.steps) == 2 and not ode.steps
-    for step in rollout.steps:
-        with editor.adapter(), torch.no_grad():
-            assert (editor.log_probs(step)[0] - step.log_prob).abs().max() < 1e-5
-        with torch.no_grad():
-            assert (editor.log_probs(step)[0] - step.log_prob).abs().max() > 1e-4
-    check_gradient(editor, rollout.steps[0], parameters)
-    if "Kontext" not in name:
-        with pytest.raises(ValueError, match="one picture by one instruction a call"):
-            editor.rollout(images, TEXTS, [5, 5], [1, 2], range(1), 0.8)
-
-    states = [State(GRAPH, images[0], None)] * 3
-    batch = Batch([0.1, 0.5, 0.9], [0, 0, 0], rollout.images, [], states, [rollout], {})
-    phase = EditorPhase(SimpleNamespace(actor=None, editor=editor), UPDATE)
-    figures = update(phase, [batch], torch.optim.AdamW(parameters, 1e-3), parameters, UPDATE)
-    assert figures["replay_error"] < 1e-5
-    assert figures["grad_norm"] > 0 and figures["ratio_error"] > 0
-
-    trained = editor.edit(images, TEXTS, [1, 2])
-    assert difference(trained, plain) > 1
-    editor.save_adapter(tmp_path / "adapter")
-    fresh = load()
-    fresh.load_adapter(tmp_path / "adapter")
-    assert bytes_of(fresh.edit(images, TEXTS, [1, 2])) == bytes_of(trained)
-    bare = load()
-    bare.pipeline.load_lora_weights(tmp_path / "adapter")
-    assert bytes_of(bare.edit(images, TEXTS, [1, 2])) == bytes_of(trained)
-
-
-def check_gradient(editor, step, parameters):
-    """Along its own direction a gradient equals the finite difference: no call was left out."""
-    with editor.adapter():
-        for parameter in parameters:
-            parameter.grad = None
-        editor.log_probs(step)[0].sum().backward()
-    gradients = [parameter.grad for parameter in parameters]
-    length = sum(gradient.square().sum() for gradient in gradients).sqrt()
-    values = []
-    for side in (0.02, -0.04):
-        for parameter, gradient in zip(parameters, gradients):
-            parameter.data += side * gradient / length
-        with editor.adapter(), torch.no_grad():
-            values.append(editor.log_probs(step)[0].sum())
-    for parameter, gradient in zip(parameters, gradients):
-        parameter.data += 0.02 * gradient / length
-        parameter.grad = None
-    assert (values[0] - values[1]) / 0.04 == pytest.approx(length.item(), rel=0.05)
 
 
 # ---- VLMs ----
@@ -451,66 +257,7 @@ def test_vlm(name, tmp_path):
 # ---- Diffusers that are not Editors ----
 
 
-def test_z_image_generates(tmp_path):
-    from diffusers import FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
-
-    torch.manual_seed(0)
-    pipeline = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
-        vae=architectures.build("AutoencoderKL", tiny=True),
-        text_encoder=architectures.build("Qwen3ForCausalLM", tiny=True).model,
-        tokenizer=architectures.tokenizer(),
-        transformer=ZImageTransformer2DModel(
-            in_channels=4,
-            dim=32,
-            n_layers=2,
-            n_refiner_layers=1,
-            n_heads=2,
-            n_kv_heads=2,
-            cap_feat_dim=32,
-            axes_dims=[4, 6, 6],
-            axes_lens=[64, 32, 32],
-        ).eval(),
-    )
-    pipeline.save_pretrained(tmp_path)
-    call = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 3.0}
-    call |= {"negative_prompt": "blue", "max_sequence_length": 16}
-    diffuser = Diffuser.load(tmp_path, "cpu", call=call)
-    assert diffuser.problem("red circle") is None
-    assert "'purple'" in diffuser.problem("purple circle")
-    images = diffuser.generate(["red circle", "blue square"], [1, 2])
-    assert images[0].size == (32, 32) and images[0].tobytes() != images[1].tobytes()
-    assert difference(images[1:], diffuser.generate(["blue square"], [2])) <= 1
-    with pytest.raises(ValueError, match="ZImagePipeline .* takes no picture"):
-        Editor.load(tmp_path)
-
-
 # ---- what is refused, and what makes room ----
-
-
-@pytest.mark.parametrize(
-    "kind, scheduler, reason",
-    [
-        ("FluxPipeline", "FlowMatchEulerDiscreteScheduler", "takes no picture"),
-        ("FluxKontextInpaintPipeline", "FlowMatchEulerDiscreteScheduler", "noised picture"),
-        ("FluxKontextPipeline", "UniPCMultistepScheduler", "UniPCMultistepScheduler is not"),
-        ("Flux2KleinKVPipeline", "FlowMatchEulerDiscreteScheduler", "share a cache"),
-        ("LTXImageToVideoPipeline", "FlowMatchEulerDiscreteScheduler", "videos"),
-        ("LongCatImageEditPipeline", "FlowMatchEulerDiscreteScheduler", "LoRA"),
-        ("NoSuchPipeline", "FlowMatchEulerDiscreteScheduler", "has no NoSuchPipeline"),
-    ],
-)
-def test_a_pipeline_that_cannot_be_trained_is_refused_by_its_index(
-    kind, scheduler, reason, tmp_path, monkeypatch
-):
-    monkeypatch.chdir(ROOT)
-    index = {"_class_name": kind, "scheduler": ["diffusers", scheduler], "transformer": []}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))  # and no weights at all
-    with pytest.raises(ValueError, match=f"{kind}.*{reason}|{reason}"):
-        Editor.load(tmp_path)
-    config = load_config(ROOT / "eval.yaml", LoopConfig, [f"editor.model={tmp_path}"])
-    with pytest.raises(ValueError, match=f"key 'editor.model': .*{reason}"):
-        build(config)
 
 
 @pytest.mark.skipif(TORCHVISION, reason="torchvision is there")
@@ -534,19 +281,6 @@ def test_turns_without_a_gpu_are_refused(monkeypatch):
     monkeypatch.chdir(ROOT)
     with pytest.raises(ValueError, match="'offload': there is no CUDA GPU"):
         build(load_config("eval.yaml", LoopConfig, ["offload=true"]))
-
-
-def test_mixtures_are_found_or_refused():
-    first, second, third = torch.randn(3, 2, 16, 8, generator=torch.Generator().manual_seed(0))
-    assert find_mixture([first], first, 1e-4) == ([1.0], False)
-    assert find_mixture([first], -first, 1e-4) == ([-1.0], False)
-    three = mix([first, second, third], [2.0, -1.5, 0.5], False)
-    assert find_mixture([first, second, third], three, 1e-4) == ([2.0, -1.5, 0.5], False)
-    rescaled = mix([first, second], [4.0, -3.0], True)
-    assert find_mixture([first, second], rescaled, 1e-4) == ([4.0, -3.0], True)
-    weights, flag = find_mixture([first, second], rescaled.bfloat16().float(), 1.6e-2)
-    assert flag and weights == pytest.approx([4.0, -3.0], abs=0.1)
-    assert find_mixture([first, second], torch.maximum(first, second), 1e-4) is None
 
 
 def gradients(parameters, loss):

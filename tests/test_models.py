@@ -14,11 +14,11 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from table import HEADINGS
 
 import loop as program
 from config import LoopConfig, load_config
 from sgiou import SceneGraph, load_graphs, sg_iou
-from table import HEADINGS
 from tiny import world
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -73,68 +73,10 @@ def difference(first, second):
 # ---- parts ----
 
 
-def test_parts_share_their_weights(loop):
-    assert loop.actor.model is loop.checker.model
-    assert loop.editor.pipeline is loop.diffuser.pipeline
-    assert not any(module.training for module in loop.checker.model.modules())
-    assert not any(module.training for module in loop.diffuser.pipeline.transformer.modules())
-
-
-def test_a_picture_depends_on_its_seed_alone(loop, monkeypatch):
-    (alone,) = loop.diffuser.generate([PROMPT], [3])
-    batch = loop.diffuser.generate([OTHERS[0], PROMPT, OTHERS[1], PROMPT], [1, 3, 2, 4])
-    assert alone.size == (32, 32) and alone.mode == "RGB"
-    assert difference(alone, batch[1]) <= 1
-    assert difference(batch[1], batch[3]) > 30
-    monkeypatch.setattr(loop.diffuser, "batch_size", 3)
-    again = loop.diffuser.generate([OTHERS[0], PROMPT, OTHERS[1], PROMPT], [1, 3, 2, 4])
-    assert len(again) == 4
-    assert max(map(difference, again, batch)) <= 1
-
-
-def test_an_edit_depends_on_its_seed_alone(loop, drawn, monkeypatch):
-    graphs, right, _ = drawn
-    texts = [f"remove the {graphs[0].objects[0]}", MOVE, "swap the red circle and the blue square"]
-    (alone,) = loop.editor.edit(right[1:2], texts[1:2], [3])
-    batch = loop.editor.edit(right[:3], texts, [1, 3, 2])
-    assert alone.size == (32, 32) and alone.mode == "RGB"
-    assert difference(alone, batch[1]) <= 1
-    (other,) = loop.editor.edit(right[1:2], texts[1:2], [4])
-    assert difference(alone, other) > 1
-    monkeypatch.setattr(loop.editor, "batch_size", 2)
-    assert max(map(difference, loop.editor.edit(right[:3], texts, [1, 3, 2]), batch)) <= 1
-
-
 def test_nothing_to_do(loop):
     assert loop.diffuser.generate([], []) == []
     assert loop.editor.edit([], [], []) == []
     assert loop.checker.check([], []) == []
-
-
-def test_prompts_that_the_diffuser_cannot_read(loop, graphs):
-    assert [loop.diffuser.problem(graph.prompt()) for graph in graphs] == [None] * len(graphs)
-    problem = loop.diffuser.problem("purple dog left of red circle")
-    assert "'purple'" in problem and "'dog'" in problem and "red" not in problem
-    assert "tokens" in loop.diffuser.problem("; ".join([PROMPT] * 3))
-    assert "surrogate" in loop.diffuser.problem("red \udcff circle")
-
-
-def test_graphs_that_the_diffuser_cannot_read_are_counted_and_left_out(loop, graphs, capsys):
-    long = SceneGraph((), [(f"red circle {n}", "left of", "blue square") for n in range(200)])
-    assert loop.diffuser.readable([graphs[0], long, graphs[1]], "data.json") == graphs[:2]
-    told = capsys.readouterr().err
-    assert told.startswith("data.json: 1 of 3 prompts cannot be read") and told.count("\n") == 1
-    assert loop.diffuser.readable(graphs, "data.json") == graphs
-    assert capsys.readouterr().err == ""
-    with pytest.raises(ValueError, match="data.json: 2 of 2 prompts .* other data"):
-        loop.diffuser.readable([long, long], "data.json")
-
-
-def test_instructions_that_the_editor_cannot_read_in_full_are_counted(loop, drawn):
-    images = drawn[1][:1] * 3
-    before = loop.editor.misread
-    loop.editor.edit(images, [MOVE, f"{MOVE} and {MOVE}", "paint it purple"], [0, 1, 2])
-    assert loop.editor.misread == before + 2
 
 
 def test_a_checker_that_answers_nan_is_told(loop, drawn, graphs, monkeypatch):
@@ -142,17 +84,6 @@ def test_a_checker_that_answers_nan_is_told(loop, drawn, graphs, monkeypatch):
     monkeypatch.setattr(head, "data", torch.full_like(head, torch.nan))
     with pytest.raises(ValueError, match="answers NaN.*checker.dtype"):
         loop.checker.check(drawn[1][:1], graphs[:1])
-
-
-@pytest.mark.filterwarnings("ignore:invalid value")
-def test_a_model_that_draws_nothing_but_black_is_told(loop, drawn, monkeypatch):
-    bias = loop.diffuser.pipeline.vae.decoder.conv_out.bias
-    for broken in (torch.full_like(bias, torch.nan), torch.full_like(bias, -1e4)):
-        monkeypatch.setattr(bias, "data", broken)
-        with pytest.raises(ValueError, match="nothing but black.*diffuser.dtype"):
-            loop.diffuser.generate([PROMPT], [0])
-        with pytest.raises(ValueError, match="nothing but black.*editor.dtype"):
-            loop.editor.edit(drawn[1][:1], [MOVE], [0])
 
 
 @pytest.mark.parametrize(
@@ -174,13 +105,6 @@ def test_weights_that_are_pickled_are_refused_with_the_reason(part, weights, tmp
     with pytest.raises(ValueError, match=f"key '{part}.model'.*safetensors") as caught:
         program.build(config)
     assert len(str(caught.value).splitlines()) == 1
-
-
-def test_a_typo_in_a_call_is_told(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    config = load_config("eval.yaml", LoopConfig, ["editor.call.num_inference_step=8"])
-    with pytest.raises(ValueError, match="key 'editor.call'.*takes no num_inference_step"):
-        program.build(config)
 
 
 def test_weights_that_are_cut_off_are_told(monkeypatch, tmp_path):

@@ -441,6 +441,26 @@ def test_one_action_alone_stops_phase_2_but_not_phase_1(tmp_path, phase):
         phase(loop, settings(phase, tmp_path, *overrides))
 
 
+def test_phase_1_compares_the_mean_over_the_whole_iteration(tmp_path):
+    """One bad micro-batch of many: 2e-4 off in 8 of 64 samples is 2.5e-5 on average."""
+    for error, refused in ((2e-4, False), (2e-3, True)):
+        loop = toys.loop()
+        actor, log_probs, batches = loop.actor, loop.actor.log_probs, []
+
+        def wrong(proposals, rows):
+            found = log_probs(proposals, rows)  # noqa: B023
+            if torch.is_grad_enabled():
+                batches.append(rows)  # noqa: B023
+                return found + error * (len(batches) == 1)  # noqa: B023
+            return found
+
+        actor.log_probs = wrong
+        overrides = ["tolerance=1e-4", "rounds=1", "groups=8", "micro_batch=8", "flat_range=0"]
+        config = settings(phase1, tmp_path / str(refused), *overrides)
+        with pytest.raises(ValueError, match="differs") if refused else contextlib.nullcontext():
+            phase1(loop, config)
+
+
 def with_infinite_gradient(part):
     """The log-probs are right, but the derivative of the square root at 0 is infinite."""
     log_probs = part.log_probs

@@ -167,12 +167,34 @@ def qwen_vl(name):
     return model, processor
 
 
+def qwen3_5():
+    """Linear attention in three layers of four; Qwen3-VL's processor."""
+    from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
+
+    _, processor = qwen_vl("Qwen3VLForConditionalGeneration")
+    text = SMALL | {"num_hidden_layers": 4, "partial_rotary_factor": 1.0}
+    text["rope_parameters"] = {
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "mrope_section": [2, 3, 3],
+    }
+    linear = {"linear_key_head_dim": 16, "linear_value_head_dim": 16}
+    linear |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2}
+    vision = architectures.SIZES["tiny"]["Qwen3VLForConditionalGeneration"]["vision_config"]
+    vision = {k: v for k, v in vision.items() if k != "deepstack_visual_indexes"}
+    config = Qwen3_5Config(
+        text_config=text | linear, vision_config=vision, **architectures.VISION_IDS
+    )
+    return Qwen3_5ForConditionalGeneration(config), processor
+
+
 FAMILIES = {
     "LLaVA": llava,
     "Idefics3": idefics3,
     "Gemma3": gemma3,
     "Qwen2.5-VL": lambda: qwen_vl("Qwen2_5_VLForConditionalGeneration"),
     "Qwen3-VL": lambda: qwen_vl("Qwen3VLForConditionalGeneration"),
+    "Qwen3.5": qwen3_5,
 }
 
 
@@ -201,12 +223,16 @@ def close(reflections, others):
     return max(abs(p - q) for p, q in pairs) < 1e-5
 
 
-def test_one_encoding_of_an_image_answers_all_questions_as_one_each(vlm, monkeypatch):
+def test_one_encoding_of_an_image_answers_all_questions_as_one_each(vlm, monkeypatch, capsys):
     monkeypatch.setattr(checker_module, "LEAST_MASS", 0.0)  # the weights are random
     checker = Checker(*vlm[:2])
     single = checker.check(images(), GRAPHS)
     assert len({round(p, 6) for reflection in single for p in reflection.probs}) > 6  # it sees
     checker.probe()
+    if hasattr(vlm[0].config.text_config, "linear_key_head_dim"):  # its state cannot be copied
+        assert not checker.share
+        assert "every question encodes its image anew" in capsys.readouterr().err
+        return
     assert checker.share
     monkeypatch.setattr(checker, "single_logits", None)  # so that it cannot be what answers
     passes = []
@@ -250,6 +276,10 @@ def test_the_adapter_leaves_the_vision_tower_alone(actor):
     assert trained and not any("vis" in name for name in trained)
     for kind in ("q_proj", "o_proj", "gate_proj", "down_proj"):
         assert any(kind in name for name in trained)
+    linear = [name for name, _ in actor.model.named_modules() if name.endswith("linear_attn")]
+    for name in linear:
+        for kind in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"):
+            assert f"{name}.{kind}.lora_A.actor.weight" in trained
 
 
 def test_a_completion_depends_on_its_own_seed_alone(actor):
