@@ -313,5 +313,3 @@ def test_checkpointing_changes_no_gradient():
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
     assert len(entered) == 2  # once forward, once more in backward
     assert actor.propose(image, [GRAPH], [reflection], n=2).ids.equal(proposals.ids)  # cached
-
-
