@@ -56,13 +56,14 @@ def report(folders):
             raise ValueError(f"{folder}: no run; name a folder of train.py, eval.py or loop.py")
         runs[str(folder)] = read(folder / "metrics.jsonl", numbered, damaged)
         files = sorted(folder.glob("samples/*.json"), key=lambda path: (len(path.name), path.name))
+        when = " before and after training" if len(files) > 1 else ""
         cards = []
         for file in files[:1] + files[1:][-1:]:  # the first and the last
             cards += sum(read(file, gallery, damaged), [])
         cards.sort(key=lambda card: card[0])  # by seed: a prompt before training, then after it
         sections += [
             (f"Results of {folder}", read(folder / "results.json", tables, damaged)),
-            (f"Trajectories of {folder}", [card for _, card in cards]),
+            (f"Trajectories of {folder}{when} (at most {SHOWN})", [card for _, card in cards]),
             (f"Command of {folder}", read(folder / "command.txt", verbatim, damaged)),
             (f"Config of {folder}", read(folder / "config.yaml", verbatim, damaged)),
         ]
