@@ -238,9 +238,11 @@ def strip(trajectory):
     canvas = Image.new("RGB", (width, SIDE + margin + 84), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for number, step in enumerate(sample["steps"]):
-        left, image = margin + number * (SIDE + margin), step["image"]
-        method = Image.NEAREST if max(image.size) < SIDE else Image.LANCZOS  # pixels stay visible
-        canvas.paste(ImageOps.contain(image, (SIDE, SIDE), method), (left, margin))
+        left = margin + number * (SIDE + margin)
+        small = max(step["image"].size) < SIDE  # enlarged without smoothing
+        method = Image.NEAREST if small else Image.LANCZOS
+        image = ImageOps.contain(step["image"], (SIDE, SIDE), method)
+        canvas.paste(image, (left, margin + SIDE - image.height))
         color = "#188038" if all(p >= 0.5 for _, p in step["verdicts"]) else "#c5221f"
         best = ", best" if number == sample["best"] else ""
         draw.text((left, SIDE + 20), f"score {step['score']:.2f}{best}", color, font)

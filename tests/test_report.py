@@ -327,7 +327,7 @@ def test_strip():
     assert strip.size == (3 * (224 + 12) + 12, 12 + 224 + 84)
     for number, step in enumerate(shown.steps):  # enlarged sevenfold, the aspect ratio kept
         left = 12 + number * 236
-        large = strip.crop((left, 12, left + 224, 12 + 112))
+        large = strip.crop((left, 12 + 112, left + 224, 12 + 224))
         assert large.resize((32, 16), Image.NEAREST).tobytes() == step.image.tobytes()
     colors = [(197, 34, 31), (24, 128, 56), (197, 34, 31)]  # of the score: red, green if satisfied
     for number, color in enumerate(colors):
