@@ -165,6 +165,7 @@ def build(config):
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import diffusers
+    import torch
     import transformers
 
     from actor import Actor
@@ -175,6 +176,8 @@ def build(config):
     diffusers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if config.offload and not torch.cuda.is_available():
+        raise ValueError("key 'offload': there is no CUDA GPU; leave it out")
     # Fail early, before loading weights: a pipeline may not work as the Editor, and a processor may
     # need torchvision.
     _named("editor.model", Editor.check, config.editor.model)

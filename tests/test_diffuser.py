@@ -144,6 +144,13 @@ def test_code_in_a_folder_is_not_run(flow, monkeypatch):
         build(load_config("eval.yaml", LoopConfig, [f"diffuser.model={flow}"]))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to offload from")
+def test_offload_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="key 'offload': there is no CUDA GPU"):
+        build(load_config("eval.yaml", LoopConfig, ["offload=true"]))
+
+
 # ---- the arguments of a pipeline's call ----
 
 
@@ -206,8 +213,10 @@ def test_another_size_than_asked_is_told_once(loop, graphs, monkeypatch, capsys)
     assert "the images have (40, 24)" in line
 
 
-def test_warnings_of_diffusers_are_shown_once(loop):
+def test_warnings_of_diffusers_are_shown_once(monkeypatch):
     """`build` turns them on after loading. They are about arguments that a pipeline ignores."""
+    monkeypatch.chdir(ROOT)
+    build(load_config("eval.yaml", LoopConfig))
     assert logging.getLogger("diffusers").getEffectiveLevel() == logging.WARNING
     is_new = once_per_place()
     first = logging.LogRecord("diffusers", logging.WARNING, "a.py", 1, "ignored: 1", (), None)

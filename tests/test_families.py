@@ -276,13 +276,6 @@ def test_a_processor_that_lacks_torchvision_is_told_before_any_weight_is_read(
         build(config)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to take turns on")
-def test_turns_without_a_gpu_are_refused(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(ValueError, match="'offload': there is no CUDA GPU"):
-        build(load_config("eval.yaml", LoopConfig, ["offload=true"]))
-
-
 def gradients(parameters, loss):
     for parameter in parameters:
         parameter.grad = None
@@ -320,43 +313,3 @@ def test_checkpointing_changes_no_gradient():
         assert torch.allclose(one, other, rtol=1e-4, atol=1e-6)
     assert len(entered) == 2  # once forward, once more in backward
     assert actor.propose(image, [GRAPH], [reflection], n=2).ids.equal(proposals.ids)  # cached
-
-
-def test_models_take_turns(monkeypatch):
-    """Where they are told to go: the GPU needs not exist for that."""
-    torch.manual_seed(0)
-    model, processor = qwen_vl("Qwen2_5_VLForConditionalGeneration")
-    pipeline = architectures.kontext(tiny=True)
-    parts = Diffuser(pipeline, KONTEXT), Checker(model, processor)
-    parts += Actor(model, processor, max_new_tokens=4), Editor(pipeline, KONTEXT)
-    diffuser, checker, actor, editor = parts
-    place = {}
-
-    everything = {"vae", "text_encoder", "text_encoder_2", "transformer"}
-
-    def move(names, device):
-        place.update(dict.fromkeys(names, device))
-
-    for name in everything:
-        monkeypatch.setattr(pipeline.components[name], "to", partial(move, [name]))
-    monkeypatch.setattr(pipeline, "to", partial(move, everything))
-    monkeypatch.setattr(model, "to", partial(move, ["vlm"]))
-    take_turns(parts, "gpu")
-
-    def here():
-        return {name for name, device in place.items() if device == "gpu"}
-
-    images = diffuser.generate(["red circle"], [1])
-    assert here() == everything
-    reflections = checker.check(images, [GRAPH])
-    assert here() == {"vlm"}
-    actor.propose(images, [GRAPH], reflections)
-    assert here() == {"vlm"}
-    editor.add_adapter(4)
-    assert here() == {"transformer"}
-    with torch.no_grad():
-        step = editor.rollout(images * 2, TEXTS[:1] * 2, [5, 5], [1, 2], range(1, 2), 0.8).steps[0]
-    assert here() == everything
-    with editor.adapter():
-        editor.log_probs(step)
-    assert here() == {"transformer"}

@@ -291,7 +291,7 @@ def test_a_completion_depends_on_its_own_seed_alone(actor):
 
 def test_replay_gives_the_recorded_log_probs(actor):
     proposals = actor.propose(images(), PROMPTS, FEEDBACK, seeds=[5, 6, 7], n=2)
-    assert len(set(proposals.prompts)) == 3
+    assert len(set(proposals.requests)) == 3
     for rows in (slice(0, 6), slice(1, 4)):
         mask, recorded = proposals.mask[rows], proposals.log_probs[rows]
         with actor.adapter(), torch.no_grad():

@@ -1,26 +1,31 @@
-"""Where the time goes, side by side in one run: `python bench.py`.
+"""Where the time goes, measured side by side in one run: `python tiny/make/bench.py`.
 
-Both phases of the embedded default for a few iterations: the share of wall time inside the models'
-forward and backward passes, and iterations a minute. Then `grpo.token_log_probs` against
-`log_softmax` and `gather` at a real vocabulary. No figure is a pass mark: machines differ, ratios
-within one run less so.
+Both phases of the embedded default for a few iterations: iterations per minute, and the share of
+the time that is spent inside the models' forward and backward passes. Then the log-probs of
+grpo.py, both ways, at the vocabulary of a real model. Machines differ, so nothing here is a
+requirement; ratios within one run differ less.
 """
 
 import argparse
 import functools
+import json
+import sys
+import tempfile
 import time
 from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path.insert(0, str(ROOT))
 
 import torch
-from phases import ActorPhase, EditorPhase
 
-from config import load_config
-from grpo import token_log_probs
+from config import TrainConfig, load_config
+from grpo import chunked_token_log_probs, token_log_probs
 from loop import build
-from sgiou import load_graphs
-from train import TrainConfig, collect, fresh_states, update
+from train import phase1, phase2
 
-VOCABULARY = 151_936  # Qwen2.5-VL's
+VOCABULARY = 151_936  # Qwen-VL's
 
 
 class Stopwatch:
@@ -49,7 +54,7 @@ class Stopwatch:
 
 @contextmanager
 def passes(loop):
-    """A `Stopwatch` on every forward and backward pass."""
+    """A `Stopwatch` on every forward and backward pass of the shipped models."""
     watch = Stopwatch()
     pipeline = loop.editor.pipeline
     parts = [(loop.checker.model, "forward"), (pipeline.transformer, "forward")]
@@ -67,24 +72,26 @@ def passes(loop):
 
 
 def bench_phase(number, iterations):
-    """Prints one phase's share of model passes and its pace."""
-    config = load_config(f"phase{number}.yaml", TrainConfig)
-    loop = build(config)
-    phase = (ActorPhase, EditorPhase)[number - 1](loop, config)
-    parameters = phase.trained.add_adapter(config.rank)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
-    graphs = load_graphs(config.data)
-    began, samples = time.perf_counter(), 0
-    with passes(loop) as watch:
-        for iteration in range(iterations):
-            states, _ = fresh_states(loop, graphs, config, iteration)
-            batches = collect(phase, states, config, iteration)
-            update(phase, batches, optimizer, parameters, config)
-            samples += sum(len(batch.rewards) for batch in batches)
-    total = time.perf_counter() - began
+    """Prints the speed of a phase and its share of model passes."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"iterations={iterations}", f"run={folder}", "validation_limit=1"]
+        config = load_config(ROOT / f"phase{number}.yaml", TrainConfig, settings)
+        loop = build(config)
+        with passes(loop) as watch:
+            began = time.perf_counter()
+            (phase1, phase2)[number - 1](loop, config)
+            total = time.perf_counter() - began
+        stages = [json.loads(line) for line in (Path(folder) / "seconds.jsonl").open()]
+        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()][1:]
+    means = {
+        stage: sum(row.get(stage, 0) for row in stages) / iterations
+        for stage in ("generate", "act", "edit", "check", "update")
+    }
+    samples = sum(row["samples"] for row in rows) / iterations
     print(
-        f"phase {number}: {iterations / total * 60:.1f} iterations a minute of "
-        f"{samples / iterations:.0f} samples; {watch.seconds / total:.0%} of it in model passes"
+        f"phase {number}: {60 / sum(means.values()):.1f} iterations per minute of {samples:.0f} "
+        f"samples; {watch.seconds / total:.0%} of the time in model passes; seconds: "
+        + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in means.items())
     )
 
 
@@ -101,19 +108,14 @@ def peak_bytes(function):
     return peak
 
 
-def naive_token_log_probs(logits, ids):
-    """What `token_log_probs` is spared."""
-    return logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-
-
-def bench_log_probs(tokens=64):
+def bench_log_probs(batch=8, tokens=16):
     """Prints time and memory, forward and backward, of both ways to the same log-probs."""
     torch.manual_seed(0)
-    logits = torch.randn(1, tokens, VOCABULARY, dtype=torch.bfloat16, requires_grad=True)
-    ids = torch.randint(VOCABULARY, (1, tokens))
-    own = logits.numel() * logits.element_size()  # the gradient, which both must make
+    logits = torch.randn(batch, tokens, VOCABULARY, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.randint(VOCABULARY, (batch, tokens))
+    gradient = logits.numel() * logits.element_size()  # both ways have to make it
     found = []
-    for function in (naive_token_log_probs, token_log_probs):
+    for function in (token_log_probs, chunked_token_log_probs):
         times = []
 
         def both_passes(function=function, times=times):
@@ -124,11 +126,11 @@ def bench_log_probs(tokens=64):
 
         for _ in range(3):
             both_passes()
-        found.append((min(times), peak_bytes(both_passes) - own))
+        found.append((min(times), peak_bytes(both_passes) - gradient))
         seconds, memory = found[-1]
-        print(f"  {function.__name__:22} {seconds * 1e3:7.0f} ms {memory / 2**20:7.1f} MiB")
+        print(f"  {function.__name__:24} {seconds * 1e3:7.0f} ms {memory / 2**20:7.1f} MiB")
     (slow, large), (fast, small) = found
-    print(f"  ratio                  {fast / slow:7.2f}    {small / large:7.3f}")
+    print(f"  ratio                    {fast / slow:7.2f}    {small / large:7.3f}")
 
 
 if __name__ == "__main__":
@@ -139,7 +141,5 @@ if __name__ == "__main__":
         parser.error("--iterations: give 1 or more")
     for number in (1, 2):
         bench_phase(number, arguments.iterations)
-    print(
-        f"log-probs of 64 tokens at V = {VOCABULARY:,}, forward and backward, beside the gradient:"
-    )
+    print(f"log-probs at V = {VOCABULARY:,}, forward and backward, memory beside the gradient:")
     bench_log_probs()
