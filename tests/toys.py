@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from actor import Proposals
 from checker import reflect
 from editor import Rollout
 from loop import Loop
@@ -94,9 +93,7 @@ class Actor(Policy):
         ]
         ids = torch.cat(draws).view(count, LENGTH)
         instructions = [WORDS[first] for first in ids[:, 0].tolist()]
-        return Proposals(
-            images=[image for image in images for _ in range(n)],
-            requests=[prompt for prompt in prompts for _ in range(n)],
+        return SimpleNamespace(  # what train.py needs of `Proposals`
             ids=ids,
             mask=torch.arange(LENGTH) <= ids[:, :1],
             log_probs=table[ids],
@@ -109,11 +106,17 @@ class Actor(Policy):
         return self.current().log_softmax(0)[proposals.ids[rows]]
 
 
+class Pipeline:
+    def __call__(self, num_inference_steps=8):
+        """Only the signature is read."""
+
+
 class Editor(Policy):
     batched = True
 
     def __init__(self):
-        self.call = {"num_inference_steps": 8}
+        self.call = {}
+        self.pipeline = Pipeline()
         self.edits, self.rollouts = [], []  # the arguments of all calls
 
     def edit(self, images, instructions, seeds):
