@@ -216,9 +216,11 @@ class Actor:
 
     def inputs(self, images, chats):
         """Tokenized, left-padded model inputs, one row per image and chat prompt."""
-        batch = self.processor(
-            images=[[image] for image in images], text=chats, padding=True, return_tensors="pt"
-        )
+        settings = {"padding": True, "return_tensors": "pt"}
+        bos = getattr(self.processor.tokenizer, "bos_token", None)
+        if bos and all(chat.startswith(bos) for chat in chats):  # the template gave it already
+            settings["add_special_tokens"] = False
+        batch = self.processor(images=[[image] for image in images], text=chats, **settings)
         return batch.to(self.model.device, self.model.dtype)
 
     def add_adapter(self, rank):

@@ -258,9 +258,11 @@ class Checker:
     def inputs(self, system, images, texts):
         """Tokenized, left-padded model inputs of one user message per image."""
         chats = [self.chat(system, text) for text in texts]
-        batch = self.processor(
-            images=[[image] for image in images], text=chats, padding=True, return_tensors="pt"
-        )
+        settings = {"padding": True, "return_tensors": "pt"}
+        bos = getattr(self.processor.tokenizer, "bos_token", None)
+        if bos and all(chat.startswith(bos) for chat in chats):  # the template gave it already
+            settings["add_special_tokens"] = False
+        batch = self.processor(images=[[image] for image in images], text=chats, **settings)
         return batch.to(self.model.device, self.model.dtype)
 
     def token_ids(self, *words):

@@ -359,7 +359,7 @@ def next_states(before, after, instructions, group_size, rng):
 
 def compare(rewards, config):
     """Advantages (N, 1), and which samples are kept (N, 1): False in flat groups."""
-    rewards = torch.tensor(rewards).view(len(rewards) // config.group_size, -1)  # (groups, G)
+    rewards = torch.tensor(rewards).view(-1, config.group_size)  # (groups, G)
     advantages, kept = group_advantages(rewards, config.advantage_eps, config.flat_range)
     return advantages.reshape(-1, 1), kept.expand_as(rewards).reshape(-1, 1)
 

@@ -254,6 +254,32 @@ def test_a_model_that_answers_nan_is_told(checker, drawn, monkeypatch):
         checker.check(drawn[1][:1], drawn[0][:1])
 
 
+class Recorder:
+    """A processor that keeps what it is called with."""
+
+    tokenizer = SimpleNamespace(bos_token="<s>")
+
+    def __init__(self, prefix):
+        self.prefix = prefix
+
+    def apply_chat_template(self, messages, **_):
+        return f"{self.prefix}{messages[-1]['content'][-1]['text']}"
+
+    def __call__(self, **settings):
+        self.settings = settings
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize("prefix", ["<s>", ""])
+def test_a_template_that_begins_with_bos_gets_no_second_one(prefix):
+    checker = Checker.__new__(Checker)
+    checker.model = SimpleNamespace(device="cpu", dtype=torch.float32)
+    checker.processor = Recorder(prefix)
+    checker.inputs("", ["image"], ["Is there an owl?"])
+    assert checker.processor.settings["text"] == [f"{prefix}Is there an owl?"]
+    assert checker.processor.settings.get("add_special_tokens", True) == (prefix == "")
+
+
 # ---- a VLM that does not fit ----
 
 
