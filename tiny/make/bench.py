@@ -1,145 +1,124 @@
-"""Where the time goes, side by side in one run: `python bench.py`.
+"""Where the time of the VLM goes, as ratios within one run: `python tiny/make/bench.py`.
 
-Both phases of the embedded default for a few iterations: the share of wall time inside the models'
-forward and backward passes, and iterations a minute. Then `grpo.token_log_probs` against
-`log_softmax` and `gather` at a real vocabulary. No figure is a pass mark: machines differ, ratios
-within one run less so.
+    Checker     one encoding of an image for all its questions, against one for each question
+    replay      the share of the vision tower in forward and backward of `Actor.log_probs`, which
+                encodes the image of a group once per completion
+    log-probs   `chunked_token_log_probs` against `token_log_probs` at a real vocabulary
+
+No figure is a pass mark: machines differ, ratios within one run less so.
 """
 
-import argparse
-import functools
+import random
+import sys
 import time
-from contextlib import contextmanager
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
+from PIL import Image
+from test_grpo import peak_bytes
 
-from config import load_config
-from grpo import token_log_probs
-from loop import build
-from phases import ActorPhase, EditorPhase
-from sgiou import load_graphs
-from train import TrainConfig, collect, fresh_states, update
+from actor import Actor
+from checker import Checker, questions
+from grpo import chunked_token_log_probs, token_log_probs
+from sgiou import SceneGraph
+from tiny import world
 
-VOCABULARY = 151_936  # Qwen2.5-VL's
-
-
-class Stopwatch:
-    """Seconds inside wrapped functions; of nested ones the outermost counts."""
-
-    def __init__(self):
-        self.seconds = 0.0
-        self.depth = 0
-
-    def wrap(self, owner, name):
-        function = getattr(owner, name)
-
-        @functools.wraps(function)  # `generate` reads the signature of what it calls
-        def timed(*arguments, **keywords):
-            self.depth += 1
-            began = time.perf_counter()
-            try:
-                return function(*arguments, **keywords)
-            finally:
-                self.depth -= 1
-                if self.depth == 0:
-                    self.seconds += time.perf_counter() - began
-
-        setattr(owner, name, timed)
+VLM = ROOT / "tiny" / "models" / "vlm"
+VOCABULARY = 151_936  # Qwen-VL's
 
 
-@contextmanager
-def passes(loop):
-    """A `Stopwatch` on every forward and backward pass."""
-    watch = Stopwatch()
-    pipeline = loop.editor.pipeline
-    parts = [(loop.checker.model, "forward"), (pipeline.transformer, "forward")]
-    parts += [(pipeline.vae, "encode"), (pipeline.vae, "decode")]
-    parts += [(pipeline.text_encoder, "forward"), (pipeline.text_encoder_2, "forward")]
-    backward = torch.Tensor.backward
-    for owner, name in [*parts, (torch.Tensor, "backward")]:
-        watch.wrap(owner, name)
-    try:
-        yield watch
-    finally:
-        torch.Tensor.backward = backward
-        for owner, name in parts:
-            delattr(owner, name)  # the class's own is found again
+def seconds(run, repeats=5):
+    """Least CPU time of several runs (a busy neighbor does not count), the first one left out."""
+    times = []
+    for _ in range(1 + repeats):
+        began = time.process_time()
+        run()
+        times.append(time.process_time() - began)
+    return min(times[1:])
 
 
-def bench_phase(number, iterations):
-    """Prints one phase's share of model passes and its pace."""
-    config = load_config(f"phase{number}.yaml", TrainConfig)
-    loop = build(config)
-    phase = (ActorPhase, EditorPhase)[number - 1](loop, config)
-    parameters = phase.trained.add_adapter(config.rank)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate)
-    graphs = load_graphs(config.data)
-    began, samples = time.perf_counter(), 0
-    with passes(loop) as watch:
-        for iteration in range(iterations):
-            states, _ = fresh_states(loop, graphs, config, iteration)
-            batches = collect(phase, states, config, iteration)
-            update(phase, batches, optimizer, parameters, config)
-            samples += sum(len(batch.rewards) for batch in batches)
-    total = time.perf_counter() - began
+def drawings(count):
+    """Images and their scene graphs."""
+    rng = random.Random(0)
+    images, graphs = [], []
+    while len(images) < count:
+        things = world.random_scene(rng, 4, "val")
+        triples = world.random_triples(rng, things)
+        if triples:
+            images.append(Image.fromarray(world.render(things)))
+            graphs.append(SceneGraph([thing.name for thing in things], triples))
+    return images, graphs
+
+
+def bench_checker(images, graphs):
+    checker = Checker.load(VLM)
+    checker.probe()
+    times = {}
+    for share in (False, True):
+        checker.share = share
+        times[share] = seconds(lambda: checker.check(images, graphs))
+    asked = sum(len(questions(graph)) for graph in graphs)
     print(
-        f"phase {number}: {iterations / total * 60:.1f} iterations a minute of "
-        f"{samples / iterations:.0f} samples; {watch.seconds / total:.0%} of it in model passes"
+        f"Checker, {len(images)} images, {asked} questions: one by one {times[False]:.2f} s, "
+        f"shared {times[True]:.2f} s, ratio {times[False] / times[True]:.2f}"
     )
 
 
-def peak_bytes(function):
-    """The highest sum of live CPU allocations that `function` makes, as the allocator saw them."""
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
-        function()
-    events = profiler.profiler.kineto_results.events()  # events() lacks allocations inside an op
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        live += event.nbytes() if event.name() == "[memory]" else 0
-        peak = max(peak, live)
-    return peak
+def bench_replay(images, graphs, group_size=8):
+    actor = Actor.load(VLM, max_new_tokens=64)
+    actor.add_adapter(16)
+    prompts = [graph.prompt() for graph in graphs]
+    feedback = [f"wrong: {prompt}" for prompt in prompts]
+    proposals = actor.propose(images, prompts, feedback, range(len(images)), n=group_size)
+    watched = []
+    encode = actor.model.model.get_image_features
+
+    def timed(*arguments, **settings):
+        began = time.process_time()
+        features = encode(*arguments, **settings)
+        watched.append(time.process_time() - began)
+        return features
+
+    actor.model.model.get_image_features = timed
+
+    def run():
+        watched.clear()
+        with actor.adapter():
+            actor.log_probs(proposals, slice(None)).sum().backward()
+
+    total = seconds(run)
+    share = watched[0] / total
+    print(
+        f"replay of {len(proposals.ids)} completions, groups of {group_size}: {total:.2f} s, "
+        f"vision tower {share:.1%}; once per group would save {share * (1 - 1 / group_size):.1%}"
+    )
 
 
-def naive_token_log_probs(logits, ids):
-    """What `token_log_probs` is spared."""
-    return logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-
-
-def bench_log_probs(tokens=64):
-    """Prints time and memory, forward and backward, of both ways to the same log-probs."""
-    torch.manual_seed(0)
-    logits = torch.randn(1, tokens, VOCABULARY, dtype=torch.bfloat16, requires_grad=True)
-    ids = torch.randint(VOCABULARY, (1, tokens))
-    own = logits.numel() * logits.element_size()  # the gradient, which both must make
+def bench_log_probs(rows=16, tokens=4):
+    logits = torch.randn(rows, tokens, VOCABULARY).bfloat16().requires_grad_()
+    ids = torch.randint(VOCABULARY, (rows, tokens))
     found = []
-    for function in (naive_token_log_probs, token_log_probs):
-        times = []
+    for function in (token_log_probs, chunked_token_log_probs):
 
-        def both_passes(function=function, times=times):
+        def run(function=function):
             logits.grad = None
-            began = time.perf_counter()
             function(logits, ids).sum().backward()
-            times.append(time.perf_counter() - began)
 
-        for _ in range(3):
-            both_passes()
-        found.append((min(times), peak_bytes(both_passes) - own))
-        seconds, memory = found[-1]
-        print(f"  {function.__name__:22} {seconds * 1e3:7.0f} ms {memory / 2**20:7.1f} MiB")
-    (slow, large), (fast, small) = found
-    print(f"  ratio                  {fast / slow:7.2f}    {small / large:7.3f}")
+        times = seconds(run, 3)
+        logits.grad = None  # freed before the count begins
+        found.append((times, peak_bytes(run)))
+    (plain, large), (chunked, small) = found
+    print(
+        f"log-probs of {rows} x {tokens} tokens, forward and backward: time ratio "
+        f"{plain / chunked:.2f}, memory {large / 2**20:.0f} and {small / 2**20:.0f} MiB, the "
+        f"gradient included ({logits.numel() * 2 / 2**20:.0f})"
+    )
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--iterations", type=int, default=3, help="of each phase")
-    arguments = parser.parse_args()
-    if arguments.iterations < 1:
-        parser.error("--iterations: give 1 or more")
-    for number in (1, 2):
-        bench_phase(number, arguments.iterations)
-    print(
-        f"log-probs of 64 tokens at V = {VOCABULARY:,}, forward and backward, beside the gradient:"
-    )
+    bench_checker(*drawings(64))
+    bench_replay(*drawings(8))
     bench_log_probs()
