@@ -22,6 +22,7 @@ from random import Random
 import torch
 from torch.nn.functional import pad
 
+from checker import VLM
 from grpo import chunked_token_log_probs, completion_mask, token_log_probs
 
 SYSTEM = (
@@ -60,7 +61,7 @@ class Proposals:
     """N sampled completions; the n of one image are neighbors."""
 
     images: list  # (N) PIL images
-    prompts: list[str]  # (N) chat prompts, as the model read them
+    requests: list[str]  # (N) user messages, as `request` makes them
     ids: torch.Tensor  # (N, T) token ids of the completions, padded on the right
     mask: torch.Tensor  # (N, T) bool, True up to and including the first end token
     log_probs: torch.Tensor  # (N, T) fp32, recorded while sampling
@@ -69,14 +70,12 @@ class Proposals:
     truncated: list[bool]  # no end token within `max_new_tokens`
 
 
-class Actor:
+class Actor(VLM):
     """A VLM that writes edit instructions.
 
     Args:
-        model, processor: an `AutoModelForImageTextToText` and its `AutoProcessor`. The parameters
-            are frozen, the tokenizer is set to pad on the left, and of the generation config only
-            the end tokens stay. Both may be the Checker's.
-        batch_size: prompts per `generate` call.
+        model, processor, batch_size: see `VLM`; model and processor may be the Checker's. Of the
+            model's generation config only the end tokens stay.
         max_new_tokens: longest completion.
         temperature: of sampling, above 0. Log-probs are of the distribution at this temperature.
         recompute: activation checkpointing in `log_probs`, less memory for a third more time.
@@ -93,10 +92,7 @@ class Actor:
     ):
         from transformers import GenerationConfig
 
-        self.model = model.eval().requires_grad_(False)
-        self.processor = processor
-        self.processor.tokenizer.padding_side = "left"
-        self.batch_size = batch_size
+        super().__init__(model, processor, batch_size)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
         ends = self.model.generation_config.eos_token_id
@@ -118,28 +114,6 @@ class Actor:
             self.model.activation_checkpointing_enable()
             self.model.disable_input_require_grads()  # for the reentrant kind only
 
-    @classmethod
-    def load(cls, path, device="cpu", dtype="float32", attention="", **settings):
-        """Load a local folder or Hub id.
-
-        Args: dtype: name of a torch dtype; attention: `attn_implementation`, "" for the default.
-        Raises ValueError if the folder lacks weights, which would silently be random.
-        """
-        from transformers import AutoModelForImageTextToText, AutoProcessor
-
-        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            path,
-            dtype=dtype,
-            attn_implementation=attention or None,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-        if lacking := sorted(info["missing_keys"]):
-            raise ValueError(f"the weights of {path} lack {len(lacking)} tensors: {lacking[:3]}")
-        return cls(model.to(device), processor, **settings)
-
     def propose(self, images, prompts, feedback, seeds, n=1, tried=None):
         """Sample n completions for each of B images.
 
@@ -149,7 +123,7 @@ class Actor:
         Returns `Proposals` of N = B * n completions.
         """
         tried = tried or [()] * len(images)
-        chats = [self.chat(*texts) for texts in zip(prompts, feedback, tried, strict=True)]
+        requests = [request(*texts) for texts in zip(prompts, feedback, tried, strict=True)]
         # `top_k` would be 50. The sampler below leaves one token to choose from anyway.
         settings = {"do_sample": True, "top_k": 0, "num_return_sequences": n}
         settings |= {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.end_ids}
@@ -157,7 +131,7 @@ class Actor:
         with self.adapter(), torch.no_grad(), torch.random.fork_rng():
             for start in range(0, len(images), self.batch_size):
                 part = slice(start, start + self.batch_size)
-                inputs = self.inputs(images[part], chats[part])
+                inputs = self.inputs(SYSTEM, images[part], requests[part])
                 random_numbers = [Random(f"{seed} {k}") for seed in seeds[part] for k in range(n)]
                 sampler = _Sampler(random_numbers, self.temperature)
                 output = self.model.generate(**inputs, **settings, logits_processor=[sampler])
@@ -167,14 +141,13 @@ class Actor:
         missing = [(0, longest - part.shape[1]) for part in ids]
         ids = torch.cat([pad(*row, value=self.end_ids[0]) for row in zip(ids, missing)])  # (N, T)
         log_probs = torch.cat([pad(*row) for row in zip(log_probs, missing)])  # (N, T)
-        chats = [chat for chat in chats for _ in range(n)]  # (N)
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
         # A template for thinking may give the opening tag itself.
-        opened = ["<think>" * chat.rstrip().endswith("<think>") for chat in chats]
-        parsed = [parse_completion(tag + text) for tag, text in zip(opened, texts)]
+        given = "<think>" if self.chat(SYSTEM, "").rstrip().endswith("<think>") else ""
+        parsed = [parse_completion(given + text) for text in texts]
         return Proposals(
             images=[image for image in images for _ in range(n)],
-            prompts=chats,
+            requests=[text for text in requests for _ in range(n)],
             ids=ids,
             mask=completion_mask(ids, self.end_ids),
             log_probs=log_probs,
@@ -185,7 +158,7 @@ class Actor:
 
     def log_probs(self, proposals, rows):
         """Replay: log pi of the completions in `rows` (a slice) with gradient, (R, T) fp32."""
-        inputs = self.inputs(proposals.images[rows], proposals.prompts[rows])
+        inputs = self.inputs(SYSTEM, proposals.images[rows], proposals.requests[rows])
         ids, mask = proposals.ids[rows], proposals.mask[rows]  # (R, T)
         shape = inputs["input_ids"].shape  # (R, prompt tokens)
         read = ids.masked_fill(torch.isin(ids, ids.new_tensor(self.visual_ids)), self.end_ids[0])
@@ -202,26 +175,6 @@ class Actor:
         logits = self.model(**inputs, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits
         self.model.eval()
         return chunked_token_log_probs(logits[:, :-1], ids, self.temperature)
-
-    def chat(self, prompt, feedback, tried=()):
-        """The chat prompt (str) that asks for a completion."""
-        text = request(prompt, feedback, tried)
-        messages = [
-            {"role": "system", "content": [{"type": "text", "text": SYSTEM}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
-        ]
-        template = str(getattr(self.processor, "chat_template", ""))
-        settings = {"enable_thinking": False} if "enable_thinking" in template else {}
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, **settings)
-
-    def inputs(self, images, chats):
-        """Tokenized, left-padded model inputs, one row per image and chat prompt."""
-        settings = {"padding": True, "return_tensors": "pt"}
-        bos = getattr(self.processor.tokenizer, "bos_token", None)
-        if bos and all(chat.startswith(bos) for chat in chats):  # the template gave it already
-            settings["add_special_tokens"] = False
-        batch = self.processor(images=[[image] for image in images], text=chats, **settings)
-        return batch.to(self.model.device, self.model.dtype)
 
     def add_adapter(self, rank):
         """Returns the parameters of the LoRA adapter: of the loaded one, or else of a new one.

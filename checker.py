@@ -76,14 +76,13 @@ def reflect(graph, probs, mass=1.0):
     return Reflection(probs, sum(means) / len(means), ". ".join(feedback), float(mass))
 
 
-class Checker:
-    """A frozen VLM and its processor.
+class VLM:
+    """A frozen vision-language model and its processor: what Checker and Actor have in common.
 
     Args:
         model, processor: an `AutoModelForImageTextToText` and its `AutoProcessor`. The parameters
-            are frozen and the tokenizer is set to pad on the left. The model may be shared with
-            the Actor, whose adapter is only active while the Actor runs.
-        batch_size: questions per forward pass. The questions of one image stay together.
+            are frozen and the tokenizer is set to pad on the left. Several VLMs may share them.
+        batch_size: texts per forward pass or `generate` call.
     """
 
     def __init__(self, model, processor, batch_size=64):
@@ -91,8 +90,6 @@ class Checker:
         self.processor = processor
         self.processor.tokenizer.padding_side = "left"
         self.batch_size = batch_size
-        self.yes_no = self.token_ids("yes", "no")
-        self.share = False  # the encoding of an image among its questions; see `probe`
 
     @classmethod
     def load(cls, path, device="cpu", dtype="float32", attention="", **settings):
@@ -115,6 +112,35 @@ class Checker:
         if lacking := sorted(info["missing_keys"]):
             raise ValueError(f"the weights of {path} lack {len(lacking)} tensors: {lacking[:3]}")
         return cls(model.to(device), processor, **settings)
+
+    def chat(self, system, text):
+        """The chat prompt (str) of one user message about an image."""
+        messages = [
+            {"role": "system", "content": [{"type": "text", "text": system}]},
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
+        ]
+        template = str(getattr(self.processor, "chat_template", ""))
+        settings = {"enable_thinking": False} if "enable_thinking" in template else {}
+        return self.processor.apply_chat_template(messages, add_generation_prompt=True, **settings)
+
+    def inputs(self, system, images, texts):
+        """Tokenized, left-padded model inputs of one user message per image."""
+        chats = [self.chat(system, text) for text in texts]
+        settings = {"padding": True, "return_tensors": "pt"}
+        bos = self.processor.tokenizer.bos_token
+        if bos and all(chat.startswith(bos) for chat in chats):  # the template gave it already
+            settings["add_special_tokens"] = False
+        batch = self.processor(images=[[image] for image in images], text=chats, **settings)
+        return batch.to(self.model.device, self.model.dtype)
+
+
+class Checker(VLM):
+    """Says what an image shows. The questions of one image stay together in a batch."""
+
+    def __init__(self, model, processor, batch_size=64):
+        super().__init__(model, processor, batch_size)
+        self.yes_no = self.token_ids("yes", "no")
+        self.share = False  # the encoding of an image among its questions; see `probe`
 
     def probe(self):
         """Ask about two blank images whether this VLM speaks the protocol; once, after loading.
@@ -244,26 +270,6 @@ class Checker:
             logits_to_keep=1,
         )
         return output.logits[:, -1].float()
-
-    def chat(self, system, text):
-        """The chat prompt (str) of one user message about an image."""
-        messages = [
-            {"role": "system", "content": [{"type": "text", "text": system}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
-        ]
-        template = str(getattr(self.processor, "chat_template", ""))
-        settings = {"enable_thinking": False} if "enable_thinking" in template else {}
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, **settings)
-
-    def inputs(self, system, images, texts):
-        """Tokenized, left-padded model inputs of one user message per image."""
-        chats = [self.chat(system, text) for text in texts]
-        settings = {"padding": True, "return_tensors": "pt"}
-        bos = getattr(self.processor.tokenizer, "bos_token", None)
-        if bos and all(chat.startswith(bos) for chat in chats):  # the template gave it already
-            settings["add_special_tokens"] = False
-        batch = self.processor(images=[[image] for image in images], text=chats, **settings)
-        return batch.to(self.model.device, self.model.dtype)
 
     def token_ids(self, *words):
         """For each word the ids of the vocabulary entries that decode to a spelling of it.

@@ -3,8 +3,7 @@
     config = load_config("eval.yaml", LoopConfig, ["rounds=5", "actor.temperature=0.7"])
 
 A field's comment is its documentation; its type says which values it accepts. Anything wrong is a
-ValueError of one line that names file and key. No model library is imported here, so a typo is
-reported at once and not after a minute of loading weights.
+ValueError of one line that names file and key. Importing this module loads no model library.
 
 Paths: `~` and `$VARS` are expanded. A relative path starts at the current folder; a model, adapter
 or data file that is not there is looked for in the folder of the YAML file.
@@ -17,25 +16,9 @@ import re
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from os.path import dirname, exists, expanduser, expandvars, isdir, isfile, join
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, get_args, get_type_hints
+from typing import Annotated, get_args, get_type_hints
 
 import yaml
-
-
-class Rule(NamedTuple):
-    """What a field accepts beyond its Python type."""
-
-    wanted: str  # for the message: "make it int (at least 1)"
-    accepts: Any  # function of the value
-    path: str = ""  # "input": a path to read; "output": to write
-
-
-def at_least(least):
-    return Rule(f"at least {least:g}", lambda number: least <= number < math.inf)  # refuses NaN
-
-
-def one_of(pattern):
-    return Rule(pattern, re.compile(pattern).fullmatch)
 
 
 def is_model(path):
@@ -44,44 +27,44 @@ def is_model(path):
     return isdir(path) or (hub_id and not exists(path.split("/")[0]))
 
 
-def is_run(path):
-    """Not empty, and without a `~` or `$VAR` that could not be expanded."""
-    return re.fullmatch(r"[^~$\s][^$]*", path)
-
-
-Natural = Annotated[int, at_least(0)]
-Count = Annotated[int, at_least(1)]
-Phase = Annotated[int, Rule("1 or 2", lambda phase: phase in (1, 2))]
-Seed = Annotated[int, Rule("from 0 to 2**31 - 1", lambda seed: 0 <= seed < 2**31)]
-NonNegative = Annotated[float, at_least(0)]
-Positive = Annotated[float, at_least(1e-9)]
-Template = Annotated[str, Rule("with {} where the instruction goes", lambda text: "{}" in text)]
-Words = Annotated[list, Rule("of str; quote on and off", lambda v: all(type(w) is str for w in v))]
-Model = Annotated[str, Rule("an existing folder, or a Hub id owner/name", is_model, "input")]
-Adapter = Annotated[str, Rule("an existing folder", lambda p: not p or isdir(p), "input")]
-DataFile = Annotated[str, Rule("an existing file; LAION-SG: see gpu/phase1.yaml", isfile, "input")]
-RunFolder = Annotated[str, Rule("a folder's name; every $VAR in it must be set", is_run, "output")]
+# Annotated[Python type, what is wanted (for the error message), check of the value]
+Natural = Annotated[int, "0 or more", lambda n: n >= 0]
+Count = Annotated[int, "1 or more", lambda n: n >= 1]
+GroupSize = Annotated[int, "2 or more", lambda n: n >= 2]
+Phase = Annotated[int, "1 or 2", lambda n: n in (1, 2)]
+Seed = Annotated[int, "from 0 to 2**31 - 1", lambda n: 0 <= n < 2**31]
+NonNegative = Annotated[float, "0 or more", lambda x: 0 <= x < math.inf]  # refuses NaN, too
+Positive = Annotated[float, "above 0", lambda x: 0 < x < math.inf]
+DEVICE, DTYPE = r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "auto|float32|bfloat16|float16"
+Device = Annotated[str, DEVICE, re.compile(DEVICE).fullmatch]
+Dtype = Annotated[str, DTYPE, re.compile(DTYPE).fullmatch]
+Template = Annotated[str, "with {} where the instruction goes", lambda text: "{}" in text]
+Words = Annotated[list, "of str; quote on and off", lambda v: all(type(w) is str for w in v)]
+Model = Annotated[str, "an existing folder, or a Hub id owner/name", is_model]
+Adapter = Annotated[str, "an existing folder", lambda path: not path or isdir(path)]
+DataFile = Annotated[str, "an existing file; LAION-SG: see gpu/phase1.yaml", isfile]
+RunFolder = Annotated[str, "a folder; set all $VARS", re.compile(r"[^~$\s][^$]*").fullmatch]
 
 
 @dataclass
 class PartConfig:  # one part of the loop: which model, and how it runs
-    model: Model  # folder or Hub id; parts with equal model, device and dtype share weights
-    device: Annotated[str, one_of(r"auto|cpu|mps|(cuda|xpu)(:\d+)?")] = "auto"  # auto: cuda or cpu
-    dtype: Annotated[str, one_of("auto|float32|bfloat16|float16")] = "auto"  # auto: bf16 on cuda
+    model: Model  # parts with equal model, device and dtype share weights
+    device: Device = "auto"  # cuda if there is a GPU, else cpu
+    dtype: Dtype = "auto"  # bfloat16 on cuda, else float32
     batch_size: Count = 64  # images or questions at a time (phase 1 samples: times group_size)
 
 
 @dataclass
 class ModelConfig(PartConfig):  # a VLM: the Checker, or a judge
-    attention: str = ""  # attn_implementation, for example sdpa; "": the model's default
+    attention: str = ""  # attn_implementation, such as sdpa; "": the model's default
 
 
 @dataclass
 class ActorConfig(ModelConfig):
-    max_new_tokens: Count = 256  # longest completion, in tokens
-    temperature: Positive = 1.0  # of sampling
-    adapter: Adapter = ""  # folder of a LoRA adapter that phase 1 trained; "": none
-    checkpointing: bool = False  # phase 1 recomputes activations: less memory, a third more time
+    max_new_tokens: Count = 256  # longest completion
+    temperature: Positive = 1.0
+    adapter: Adapter = ""  # folder of a LoRA adapter, trained in phase 1
+    checkpointing: bool = False  # phase 1 takes less memory and a third more time
 
 
 @dataclass
@@ -92,8 +75,8 @@ class PipelineConfig(PartConfig):  # the Diffuser
 @dataclass
 class EditorConfig(PipelineConfig):
     template: Template = "{}"  # text that the pipeline reads; {} stands for the instruction
-    adapter: Adapter = ""  # folder of a LoRA adapter that phase 2 trained; "": none
-    checkpointing: bool = False  # phase 2 recomputes activations: less memory, a third more time
+    adapter: Adapter = ""  # folder of a LoRA adapter, trained in phase 2
+    checkpointing: bool = False  # phase 2 takes less memory and a third more time
 
 
 @dataclass
@@ -101,7 +84,7 @@ class EvaluationConfig:
     data: DataFile  # prompts, in any format that sgiou.load_graphs reads
     limit: Count = 300  # the first prompts of the file; --full takes all
     seed: Seed = 0  # of the first prompt's image; the next prompts take the next seeds
-    exact: bool = False  # also measure by the pixel parser: embedded world only
+    exact: bool = False  # also by the pixel parser: embedded world only
     judge: ModelConfig | None = None  # VLM that extracts scene graphs and judges; null: the Checker
 
 
@@ -123,21 +106,21 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     rounds: Count = 3  # rollouts of a trajectory, each from the best image so far
     data: DataFile = "tiny/data/train.json"  # training prompts; no label is used
     data_limit: Natural = 0  # the first prompts of the file; 0: all
-    validation: DataFile = "tiny/data/val.json"  # validation prompts
-    validation_limit: Count = 60  # the first prompts of the file
+    validation: DataFile = "tiny/data/val.json"
+    validation_limit: Count = 60
     validate_every: Count = 10  # iterations
-    exact: bool = False  # also log the exact SG-IoU of validation: embedded world only
+    exact: bool = False  # also validate by the pixel parser: embedded world only
     run: RunFolder = "runs/phase1"  # folder for adapter, checkpoint and metrics
     seed: Seed = 0  # of all randomness of the run
     iterations: Natural = 50  # each of `rounds` rollouts and `updates` optimizer steps
     groups: Count = 8  # states of round 1 in an iteration; later rounds add to them
-    group_size: Annotated[int, at_least(2)] = 8  # G, samples of one state
+    group_size: GroupSize = 8  # G, samples of one state
     rank: Count = 16  # of the LoRA adapter
     learning_rate: Positive = 1e-3  # of AdamW
     warmup: Natural = 5  # iterations of linear warm-up
-    max_grad_norm: Positive = 1.0  # larger gradients are scaled down to this norm
+    max_grad_norm: Positive = 1.0
     clip_low: NonNegative = 0.2  # the ratio rho is clipped to [1 - clip_low, 1 + clip_high]
-    clip_high: NonNegative = 0.28  # see clip_low
+    clip_high: NonNegative = 0.28
     kl: NonNegative = 0.01  # weight of the KL to the model without adapter; 0 skips that pass
     advantage_eps: Positive = 0.05  # added to the std so that Checker noise is not amplified
     flat_range: NonNegative = 0.02  # groups whose rewards span no more than this are left out
@@ -147,13 +130,12 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     noise_level: Positive = 0.8  # a of the SDE (phase 2)
     window: Count = 3  # SDE steps of an edit (phase 2)
     window_start: Natural = 2  # the window starts at a random step, at most this one (phase 2)
-    tolerance: NonNegative = 1e-4  # |replayed - recorded log-prob|: phase 1 mean, phase 2 max
+    tolerance: NonNegative = 1e-4  # mean |log-prob replayed - recorded| of an iteration
 
 
-# Arguments of a pipeline's call. `loop.build` compares the others with the pipeline's signature.
-CALL = {"num_inference_steps": Count, "max_sequence_length": Count, "max_area": Count}
-CALL |= dict.fromkeys(("height", "width"), Annotated[int, at_least(8)])
-SET_BY_US = "prompt image generator output_type return_dict num_images_per_prompt".split()
+# Arguments of a pipeline's call. Sigmas would move the steps that the phase 2 window counts.
+REFUSED = "prompt image generator output_type return_dict num_images_per_prompt sigmas".split()
+COUNTS = ("num_inference_steps", "max_sequence_length", "max_area", "height", "width")
 
 
 def load_config(path, schema, overrides=()):
@@ -169,8 +151,8 @@ def load_config(path, schema, overrides=()):
             *sections, last = key.split(".")
             place = values
             for name in sections:
-                inner = place.get(name)  # copied below, because YAML aliases may share it
-                place[name] = dict(inner) if isinstance(inner, dict) else {}
+                if not isinstance(place.get(name), dict):
+                    place[name] = {}
                 place = place[name]
             place[last] = read_yaml(text, f"override {override!r}: ")
         return fill(schema, values, "", dirname(path))
@@ -196,8 +178,9 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.01234
 
 def read_yaml(text, where=""):
     try:
-        return yaml.load(text, Loader)
-    except Exception as error:  # PyYAML also lets TypeError, RecursionError and others through
+        # By way of JSON: sections that share an alias become copies, a date becomes text.
+        return json.loads(json.dumps(yaml.load(text, Loader), default=str))
+    except Exception as error:  # of any type, RecursionError included
         raise ValueError(f"{where}not valid YAML ({error}); correct or quote it") from None
 
 
@@ -212,8 +195,7 @@ def fill(schema, values, prefix, folder):
             hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(kinds)}"
             raise ValueError(f"key '{prefix}{key}' is unknown; {hint}")
     for entry in fields(schema):
-        optional = entry.default is not MISSING or entry.default_factory is not MISSING
-        if entry.name not in values and not optional:
+        if entry.name not in values and entry.default is entry.default_factory is MISSING:
             raise ValueError(f"key '{prefix}{entry.name}' is missing; add it")
     config = schema(**values)
     for name, kind in kinds.items():
@@ -229,29 +211,23 @@ def check(kind, value, key, folder):
         kind = get_args(kind)[0]
     if is_dataclass(kind):
         return fill(kind, value, f"{key}.", folder)
-    kind, rule = get_args(kind) or (kind, Rule("", lambda value: True))  # a plain bool, str, dict
-    if kind is str and value is None:  # "key:" or, on the command line, "key="
+    python_type, wanted, accepts = get_args(kind) or (kind, "", lambda value: True)
+    if python_type is str and value is None:  # "key:" or, on the command line, "key="
         value = ""
-    if kind is float and type(value) is int and abs(value) < 1e300:
+    if python_type is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
-    if rule.path and type(value) is str:
+    if kind in (Model, Adapter, DataFile, RunFolder) and type(value) is str:
         value = expanduser(expandvars(value))
         beside = join(folder, value)  # `value` itself if it is absolute
-        if rule.path == "input" and value and not exists(value) and exists(beside):
+        if kind is not RunFolder and value and not exists(value) and exists(beside):
             value = beside
-    if type(value) is not kind or not rule.accepts(value):  # isinstance takes True for an int
-        wanted = f"{kind.__name__} ({rule.wanted})" if rule.wanted else kind.__name__
+    if type(value) is not python_type or not accepts(value):  # isinstance takes True for an int
+        wanted = f"{python_type.__name__} ({wanted})" if wanted else python_type.__name__
         raise ValueError(f"key '{key}' is {value!r:.200}; make it {wanted}")
-    return check_call(value, key) if kind is dict else value
-
-
-def check_call(call, key):
-    """The arguments of a pipeline's call, as far as they can be checked without diffusers."""
-    for name in call:
-        if type(name) is not str or name in SET_BY_US:
-            raise ValueError(f"key '{key}' holds {name!r}, which cannot be set; remove it")
-    try:
-        json.dumps(call, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:  # a date, NaN, an alias of itself
-        raise ValueError(f"key '{key}' has a value that cannot be passed on: {error}") from None
-    return call | {n: check(CALL[n], call[n], f"{key}.{n}", "") for n in CALL if n in call}
+    if kind is dict:  # the arguments of a pipeline's call
+        for name in value:
+            if name in REFUSED:
+                raise ValueError(f"key '{key}' holds {name!r}, which cannot be set; remove it")
+            if name in COUNTS:
+                check(Count, value[name], f"{key}.{name}", folder)
+    return value

@@ -7,6 +7,7 @@ the pipeline call (size, steps, guidance, text length) come from `call:` in the 
 
 import difflib
 import inspect
+import re
 import sys
 from importlib import import_module
 
@@ -146,14 +147,14 @@ def check_call(key, kind, call):
     """Compare the arguments of a pipeline's call with the signature of its class.
 
     Raises ValueError for one that is unknown, of another type than its default, or without effect.
-    Dictionaries are refused, because no pipeline checks their keys.
+    Dictionaries are refused because no pipeline checks their keys, tensors because YAML has none.
     """
     takes = inspect.signature(kind.__call__).parameters
     for name, value in call.items():
-        if name not in takes:
-            near = difflib.get_close_matches(name, takes, 1)
+        if name not in takes or re.search("embeds|latents|callback", name):
+            near = difflib.get_close_matches(name, takes.keys() - {name}, 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"key '{key}': {kind.__name__} takes no {name}{hint}")
+            raise ValueError(f"key '{key}': {kind.__name__} takes no {name} from a file{hint}")
         default = takes[name].default
         fits = {float: (int, float), tuple: (list, tuple), type(None): (int, float, str, list)}
         fits = fits.get(type(default), (type(default),))
@@ -161,12 +162,11 @@ def check_call(key, kind, call):
         if (type(value) not in fits and value is not default) or value == []:
             wanted = " or ".join(each.__name__ for each in fits)
             raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}")
-    steps = len(call.get("sigmas") or ())
-    if steps and call.get("num_inference_steps", steps) != steps:
-        raise ValueError(f"key '{key}': sigmas are {steps} steps; leave num_inference_steps out")
-    if "true_cfg_scale" in call or "negative_prompt" in call and "true_cfg_scale" in takes:
-        scale = call.get("true_cfg_scale", takes["true_cfg_scale"].default)
-        if (scale > 1) != (call.get("negative_prompt") is not None):
+    if "true_cfg_scale" in takes:
+        negative = any(call[name] is not None for name in call if name.startswith("negative_pr"))
+        default = takes["true_cfg_scale"].default if negative else 1
+        guided = call.get("true_cfg_scale", default) > 1
+        if (guided or negative) and not (guided and call.get("negative_prompt") is not None):
             raise ValueError(
                 f"key '{key}': true_cfg_scale above 1 and negative_prompt have no effect without "
                 "each other; give both or neither"

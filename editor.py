@@ -6,11 +6,11 @@ diffusers with flow matching. Phase 2 trains a LoRA adapter of its transformer.
 `edit` is an ordinary pipeline call, which integrates the flow's ODE. `rollout` makes the same call,
 but a window of its denoising steps becomes stochastic (`sde_step` in grpo.py) and is recorded:
 
-    recorded step = what the transformer was called with, x, x', sigma, sigma_next, log-prob
+    recorded step = what the transformer was called with, x, x', sigma, sigma_next, log-prob, mean
 
 `log_probs` calls the transformer again with just that, now with gradient. No pipeline code is
 copied, so every replayed step is the step that was run. Stochastic steps are those of Flow-GRPO
-(arXiv 2505.05470); limiting them to a window follows MixGRPO (arXiv 2507.21802).
+(arXiv 2505.05470), the window that of MixGRPO (arXiv 2507.21802).
 
 The adapter is active only inside `edit`, `rollout` and `adapter()`. A Diffuser that shares the
 pipeline never sees it.
@@ -149,27 +149,17 @@ class Editor:
 
     def log_probs(self, step):
         """Replay a `RecordedStep` with gradient: (log_prob (B,), mean (B, tokens, C), std)."""
-        predictions = [
-            self.pipeline.transformer(*positional, **keywords)[0]
-            for positional, keywords in step.calls
-        ]
+        transformer = self.pipeline.transformer
+        predictions = [transformer(*given, **named)[0] for given, named in step.calls]
         velocity = self._velocity(predictions, step.sample)
-        _, log_prob, mean, std = sde_step(
-            velocity,
-            step.sample,
-            step.sigma,
-            step.sigma_next,
-            step.noise_level,
-            next_sample=step.next_sample,
-        )
-        return log_prob, mean, std
+        sigmas = step.sigma, step.sigma_next
+        return sde_step(velocity, step.sample, *sigmas, step.noise_level, step.next_sample)[1:]
 
     def _call(self, images, instructions, seeds):
         """One pipeline call with the adapter active."""
         name, call = type(self.pipeline).__name__, dict(self.call)
         if all(image is images[0] for image in images) and len(set(instructions)) == 1:
-            # One group: encode the image and the text once.
-            call["num_images_per_prompt"] = len(images)
+            call["num_images_per_prompt"] = len(images)  # encode the image and the text once
             images, instructions = images[:1], instructions[:1]
         elif not self.batched:
             raise ValueError(f"{name} takes one image and one instruction per call")
@@ -191,10 +181,10 @@ class Editor:
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{name} fails with this 'editor.call': {reason}") from error
         if all(image.getbbox() is None for image in made):  # NaN becomes black, too
-            raise ValueError(
-                f"{name} returns only black images: its numbers overflow (set 'editor.dtype' to "
-                "bfloat16 or float32) or its weights are damaged"
+            reason = (
+                "numbers overflow (set 'editor.dtype' to bfloat16 or float32) or weights are bad"
             )
+            raise ValueError(f"{name} returns only black images: {reason}")
         return made
 
     # ---- recording ----
@@ -203,8 +193,8 @@ class Editor:
     def _recording(self, generators, window, noise_level):
         """Inside this block the pipeline takes SDE steps in the window; yields the list of them.
 
-        A forward hook keeps what the transformer is called with and what it answers. The
-        scheduler's `step` is replaced by `sde_step`, which is Euler's ODE step outside the window.
+        A forward hook keeps the transformer's inputs and answers. The scheduler's `step` is
+        replaced by `sde_step`, which is Euler's ODE step outside the window.
         """
         scheduler = self.pipeline.scheduler
         calls, predictions, steps = [], [], []
@@ -227,7 +217,7 @@ class Editor:
             if level > 0:  # use what a replay will compute, which has to be the same
                 replayed = self._velocity(predictions, velocity)
                 tolerance = max(1e-4, 2 * torch.finfo(predictions[0].dtype).eps)
-                if not (replayed - velocity).norm() <= tolerance * velocity.norm():
+                if not (replayed - velocity).norm() <= tolerance * velocity.norm():  # or NaN
                     raise ValueError("its guidance cannot be replayed; turn it off")
                 velocity = replayed
             next_latents, log_prob, mean, _ = sde_step(
@@ -253,8 +243,7 @@ class Editor:
     def _velocity(self, predictions, sample):
         """What the transformer answered to the velocity of B latents: (B, tokens, channels) fp32.
 
-        The other tokens of an answer belong to the image that is edited. Without guidance there is
-        one answer per image, which is the velocity.
+        The other tokens belong to the image that is edited. One answer per image is the velocity.
         """
         tokens = sample.shape[1]
         part = slice(-tokens, None) if self.kind.last else slice(tokens)
@@ -283,21 +272,20 @@ class Editor:
 
     # ---- the adapter ----
 
-    def add_adapter(self, rank, targets=TARGETS):
-        """Make the adapter trainable; returns its parameters.
+    def add_adapter(self, rank):
+        """The parameters of the adapter that is loaded, or of a new one, which changes nothing yet.
 
-        Goes on with an adapter that was loaded or trained before. Otherwise adds a new one, which
-        changes nothing yet. Either way a KL penalty is to the base model, without adapter.
+        Either way the KL reference of phase 2 is the base model, without adapter.
         """
         from peft import LoraConfig
 
         transformer = self.pipeline.transformer
         if not self.has_adapter:
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(targets))
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
             transformer.add_adapter(config, adapter_name=ADAPTER)
         found = transformer.peft_config[ADAPTER].r
         if found != rank:
-            raise ValueError(f"the adapter that is there has rank {found}; set rank={found}")
+            raise ValueError(f"the loaded adapter has rank {found}; set rank={found}")
         parameters = [p for n, p in transformer.named_parameters() if f".{ADAPTER}." in n]
         for parameter in parameters:
             parameter.data = parameter.data.float()  # Adam needs fp32 even if the model is bf16

@@ -1,15 +1,14 @@
 """Evaluation: every row of the table on the same held-out prompts with the same seeds.
 
     Diffuser            one image per prompt
-    best of N           the Checker's choice of N images, at the compute of the costliest loop
     loop                Generate-Reflect-Edit, untrained
     ... + phase 1, + 2  the same with the Actor's adapter, and with the Editor's as well
+    best of N           the Checker's choice of N images, at the compute of the costliest loop
 
-Columns: SG-IoU, Entity-IoU and Relation-IoU after LAION-SG (arXiv 2412.08580), by the exact parser
-(embedded world only) and by a VLM that writes down the scene graph it sees; that VLM's grade of the
-image; the Checker's score; the share of things that no instruction names and that are still in
-place after the edits; edits; flow-model tokens, text and context image included, and seconds per
-prompt. Intervals are 95% bootstrap intervals over prompts, paired between rows.
+SG-IoU, Entity-IoU, and Relation-IoU are those of LAION-SG (arXiv 2412.08580), by the exact parser
+(embedded world only) and by a VLM that writes down the scene graph it sees. "Judge" is that VLM's
+grade of the image, and "Kept" the share of unnamed things that are still in place after the edits.
+Flow tokens, those of texts and context images included, and seconds are per prompt.
 
     python eval.py                # the first 300 test prompts of eval.yaml
     python eval.py --full         # all of them
@@ -17,6 +16,7 @@ prompt. Intervals are 95% bootstrap intervals over prompts, paired between rows.
 """
 
 import argparse
+import copy
 import json
 import math
 import os
@@ -33,19 +33,9 @@ from loop import Loop, Trajectory, build, device_and_dtype
 from report import record, report, say, write
 from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
 
-IOUS = ("sg_iou", "entity_iou", "relation_iou")
-HEADINGS = {
-    "sg_iou": "SG-IoU",
-    "entity_iou": "Entity-IoU",
-    "relation_iou": "Relation-IoU",
-    "vlm_sg_iou": "SG-IoU (VLM)",
-    "vlm_entity_iou": "Entity-IoU (VLM)",
-    "vlm_relation_iou": "Relation-IoU (VLM)",
-    "judge": "Judge",
-    "checker": "Checker",
-    "kept": "Kept",
-    "edits": "Edits",
-}
+IOUS = {"sg_iou": "SG-IoU", "entity_iou": "Entity-IoU", "relation_iou": "Relation-IoU"}
+HEADINGS = IOUS | {f"vlm_{name}": f"{heading} (VLM)" for name, heading in IOUS.items()}
+HEADINGS |= {name: name.capitalize() for name in ("judge", "checker", "kept", "edits")}
 EXTRACT = (
     'You list what a picture shows as JSON: {"objects":[...],"triples":[["subject","relation",'
     '"object"],...]}. Use only the objects, pairs and relations named; leave out what is not there.'
@@ -55,82 +45,57 @@ JUDGE = "You grade pictures. Answer with one digit from 0 (nothing fits) to 9 (e
 
 @dataclass
 class Row:
-    """The results of one system: one value per prompt and column, NaN where there is none."""
+    """The results of one system."""
 
     name: str
-    values: dict[str, list[float]]
-    builds_on: str | None  # name of the row that it adds something to
+    values: dict[str, list]  # column -> one value per prompt; NaN or None where there is none
     tokens: float  # flow-model tokens per prompt
     seconds: float  # wall time per prompt, without measuring
 
 
 def evaluate(loop, graphs, settings, relations, judge, rows, save):
-    """Run and measure all systems; returns the trajectories of the last one.
+    """Run and measure all systems, except those that `rows` already holds.
 
-    Args: settings: an `EvaluationConfig`; relations: words that the judge may use; judge: a
-    `Checker` whose VLM measures, not necessarily the loop's; rows: a list that grows by every
-    finished `Row` and may already hold some; save: called after each.
+    Args: settings: an `EvaluationConfig`; relations: words that the judge may use; judge: the
+    `Checker` whose VLM measures; rows: a list that grows by a `Row` for every system; save: called
+    after each with its trajectories.
     """
-    seeds = [settings.seed + number for number in range(len(graphs))]
-    with FlowMeter(loop) as generation:
-        first = loop.start(graphs, seeds)
-    trajectories = first
 
-    def add(name, meters, builds_on):
-        made = measure(trajectories, judge, relations, settings.exact)
-        tokens = sum(meter.tokens for meter in meters) / len(graphs)
-        seconds = sum(meter.seconds for meter in meters) / len(graphs)
-        rows.append(Row(name, made, builds_on, tokens, seconds))
+    def add(name, trajectories, meter):
+        values = measure(trajectories, judge, relations, settings.exact)
+        rows.append(Row(name, values, meter.tokens / len(graphs), meter.seconds / len(graphs)))
         save(trajectories)
 
-    done = {row.name for row in rows}
+    done = [row.name for row in rows]
+    with FlowMeter(loop) as generation:
+        first = loop.start(graphs, [settings.seed + number for number in range(len(graphs))])
     if "Diffuser" not in done:
-        add("Diffuser", [generation], None)
-    before = "Diffuser"
+        add("Diffuser", first, generation)
     for name, system in systems(loop):
-        if name not in done:
-            trajectories = first_images(first)
-            with FlowMeter(loop) as edits:
-                for _ in range(loop.rounds):
-                    system.advance(trajectories)
-            add(name, [generation, edits], before)
-        before = name
-
-    # One more image for every prompt whose best one does not satisfy the Checker yet, until this
-    # has cost as many tokens per prompt as the costliest loop.
-    most = max(row.tokens for row in rows if row.name.startswith("loop"))
+        if name in done:
+            continue
+        trajectories = first_images(first)
+        with copy.copy(generation) as meter:  # the first images are part of the cost
+            for _ in range(loop.rounds):
+                system.advance(trajectories)
+        add(name, trajectories, meter)
     if not any(name.startswith("best of") for name in done):
-        final, trajectories = trajectories, first_images(first)
-        n, meters = 1, [generation]
-        while sum(meter.tokens for meter in meters) < most * len(graphs):
-            active = [t for t in trajectories if not t.best.reflection.satisfied]
-            if not active:
-                break
-            seeds = [t.seed + 1_000_003 * n for t in active]
-            with FlowMeter(loop) as again:
-                more = loop.start([t.graph for t in active], seeds)
-            for trajectory, made in zip(active, more):
-                trajectory.steps += made.steps
-            meters.append(again)
-            n += 1
-        add(f"best of {n}", meters, "Diffuser")
-        trajectories = final
-    return trajectories
+        trajectories, meter = first_images(first), copy.copy(generation)
+        n = best_of_n(loop, trajectories, meter, max(row.tokens for row in rows))
+        add(f"best of {n}", trajectories, meter)
 
 
 def systems(loop):
     """(name of the row, `Loop`) for the untrained loop and for each trained adapter."""
-    actor, editor = loop.actor, loop.editor
-    parts = [("loop", actor.without_adapter(), editor.without_adapter())]
-    if actor.has_adapter:
-        parts.append(("loop + phase 1", actor, editor.without_adapter()))
-    if editor.has_adapter:
-        name = "loop + phase 1 + 2" if actor.has_adapter else "loop + phase 2"
-        parts.append((name, actor, editor))
-    return [
-        (name, Loop(loop.diffuser, loop.checker, actor, editor, loop.rounds))
-        for name, actor, editor in parts
-    ]
+    actor, editor = loop.actor.without_adapter(), loop.editor.without_adapter()
+    found = [("loop", Loop(loop.diffuser, loop.checker, actor, editor, loop.rounds))]
+    if loop.actor.has_adapter:
+        phase1 = Loop(loop.diffuser, loop.checker, loop.actor, editor, loop.rounds)
+        found.append(("loop + phase 1", phase1))
+    if loop.editor.has_adapter:
+        name = "loop + phase 1 + 2" if loop.actor.has_adapter else "loop + phase 2"
+        found.append((name, loop))
+    return found
 
 
 def first_images(trajectories):
@@ -138,23 +103,42 @@ def first_images(trajectories):
     return [Trajectory(t.graph, t.seed, t.steps[:1]) for t in trajectories]
 
 
+def best_of_n(loop, trajectories, meter, tokens):
+    """Add images to trajectories of one image until these cost `tokens` per prompt. -> N.
+
+    A prompt whose best image satisfies the Checker needs no more, just as in the loop.
+    """
+    n = 1
+    while meter.tokens < tokens * len(trajectories):
+        active = [t for t in trajectories if not t.best.reflection.satisfied]
+        if not active:
+            break
+        with meter:
+            seeds = [t.seed + 1_000_003 * n for t in active]
+            more = loop.start([t.graph for t in active], seeds)
+        for trajectory, made in zip(active, more):
+            trajectory.steps += made.steps
+        n += 1
+    return n
+
+
 class FlowMeter:
-    """Inside a `with` block, counts the tokens that pass through the flow models, and seconds."""
+    """Inside `with` blocks, counts the tokens that pass through the flow models, and seconds."""
 
     def __init__(self, loop):
-        self.tokens = 0
         pipelines = (loop.diffuser.pipeline, loop.editor.pipeline)
         self.models = {getattr(p, "transformer", None) or p.unet for p in pipelines}
+        self.tokens = self.seconds = 0
 
     def __enter__(self):
         self.hooks = [
             m.register_forward_pre_hook(self.count, with_kwargs=True) for m in self.models
         ]
-        self.began = time.perf_counter()
+        self.seconds -= time.perf_counter()
         return self
 
     def __exit__(self, *_):
-        self.seconds = time.perf_counter() - self.began
+        self.seconds += time.perf_counter()
         for hook in self.hooks:
             hook.remove()
 
@@ -170,27 +154,26 @@ def measure(trajectories, judge, relations, exact):
     """{column: one value per prompt}, measured on the best image of every trajectory."""
     graphs = [t.graph for t in trajectories]
     images = [t.best.image for t in trajectories]
-    values = {}
+    seen = extract(judge, images, graphs, relations)
+    scores = [sg_iou(*pair) for pair in zip(seen, graphs)]
+    values = {f"vlm_{name}": [score[name] for score in scores] for name in IOUS}
+    values["judge"] = grade(judge, images, [graph.prompt() for graph in graphs])
+    values["checker"] = [t.best.reflection.score for t in trajectories]
+    values["edits"] = [float(sum(step.edited for step in t.steps[1:])) for t in trajectories]
     if exact:
         from tiny.world import exact_scores, kept_share
 
         scores = exact_scores(images, graphs)
         values |= {name: [score[name] for score in scores] for name in IOUS}
         values["kept"] = [kept_share(t) for t in trajectories]
-    scores = [sg_iou(p, g) for p, g in zip(extract(judge, images, graphs, relations), graphs)]
-    values |= {f"vlm_{name}": [score[name] for score in scores] for name in IOUS}
-    values["judge"] = grade(judge, images, [graph.prompt() for graph in graphs])
-    values["checker"] = [t.best.reflection.score for t in trajectories]
-    values["edits"] = [float(sum(step.edited for step in t.steps[1:])) for t in trajectories]
     return values
 
 
 def extract_request(graph, relations):
     """The user message of `extract`: the objects, which pairs to relate, and the relation words."""
+    objects, words = ", ".join(graph.objects), ", ".join(relations)
     pairs = ", ".join(f"{subject} - {object}" for subject, _, object in graph.triples)
-    return (
-        f"Objects: {', '.join(graph.objects)}. Pairs: {pairs}. Relations: {', '.join(relations)}."
-    )
+    return f"Objects: {objects}. Pairs: {pairs}. Relations: {words}."
 
 
 def extract(vlm, images, graphs, relations=()):
@@ -203,20 +186,17 @@ def extract(vlm, images, graphs, relations=()):
 
     words = [graph.vocabulary(relations) for graph in graphs]
     texts = [extract_request(*asked) for asked in zip(graphs, words)]
+    settings = {"max_new_tokens": 256, "do_sample": False, "repetition_penalty": 1.0}
     answers = []
     for start in range(0, len(texts), vlm.batch_size):
         part = slice(start, start + vlm.batch_size)
         inputs = vlm.inputs(EXTRACT, images[part], texts[part])
         with torch.no_grad():
-            ids = vlm.model.generate(
-                **inputs, max_new_tokens=256, do_sample=False, repetition_penalty=1.0
-            )
+            ids = vlm.model.generate(**inputs, **settings)
         completions = ids[:, inputs["input_ids"].shape[1] :]
         answers += vlm.processor.batch_decode(completions, skip_special_tokens=True)
-    seen = [
-        parse_scene_graph(answer, graph.objects, allowed)
-        for answer, graph, allowed in zip(answers, graphs, words)
-    ]
+    objects = [graph.objects for graph in graphs]
+    seen = [parse_scene_graph(*read) for read in zip(answers, objects, words)]
     if None in seen:
         say(f"  {seen.count(None)} of {len(seen)} answers of the judge hold no scene graph")
     return [graph or SceneGraph((), ()) for graph in seen]
@@ -243,7 +223,9 @@ def bootstrap(values, others=None, resamples=2000):
     """
     import numpy as np
 
-    values = np.array(values) - (np.array(others) if others is not None else 0)
+    values = np.array(values, float)  # None becomes NaN
+    if others is not None:
+        values = values - np.array(others, float)
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return math.nan, math.nan, math.nan
@@ -255,48 +237,48 @@ def bootstrap(values, others=None, resamples=2000):
 def tables(rows):
     """Two tables of strings, headings first: the means, and the main column with intervals."""
     rows = sorted(rows, key=lambda row: row.name.startswith("loop"))  # stable: loops last
-    columns = [name for name in HEADINGS if name in rows[0].values]
-    means = [["", *(HEADINGS[name] for name in columns), "Flow tokens", "Seconds"]]
-    for row in rows:
-        values = [bootstrap(row.values[name])[0] for name in columns]
-        cells = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
-        means.append([row.name, *cells, f"{row.tokens:,.0f}", f"{row.seconds:.2f}"])
-    main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
-    by_name = {row.name: row for row in rows}
+    base = before = rows[0]
     best_of = next((row for row in rows if row.name.startswith("best of")), None)
+    columns = [name for name in HEADINGS if name in base.values]
+    main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
+    means = [["", *(HEADINGS[name] for name in columns), "Flow tokens", "Seconds"]]
     gains = [
         ["", "mean", "against the Diffuser", "against best of N", "against the row it adds to"]
     ]
     for row in rows:
+        values = [bootstrap(row.values[name])[0] for name in columns]
+        cells = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
+        means.append([row.name, *cells, f"{row.tokens:,.0f}", f"{row.seconds:.2f}"])
+
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(row.values[main]))]
-        for other in (by_name["Diffuser"], best_of, by_name.get(row.builds_on)):
+        for other in (base, best_of, before):
             if other is None or other is row:
                 cells.append("–")
-            else:
-                difference = bootstrap(row.values[main], other.values[main])
-                cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
+                continue
+            difference = bootstrap(row.values[main], other.values[main])
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
         gains.append([row.name, *cells])
+        if row is not best_of:
+            before = row  # what the next loop adds an adapter to
     title = f"{HEADINGS[main]}, with 95% intervals of the paired bootstrap"
     return [{"title": "", "cells": means}, {"title": title, "cells": gains}]
 
 
 def markdown(tables):
-    texts = []
+    text = ""
     for table in tables:
-        lines = ["| " + " | ".join(row) + " |" for row in table["cells"]]
-        lines.insert(1, "|---" * len(table["cells"][0]) + "|")
-        texts.append((f"{table['title']}:\n\n" if table["title"] else "") + "\n".join(lines))
-    return "\n\n".join(texts)
+        text += f"{table['title']}:\n\n" if table["title"] else ""
+        headings, *rows = ["| " + " | ".join(row) + " |\n" for row in table["cells"]]
+        text += headings + "|---" * len(table["cells"][0]) + "|\n" + "".join(rows) + "\n"
+    return text
 
 
 def run(arguments):
     """Evaluate, saving every finished row, and return what is to be printed."""
     config = load_config(arguments.config, LoopConfig, arguments.overrides)
     settings = config.evaluation
-    if settings is None:
-        raise ValueError(f"{arguments.config}: key 'evaluation' is missing; add it")
-    if config.rounds < 1:
-        raise ValueError(f"{arguments.config}: key 'rounds' is 0; make it 1 or more to evaluate")
+    if not settings or not config.rounds:
+        raise ValueError(f"{arguments.config}: set the keys 'evaluation' and 'rounds' (1 or more)")
     limit = None if arguments.full else settings.limit
     graphs = load_graphs(settings.data, config.relations, limit)
     folder = Path(arguments.out)
@@ -304,18 +286,19 @@ def run(arguments):
     made_with = {"config": asdict(config), "prompts": len(graphs)}
     rows = finished_rows(folder / "results.json", made_with) if arguments.resume else []
     loop = build(config)
-    judge = loop.checker
+    judge, by = loop.checker, "the Checker's own model"
     if settings.judge:
-        part = settings.judge
-        weights = (part.model, *device_and_dtype(part), part.attention)
-        judge = Checker.load(*weights, batch_size=part.batch_size)
+        part, by = settings.judge, settings.judge.model
+        judge = Checker.load(
+            by, *device_and_dtype(part), part.attention, batch_size=part.batch_size
+        )
         judge.probe()
     graphs = loop.diffuser.readable(graphs, settings.data)
 
     def save(trajectories):
         say(f"  {rows[-1].name}")
         results = {"tables": tables(rows), "rows": [vars(row) for row in rows]} | made_with
-        write(folder / "table.md", markdown(results["tables"]) + "\n")
+        write(folder / "table.md", markdown(results["tables"]))
         write(folder / "results.json", json.dumps(results).replace("NaN", "null") + "\n")
         if rows[-1].name.startswith("best of"):  # the page keeps the trajectories of the loop
             report([folder])
@@ -324,11 +307,8 @@ def run(arguments):
 
     say(f"evaluating {len(graphs)} prompts of {settings.data}; finished rows:")
     evaluate(loop, graphs, settings, config.relations, judge, rows, save)
-    by = "the Checker's own model" if judge is loop.checker else settings.judge.model
     judged = f"The columns VLM and Judge are by {by}."
-    return (
-        f"\n{markdown(tables(rows))}\n\n{judged}\n{folder / 'table.md'}\n{folder / 'report.html'}"
-    )
+    return f"\n{markdown(tables(rows))}{judged}\n{folder / 'table.md'}\n{folder / 'report.html'}"
 
 
 def finished_rows(path, made_with):
@@ -336,12 +316,10 @@ def finished_rows(path, made_with):
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         rows = [Row(**row) for row in results["rows"]]
-        for row in rows:
-            for name, values in row.values.items():
-                row.values[name] = [math.nan if value is None else value for value in values]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        same = all(results[key] == value for key, value in made_with.items())
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: cannot be resumed ({error}); start without --resume") from None
-    if any(results.get(key) != value for key, value in made_with.items()):
+    if not same:
         raise ValueError(f"{path}: is of another config; start without --resume, or set --out")
     return rows
 

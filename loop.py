@@ -165,6 +165,7 @@ def build(config):
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import diffusers
+    import torch
     import transformers
 
     from actor import Actor
@@ -173,7 +174,10 @@ def build(config):
     from editor import Editor
 
     diffusers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    if config.offload and not torch.cuda.is_available():
+        raise ValueError("key 'offload': there is no CUDA GPU; leave it out")
     # Fail early, before loading weights: a pipeline may not work as the Editor, and a processor may
     # need torchvision.
     _named("editor.model", Editor.check, config.editor.model)
@@ -220,19 +224,22 @@ def build(config):
             pipeline.transformer.to("cuda")  # where Adam's state of a resumed run has to be
     # From here on diffusers may say, once, that it ignores an argument of a call.
     diffusers.utils.logging.set_verbosity_warning()
-    logging.getLogger("diffusers").handlers[0].addFilter(first_of_its_place())
+    logging.getLogger("diffusers").handlers[0].addFilter(once_per_place())
     return Loop(diffuser, checker, actor, editor, config.rounds)
 
 
-def first_of_its_place():
-    """A filter for logging that lets through one message per line of code that logs."""
+def once_per_place():
+    """A filter for logging: one message per line of code that logs, and none about truncation.
+
+    `Diffuser.problem` finds prompts that are too long, and the pipelines report it for others too.
+    """
     seen = set()
 
-    def is_first(record):
+    def passes(record):
         place = record.pathname, record.lineno
-        return not (place in seen or seen.add(place))
+        return "truncated" not in str(record.msg) and not (place in seen or seen.add(place))
 
-    return is_first
+    return passes
 
 
 def sha256_sums(folder):

@@ -3,13 +3,12 @@
     python report.py runs/phase1                  # writes runs/phase1/report.html
     python report.py runs/phase1 runs/phase2      # writes runs/report.html: both, compared
 
-`record` makes the page, too. A run's folder holds some of these files (UTF-8). The page shows
-damaged ones as far as it can and names them.
+A run's folder holds some of these files. The page shows what it can of damaged ones and names them.
 
-    metrics.jsonl, seconds.jsonl   one line per iteration: {"iteration": 1, "reward": 0.5, ...}
-    results.json                   {"tables": [{"title": str, "cells": [[str]]}]}
-    samples/NNNN.json              trajectories after NNNN iterations, as `describe` returns them
-    config.yaml, command.txt       shown as they are
+    metrics.jsonl               one line per iteration: {"iteration": 1, "reward": 0.5, ...}
+    results.json                {"tables": [{"title": str, "cells": [[str]]}]}
+    samples/NNNN.json           trajectories after NNNN iterations, see `describe`
+    config.yaml, command.txt    shown as they are
 """
 
 import argparse
@@ -23,7 +22,7 @@ import textwrap
 from html import escape
 from pathlib import Path
 
-SHOWN = 100  # trajectories on a page
+SHOWN = 100  # trajectories of a file that the page shows
 SIDE = 224  # pixels of an image in a strip, and of the thumbnail of a large one
 CHARTS = {  # title -> {figure: label}
     "Reward": {"reward": "after the edit", "before": "before"},
@@ -35,7 +34,6 @@ CHARTS = {  # title -> {figure: label}
     "Gradient norm": {"grad_norm": "before clipping"},
     "Flat groups": {"flat_groups": "share of groups"},
     "No edit": {"malformed": "malformed", "none": "“none”"},
-    "Seconds": {name: name for name in ("generate", "act", "edit", "check", "update")},
 }
 
 
@@ -51,28 +49,23 @@ def record(folder, trajectories, iteration=0):
 
 def report(folders):
     """Makes the page of some runs, in the only one's folder or beside the first. -> its path."""
-    folders = list(dict.fromkeys(map(Path, folders)))
+    folders = [Path(folder) for folder in folders]
     runs, sections, damaged = {}, [], []
     for folder in folders:
-        if not {"metrics.jsonl", "results.json", "samples"} & {p.name for p in folder.glob("*")}:
+        if not any((folder / n).exists() for n in ("metrics.jsonl", "results.json", "samples")):
             raise ValueError(f"{folder}: no run; name a folder of train.py, eval.py or loop.py")
-        name = os.path.relpath(folder, folders[0].absolute().parent)
-        rows = {}
-        for file in ("metrics.jsonl", "seconds.jsonl"):
-            for iteration, row in read(folder / file, numbered, damaged):
-                rows.setdefault(iteration, {}).update(row)
-        runs[name] = sorted(rows.items())
+        runs[str(folder)] = read(folder / "metrics.jsonl", numbered, damaged)
         files = sorted(folder.glob("samples/*.json"), key=lambda path: (len(path.name), path.name))
-        first_and_last = files[:1] + files[1:][-1:]
-        galleries = [found for path in first_and_last for found in read(path, gallery, damaged)]
-        # By seed: what a prompt became before training comes right above what it became after.
-        cards = sorted(sum(galleries, []), key=lambda card: card[0])
-        when = " before and after training" if len(galleries) > 1 else ""
+        when = " before and after training" if len(files) > 1 else ""
+        cards = []
+        for file in files[:1] + files[1:][-1:]:  # the first and the last
+            cards += sum(read(file, gallery, damaged), [])
+        cards.sort(key=lambda card: card[0])  # by seed: a prompt before training, then after it
         sections += [
-            (f"Results of {name}", read(folder / "results.json", tables, damaged)),
-            (f"Trajectories of {name}{when} (at most {SHOWN})", [card for _, card in cards]),
-            (f"Command of {name}", read(folder / "command.txt", verbatim, damaged)),
-            (f"Config of {name}", read(folder / "config.yaml", verbatim, damaged)),
+            (f"Results of {folder}", read(folder / "results.json", tables, damaged)),
+            (f"Trajectories of {folder}{when} (at most {SHOWN})", [card for _, card in cards]),
+            (f"Command of {folder}", read(folder / "command.txt", verbatim, damaged)),
+            (f"Config of {folder}", read(folder / "config.yaml", verbatim, damaged)),
         ]
     curves = [chart(title, figures, runs) for title, figures in CHARTS.items()]
     names = html(", ".join(dict.fromkeys(damaged)))
@@ -83,22 +76,6 @@ def report(folders):
     path = (folders[0] if len(folders) == 1 else folders[0].parent) / "report.html"
     write(path, PAGE.format(title=html(", ".join(runs)), style=STYLE, body=body))
     return path
-
-
-def write(path, text):
-    """Writes a file aside and renames it, so that nobody ever reads half of it."""
-    aside = Path(f"{path}.{os.getpid()}.aside")
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(aside, path)
-
-
-def say(text):
-    """Prints a line. A terminal that lacks a character, or is gone, must not stop a run."""
-    encoding = sys.stdout.encoding or "utf-8"
-    try:
-        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:  # "| head" has ended: what follows goes nowhere
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def read(path, use, damaged):
@@ -119,26 +96,16 @@ def numbered(line):
     return int(float(row["iteration"])), row
 
 
-def html(text):
-    return escape(visible(text))
-
-
-def visible(text):
-    """The text with escapes such as \\x1b for control characters and lone surrogates."""
-    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
-
-
 def verbatim(text):
     return f"<pre>{html(text)}</pre>"
 
 
 def tables(text):
-    """The tables of results.json as HTML."""
     parts = []
     for table in json.loads(text)["tables"]:
-        rows = [f"<tr><td>{'<td>'.join(map(html, row))}" for row in table["cells"]]
-        parts.append(f'<div class="wide"><table><caption>{html(table["title"])}</caption>')
-        parts.append(f"{''.join(rows)}</table></div>")
+        rows = "".join(f"<tr><td>{'<td>'.join(map(html, row))}" for row in table["cells"])
+        title = html(table["title"])
+        parts.append(f'<div class="wide"><table><caption>{title}</caption>{rows}</table></div>')
     return "".join(parts)
 
 
@@ -171,39 +138,41 @@ def article(sample):
 
 def chart(title, figures, runs):
     """The curves of some figures of all runs, as SVG; "" if no run logged any."""
-    curves = [
-        (f"{run}: {label}" if len(runs) > 1 else label, line)
-        for name, label in figures.items()
-        for run, rows in runs.items()
-        if (line := [(x, row[name]) for x, row in rows if drawable(row.get(name))])
-    ]
+    curves = {}  # label -> [(iteration, value)]
+    for name, label in figures.items():
+        for run, rows in runs.items():
+            line = [(x, row[name]) for x, row in rows if type(row.get(name)) in (int, float)]
+            line = [(x, y) for x, y in line if abs(y) < 1e99]  # without NaN, too
+            if line:
+                curves[f"{run}: {label}" if len(runs) > 1 else label] = line
     if not curves:
         return ""
-    xs, ys = zip(*[point for _, line in curves for point in line])
+    xs, ys = zip(*sum(curves.values(), []))
     left, right, low, high = min(xs), max(xs), min(ys), max(ys)
-    paths, legend = [], []
-    for number, (label, line) in enumerate(curves):
+    paths, legend = "", ""
+    for number, (label, line) in enumerate(curves.items()):
         look = f'class="curve" style="--hue:{255 + 137.5 * number}"'
+        points = [
+            f"{340 * (x - left) / (right - left or 1):.1f} "
+            f"{150 * (high - y) / (high - low or 1):.1f}"
+            for x, y in line[:: len(line) // 400 + 1]  # at most 400
+        ]
+        paths += f'<path {look} d="M{"L".join(points)}h.1"/>'
         ends = f"{line[0][1]:.3g} → {line[-1][1]:.3g}"
-        legend.append(f"<p {look}>{html(label)} <b>{ends}</b></p>")
-        # At most 400 points: the lowest and the highest of each stretch, to keep the peaks.
-        size = len(line) // 200 or 1
-        stretches = [line[start : start + size] for start in range(0, len(line), size)]
-        line = {pick(s, key=lambda point: point[1]) for s in stretches for pick in (min, max)}
-        across = [46 + 306 * (x - left) / (right - left or 1) for x, _ in sorted(line)]
-        down = [164 - 150 * (y - low) / (high - low or 1) for _, y in sorted(line)]
-        points = "L".join(f"{x:.1f} {y:.1f}" for x, y in zip(across, down))
-        paths.append(f'<path {look} d="M{points}h.1"/>')
+        legend += f"<p {look}>{html(label)} <b>{ends}</b></p>"
     return (
-        f'<figure><h3>{title}</h3><svg viewBox="0 0 360 186"><path d="M46 14h306M46 164h306"/>'
-        f'{"".join(paths)}<text x="40" y="18">{high:.2g}</text><text x="40" y="168">{low:.2g}'
-        f'</text><text x="52" y="182">{left}</text><text x="352" y="182">{right}</text></svg>'
-        f"{''.join(legend)}</figure>"
+        f"<figure><h3>{title}</h3><em>{low:.3g} to {high:.3g}, iterations {left} to {right}</em>"
+        f'<svg viewBox="0 0 340 150">{paths}</svg>{legend}</figure>'
     )
 
 
-def drawable(value):
-    return type(value) in (int, float) and abs(value) < 1e99  # false for NaN, too
+def html(text):
+    return escape(visible(text))
+
+
+def visible(text):
+    """The text with escapes such as \\x1b for control characters and lone surrogates."""
+    return "".join(c if c.isprintable() or c in "\n\t" else ascii(c)[1:-1] for c in text)
 
 
 def describe(trajectory):
@@ -226,23 +195,23 @@ def describe(trajectory):
     return {"prompt": graph.prompt(), "seed": trajectory.seed, "best": best, "steps": steps}
 
 
+def data_uri(image):
+    """A small image as PNG, exact; a large one as a thumbnail of a few kilobytes."""
+    kind = "png" if max(image.size) <= 128 else "webp"
+    file, image = io.BytesIO(), image.convert("RGB")
+    image.thumbnail((SIDE, SIDE))  # leaves a smaller image as it is
+    image.save(file, kind, quality=60)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
 def edit(step, number):
     """What made image `number`, in words."""
     if number == 0:
         return "generated"
-    elsewhere = f" (image {step['source']})" if step["source"] != number - 1 else ""
-    elsewhere += " (tried before: no edit)" if step.get("repeated") else ""
-    return " ".join((step["instruction"] or "(malformed: no edit)").split()) + elsewhere
-
-
-def data_uri(image):
-    """A small image as PNG, exact; a large one as a thumbnail of a few kilobytes."""
-    file, image = io.BytesIO(), image.convert("RGB")
-    kind = "png" if max(image.size) <= 128 else "webp"
-    if kind == "webp":
-        image.thumbnail((SIDE, SIDE))
-    image.save(file, kind, quality=60)
-    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+    words = " ".join((step["instruction"] or "(malformed: no edit)").split())
+    if step["source"] != number - 1:
+        words += f" (image {step['source']})"
+    return words + (" (tried before: no edit)" if step.get("repeated") else "")
 
 
 def story(trajectory):
@@ -264,23 +233,21 @@ def strip(trajectory):
     """The images of a trajectory in a row, with score and edit below. -> PIL image."""
     from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-    sample, margin, images = describe(trajectory), 12, []
-    for step in sample["steps"]:  # an enlarged image shows its pixels
-        method = Image.NEAREST if max(step["image"].size) < SIDE else Image.LANCZOS
-        images.append(ImageOps.contain(step["image"], (SIDE, SIDE), method))
-    bottom = margin + max(image.height for image in images)
-    canvas = Image.new("RGB", (len(images) * (SIDE + margin) + margin, bottom + 84), "white")
+    sample, margin = describe(trajectory), 12
+    width = len(sample["steps"]) * (SIDE + margin) + margin
+    canvas = Image.new("RGB", (width, SIDE + margin + 84), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    for number, (image, step) in enumerate(zip(images, sample["steps"])):
+    for number, step in enumerate(sample["steps"]):
         left = margin + number * (SIDE + margin)
-        canvas.paste(image, (left, margin))
+        small = max(step["image"].size) < SIDE  # enlarged without smoothing
+        method = Image.NEAREST if small else Image.LANCZOS
+        image = ImageOps.contain(step["image"], (SIDE, SIDE), method)
+        canvas.paste(image, (left, margin + SIDE - image.height))
         color = "#188038" if all(p >= 0.5 for _, p in step["verdicts"]) else "#c5221f"
-        frame = (left - 3, margin - 3, left + image.width + 2, margin + image.height + 2)
-        width, best = (3, ", best") if number == sample["best"] else (1, "")
-        draw.rectangle(frame, outline=color, width=width)
-        draw.text((left, bottom + 8), f"score {step['score']:.2f}{best}", color, font)
+        best = ", best" if number == sample["best"] else ""
+        draw.text((left, SIDE + 20), f"score {step['score']:.2f}{best}", color, font)
         text = textwrap.fill(visible(edit(step, number)), 30, max_lines=3, placeholder=" …")
-        draw.text((left, bottom + 28), text, "#202124", font)
+        draw.text((left, SIDE + 40), text, "#202124", font)
     return canvas
 
 
@@ -296,38 +263,51 @@ def save_images(trajectory, folder):
     strip(trajectory).save(folder / "strip.png")
 
 
+def write(path, text):
+    """Writes a file aside and renames it, so that nobody ever reads half of it."""
+    aside = Path(f"{path}.{os.getpid()}.aside")
+    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+    os.replace(aside, path)
+
+
+def say(text):
+    """Prints a line. A terminal that lacks a character, or is gone, must not stop a run."""
+    encoding = sys.stdout.encoding or "utf-8"
+    try:
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:  # "| head" has ended: what follows goes nowhere
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 STYLE = """
-:root { color-scheme: light dark; --paper: light-dark(#fdfcf9, #17181b);
-  --ink: light-dark(#22201c, #e7e4dd); --muted: light-dark(#6f6a61, #9d988e);
-  --rule: light-dark(#e4dfd5, #34363b) }
+:root { color-scheme: light dark; --muted: color-mix(in srgb, CanvasText 60%, Canvas);
+  --rule: color-mix(in srgb, CanvasText 15%, Canvas) }
 * { box-sizing: border-box; margin: 0; padding: 0 }
-body { background: var(--paper); color: var(--ink); font: 14px/1.5 system-ui, sans-serif;
-  max-width: 72rem; margin: auto; padding: 3rem 1.25rem; overflow-wrap: anywhere }
-h1, h2, h3 { font: 500 1.1rem/1.25 "Iowan Old Style", Palatino, Georgia, serif }
+body { font: 14px/1.5 system-ui, sans-serif; max-width: 72rem; margin: auto; padding: 3rem 1.25rem;
+  overflow-wrap: anywhere }
+h1, h2, h3 { font: 500 1.1rem/1.25 Palatino, Georgia, serif }
 h1 { font-size: 2.6rem } h2 { font-size: 1.6rem; margin: 3rem 0 1.25rem }
-b { font-weight: 600 } em, caption { color: var(--muted) } pre { white-space: pre-wrap }
-.wide { overflow-x: auto } table { border-collapse: collapse; white-space: nowrap }
+em, caption { color: var(--muted) } pre { white-space: pre-wrap }
+.wide { overflow-x: auto; margin-bottom: 2rem }
+table { border-collapse: collapse; white-space: nowrap }
 td { text-align: right; padding: .35rem .55rem; border-bottom: 1px solid var(--rule) }
-caption, td:first-child { text-align: left } .wide + .wide { margin-top: 2rem }
+caption, td:first-child { text-align: left }
 figure { display: inline-block; vertical-align: top; width: min(100%, 21.5rem);
-  margin: 0 1.5rem 2rem 0; break-inside: avoid }
-text { font-size: 10.5px; fill: var(--muted); text-anchor: end }
-path { stroke: var(--rule); fill: none; stroke-linecap: round; stroke-linejoin: round }
-.curve { color: light-dark(oklch(.5 .13 var(--hue)), oklch(.78 .11 var(--hue))) }
-path.curve { stroke: currentColor; stroke-width: 1.75 }
-article { border-top: 1px solid var(--rule); padding: 1rem 0 2rem; break-inside: avoid }
+  margin: 0 1.5rem 2rem 0 }
+svg { overflow: visible; margin: .5rem 0; border-bottom: 1px solid var(--rule) }
+.curve { color: oklch(.6 .14 var(--hue)) }
+path { stroke: currentColor; stroke-width: 1.75; fill: none; stroke-linecap: round }
+article { border-top: 1px solid var(--rule); padding: 1rem 0 2rem }
 ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 230px), 1fr));
   gap: 1.5rem; margin-top: 1rem; list-style: none }
-img { width: 100%; border-radius: 3px } img[src^="data:image/png"] { image-rendering: pixelated }
+img { width: 100% } img[src^="data:image/png"] { image-rendering: pixelated }
 .best img { outline: 3px solid; outline-offset: 2px }
 li p { margin: .3rem 0 } li b { float: right; margin-left: .5rem }
 i { display: block; clear: both; height: 3px; background:
   linear-gradient(currentColor 0 0) 0 / var(--p) 100% no-repeat var(--rule) }
-.no { color: light-dark(#b3372b, #f08b7c) } .yes i { color: light-dark(#2c7a4b, #6cc493) }
+.no { color: light-dark(#b3372b, #f08b7c) } .yes i { color: #2c9a5b }
 @media (max-width: 40rem) {
   li { display: grid; grid-template-columns: 2fr 3fr; gap: 1rem; align-items: start } }
-@media print { :root { color-scheme: light; --paper: #fff } body { padding: 0; font-size: 8pt }
-  ol { grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) } }
 """
 PAGE = """<!doctype html>
 <html lang="en">

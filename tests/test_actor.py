@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from actor import Actor, parse_completion, request
+from actor import SYSTEM, Actor, parse_completion, request
 from sgiou import SceneGraph
 from tiny import world
 
@@ -132,7 +132,7 @@ def test_several_completions_of_an_image_are_neighbors(actor, states):
     images, prompts, _ = states
     proposals = actor.propose(*first(states, 2), seeds=[0, 1], n=3)
     assert proposals.images == [images[0]] * 3 + [images[1]] * 3
-    assert all(prompts[row // 3] in proposals.prompts[row] for row in range(6))
+    assert all(prompts[row // 3] in proposals.requests[row] for row in range(6))
     assert proposals.ids.shape == proposals.mask.shape == proposals.log_probs.shape
     assert len(proposals.instructions) == 6
     assert proposals.mask.any(1).all()
@@ -142,8 +142,8 @@ def test_several_completions_of_an_image_are_neighbors(actor, states):
 def test_the_actor_reads_what_was_tried(actor, states):
     tried = [[], ["add a red circle", "swap them"]]
     proposals = actor.propose(*first(states, 2), seeds=[0, 1], tried=tried)
-    assert "Tried" not in proposals.prompts[0]
-    assert "Tried without success: add a red circle; swap them." in proposals.prompts[1]
+    assert "Tried" not in proposals.requests[0]
+    assert "Tried without success: add a red circle; swap them." in proposals.requests[1]
 
 
 def completion(proposals, row):
@@ -177,7 +177,7 @@ def test_tokens_are_drawn_from_the_softmax_at_the_temperature(actor, states):
     image, prompt, feedback = first(states, 1)
     hot = load(max_new_tokens=1, temperature=4.0, batch_size=1)
     ids = hot.propose(image, prompt, feedback, seeds=[3], n=1000).ids[:, 0]
-    inputs = hot.inputs(image, [hot.chat(prompt[0], feedback[0])])
+    inputs = hot.inputs(SYSTEM, image, [request(prompt[0], feedback[0])])
     with torch.no_grad():
         probs = (hot.model(**inputs).logits[0, -1] / 4.0).softmax(-1)
     found = ids.bincount(minlength=len(probs)) / 1000
@@ -218,7 +218,9 @@ def test_replay_equals_a_loop_over_tokens(actor, states):
     with torch.no_grad():
         replayed = actor.log_probs(proposals, slice(None))
     for row in range(2):
-        inputs = actor.inputs(proposals.images[row : row + 1], proposals.prompts[row : row + 1])
+        inputs = actor.inputs(
+            SYSTEM, proposals.images[row : row + 1], proposals.requests[row : row + 1]
+        )
         ids = inputs["input_ids"]
         for position, token in enumerate(completion(proposals, row)):
             with torch.no_grad():

@@ -351,6 +351,16 @@ def test_missing_weights_are_refused_by_name(tmp_path, lost):
 
 
 @needs_models
+def test_pickled_weights_are_refused(tmp_path):
+    folder = tmp_path / "vlm"
+    shutil.copytree(VLM, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
+        Checker.load(folder)
+
+
+@needs_models
 def test_remote_code_is_never_run(tmp_path):
     folder = tmp_path / "vlm"
     shutil.copytree(VLM, folder)

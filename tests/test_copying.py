@@ -17,7 +17,7 @@ MAY_IMPORT = {
     "diffuser": "",
     "report": "sgiou",
     "checker": "sgiou",
-    "actor": "grpo",
+    "actor": "checker grpo",
     "editor": "grpo",
     "loop": "config diffuser checker actor editor report sgiou",
     "train": "loop config grpo report sgiou",
@@ -90,6 +90,6 @@ def test_a_file_works_in_a_folder_with_what_it_needs(component, tmp_path):
 
 def test_a_missing_file_is_noticed(tmp_path):
     """What makes the test above meaningful."""
-    shutil.copy(ROOT / "actor.py", tmp_path)
+    shutil.copy(ROOT / "editor.py", tmp_path)
     with pytest.raises(AssertionError, match="No module named 'grpo'"):
-        run_alone(tmp_path, "actor")
+        run_alone(tmp_path, "editor")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from config import LoopConfig, load_config
-from diffuser import Diffuser
-from loop import build, check_call, first_of_its_place, warn_once
+from diffuser import Diffuser, check_call
+from loop import build, once_per_place
 from sgiou import SceneGraph, load_graphs
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -144,6 +144,13 @@ def test_code_in_a_folder_is_not_run(flow, monkeypatch):
         build(load_config("eval.yaml", LoopConfig, [f"diffuser.model={flow}"]))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to offload from")
+def test_offload_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="key 'offload': there is no CUDA GPU"):
+        build(load_config("eval.yaml", LoopConfig, ["offload=true"]))
+
+
 # ---- the arguments of a pipeline's call ----
 
 
@@ -152,7 +159,7 @@ def test_code_in_a_folder_is_not_run(flow, monkeypatch):
     [
         (
             {"num_inference_step": 8},
-            "takes no num_inference_step; did you mean num_inference_steps",
+            "takes no num_inference_step from a file; did you mean num_inference_steps",
         ),
         ({"num_inference_steps": 8.0}, "'editor.call.num_inference_steps' is 8.0; make it int"),
         ({"num_inference_steps": True}, "make it int"),
@@ -160,6 +167,9 @@ def test_code_in_a_folder_is_not_run(flow, monkeypatch):
         ({"max_area": None}, "'editor.call.max_area' is None; make it int"),
         ({"guidance_scale": "3.5"}, "make it int or float"),
         ({"_auto_resize": 0}, "make it bool"),
+        ({"latents": [1]}, "takes no latents from a file"),
+        ({"negative_prompt_2": "blue"}, "no effect without each other"),
+        ({"sigmas": 7}, "'editor.call.sigmas' is 7; make it list"),
         ({"sigmas": []}, "'editor.call.sigmas' is"),
         ({"sigmas": [1.0, 0.6]}, "sigmas are 2 steps; leave num_inference_steps out"),
         ({"joint_attention_kwargs": {"sclae": 2}}, "'editor.call.joint_attention_kwargs' is"),
@@ -186,25 +196,29 @@ def test_a_typo_in_a_call_is_told(monkeypatch):
     monkeypatch.chdir(ROOT)
     for part in ("diffuser", "editor"):
         config = load_config("eval.yaml", LoopConfig, [f"{part}.call.num_inference_step=8"])
-        with pytest.raises(ValueError, match=f"key '{part}.call'.*takes no num_inference_step;"):
+        with pytest.raises(
+            ValueError, match=f"key '{part}.call'.*takes no num_inference_step from"
+        ):
             build(config)
 
 
 def test_another_size_than_asked_is_told_once(loop, graphs, monkeypatch, capsys):
-    warn_once.cache_clear()
+    monkeypatch.setattr(loop.diffuser, "size_reported", False)
     call = loop.diffuser.call | {"width": 50, "height": 30}
     monkeypatch.setattr(loop.diffuser, "call", call)
     for _ in range(2):
         assert loop.start(graphs[:1], [0])[0].steps[0].image.size != (50, 30)
     (line,) = capsys.readouterr().err.splitlines()
-    assert "'diffuser.call': asked for 50 x 30 pixels" in line
-    assert "the images have 40 x 24" in line
+    assert "'diffuser.call': asked for width and height (50, 30)" in line
+    assert "the images have (40, 24)" in line
 
 
-def test_warnings_of_diffusers_are_shown_once(loop):
+def test_warnings_of_diffusers_are_shown_once(monkeypatch):
     """`build` turns them on after loading. They are about arguments that a pipeline ignores."""
+    monkeypatch.chdir(ROOT)
+    build(load_config("eval.yaml", LoopConfig))
     assert logging.getLogger("diffusers").getEffectiveLevel() == logging.WARNING
-    is_new = first_of_its_place()
+    is_new = once_per_place()
     first = logging.LogRecord("diffusers", logging.WARNING, "a.py", 1, "ignored: 1", (), None)
     again = logging.LogRecord("diffusers", logging.WARNING, "a.py", 1, "ignored: 2", (), None)
     other = logging.LogRecord("diffusers", logging.WARNING, "a.py", 2, "too long", (), None)

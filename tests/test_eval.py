@@ -49,23 +49,22 @@ SCORES |= {seed + EDIT_SEEDS * k: [0.15 + 0.1 * k] for seed in (10, 11, 13) for 
 
 
 def evaluated(rounds=3, rows=None, **parts):
-    """({name: row}, the trajectories of the last system)."""
+    """({name: row}, the trajectories that were saved, system by system)."""
     script = Script(SCORES, {13: [None, "none", MOVE]}, Flow())
     actor, editor = parts.get("actor", script), parts.get("editor", script)
     loop = eval.Loop(script, script, actor, editor, rounds)
-    rows = [] if rows is None else rows
-    last = eval.evaluate(loop, [GRAPH] * 4, SETTINGS, ["left of"], script, rows, lambda _: None)
-    return {row.name: row for row in rows}, last
+    rows, saved = [] if rows is None else rows, []
+    eval.evaluate(loop, [GRAPH] * 4, SETTINGS, ["left of"], script, rows, saved.append)
+    return {row.name: row for row in rows}, saved
 
 
 def test_rows():
-    rows, last = evaluated()
+    rows, saved = evaluated()
     assert list(rows) == ["Diffuser", "loop", "best of 3"]
-    assert [row.builds_on for row in rows.values()] == [None, "Diffuser", "Diffuser"]
     scores = {name: row.values["checker"] for name, row in rows.items()}
     assert scores["Diffuser"] == pytest.approx([0.1, 0.3, 0.8, 0.2])
     assert scores["loop"] == pytest.approx([0.9, 0.6, 0.8, 0.2])
-    assert scores["loop"] == [t.best.reflection.score for t in last]
+    assert scores["loop"] == [t.best.reflection.score for t in saved[1]]
     assert scores["best of 3"] == pytest.approx([0.35, 0.35, 0.8, 0.35])
     edits = {name: row.values["edits"] for name, row in rows.items()}
     assert edits == {"Diffuser": [0] * 4, "loop": [2, 1, 0, 1], "best of 3": [0] * 4}
@@ -110,7 +109,6 @@ def test_every_adapter_adds_a_row(actor_has, editor_has, names):
     actor.has_adapter, editor.has_adapter = actor_has, editor_has
     rows, _ = evaluated(2, actor=actor, editor=editor)
     assert list(rows)[1:-1] == names
-    assert [rows[name].builds_on for name in names] == ["Diffuser", *names[:-1]]
     # Two rounds of each system, in this order.
     proposed = [call.adapter for call in actor.made("propose")]
     assert proposed == ["phase 1" in name for name in names for _ in "12"]
@@ -283,10 +281,10 @@ def test_bootstrap_leaves_out_what_has_no_value():
 
 def test_tables():
     nan = math.nan
-    base = eval.Row("Diffuser", {"vlm_sg_iou": [0.25] * 4, "kept": [nan] * 4}, None, 288, 1)
+    base = eval.Row("Diffuser", {"vlm_sg_iou": [0.25] * 4, "kept": [nan] * 4}, 288, 1)
     values = {"vlm_sg_iou": [0.75] * 4, "kept": [nan, 0.5, 1, nan]}
-    better = eval.Row("loop", values, "Diffuser", 1600, 2.5)
-    best = eval.Row("best of 3", {"vlm_sg_iou": [1.0] * 4, "kept": [nan] * 4}, "Diffuser", 864, 3)
+    better = eval.Row("loop", values, 1600, 2.5)
+    best = eval.Row("best of 3", {"vlm_sg_iou": [1.0] * 4, "kept": [None] * 4}, 864, 3)
     means, gains = eval.tables([base, better, best])
     assert means["cells"] == [  # the loops come last
         ["", "SG-IoU (VLM)", "Kept", "Flow tokens", "Seconds"],
@@ -309,7 +307,12 @@ def test_tables():
         "|---|---|---|---|---|",
     ]
     assert lines[6].startswith("SG-IoU (VLM), with 95% intervals")
-    eval.tables([base])  # after the first row
+    _, gains = eval.tables([base])  # after the first row
+    assert gains["cells"][1] == ["Diffuser", "0.250 [0.250, 0.250]", "–", "–", "–"]
+    trained = eval.Row("loop + phase 1", {"vlm_sg_iou": [0.5] * 4, "kept": [nan] * 4}, 1600, 2.5)
+    _, gains = eval.tables([base, better, trained])  # adds to the loop, and there is no best of N
+    gain, loss = "+0.250 [+0.250, +0.250]", "-0.250 [-0.250, -0.250]"
+    assert gains["cells"][-1] == ["loop + phase 1", "0.500 [0.500, 0.500]", gain, "–", loss]
 
 
 # ---- the command line ----
@@ -354,10 +357,10 @@ def test_the_command_writes_table_results_and_page(program, capsys):
     out = program()
     table = (out / "table.md").read_text()
     printed = capsys.readouterr().out
-    assert "evaluating 3 prompts of " in printed and table.strip() in printed
+    assert "evaluating 3 prompts of " in printed and table in printed
     assert "by the Checker's own model" in printed
     assert [row["name"] for row in results(out)["rows"]] == ["Diffuser", "loop", "best of 3"]
-    assert eval.markdown(results(out)["tables"]) == table.strip()
+    assert eval.markdown(results(out)["tables"]) == table
     for row in results(out)["rows"]:
         assert set(row["values"]) == set(eval.HEADINGS)
         assert all(len(column) == 3 for column in row["values"].values())  # the limit
@@ -399,7 +402,7 @@ def test_an_interrupted_evaluation_keeps_its_rows_and_can_be_resumed(program, mo
 def test_another_vlm_can_measure(program, monkeypatch, tmp_path, capsys):
     """evaluation.judge: the loop's Checker scores, the judge measures."""
     judges = []
-    loaded = SimpleNamespace()
+    loaded = SimpleNamespace(probe=lambda: None)
     monkeypatch.setattr(eval.Checker, "load", lambda *weights, **settings: loaded)
     monkeypatch.setattr(
         eval, "grade", lambda vlm, images, prompts: judges.append(vlm) or [0.0] * len(images)

@@ -38,6 +38,7 @@ def trajectory(scores, graph=GRAPH, thought="a thought", edits=(), size=(32, 32)
             source=source,
             thought=thought if number else "",
             instruction=(*edits, *[MOVE] * number)[number - 1] if number else None,
+            repeated=False,
         )
         steps.append(step)
     best = max(range(len(scores)), key=lambda n: scores[n])
@@ -50,7 +51,6 @@ def training(folder, iterations=12, **figures):
     names = [name for labels in report.CHARTS.values() for name in labels]
     rows = [{"iteration": n, **dict.fromkeys(names, n / 100), **figures} for n in range(iterations)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "seconds.jsonl").write_text('{"iteration": 1, "act": 2.5}\n')
     (folder / "config.yaml").write_text("rounds: 3\n")
     report.record(folder, [trajectory([0.2, 0.4], seed=1), trajectory([0.6], seed=2)])
     report.record(folder, [trajectory([0.2, 0.7], seed=1)], iterations)
@@ -84,8 +84,8 @@ def test_a_training_run(tmp_path):
     assert len(page.all("svg")) == len(report.CHARTS)
     assert all(title in page.text for title in report.CHARTS)
     assert "after the edit 0 → 0.11" in page.text  # the reward, first and last
-    assert "act 0 → 0.11" in page.text  # of the seconds
-    assert "Trajectories of phase1 before and after training" in page.text
+    assert "0 to 0.11, iterations 0 to 11" in page.text
+    assert "phase1 before and after training" in page.text
     prompt = "red circle left of blue square"
     before, after, other = (f"{prompt}{s}" for s in ("0.20 → 0.40", "0.20 → 0.70", "0.60 → 0.60"))
     assert page.text.index(before) < page.text.index(after) < page.text.index(other)
@@ -112,6 +112,14 @@ def test_a_trajectory(tmp_path):
     assert "0.25 → 0.75 · seed 0" in page.text
 
 
+def test_a_repeated_instruction_is_marked(tmp_path):
+    odd = trajectory([0.25, 0.75])
+    odd.steps[1].repeated = True
+    report.record(tmp_path, [odd])
+    for text in (Page(tmp_path).text, report.story(odd)):
+        assert f"{MOVE} (tried before: no edit)" in text
+
+
 def test_every_figure_on_the_page_is_one_that_training_logs():
     code = "".join(p.read_text() for p in ROOT.glob("*.py") if p.name != "report.py")
     names = [name for figures in report.CHARTS.values() for name in figures]
@@ -125,7 +133,6 @@ def test_runs_are_compared(tmp_path):
     assert (tmp_path / "report.html").exists()
     assert len(page.all("svg")) == len(report.CHARTS)
     assert "phase1: before 0 → 0.11" in page.text and "phase2: before 0 → 0.04" in page.text
-    assert report.report([one, f"{one}/"]) == one / "report.html"  # one run, named twice
     other = training(tmp_path / "other" / "phase1")  # of the same name
     assert "other/phase1: before" in Page(one, other).text
 
@@ -155,16 +162,13 @@ def test_small_images_are_exact_and_large_ones_thumbnails():
     assert large.format == "WEBP" and large.size == (224, 112)
 
 
-def test_a_long_run_costs_linear_time_and_keeps_its_peaks(tmp_path):
+def test_a_long_run_costs_linear_time(tmp_path):
     folder = training(tmp_path / "run", 10_000)
-    with (folder / "metrics.jsonl").open("a") as file:
-        file.write('{"iteration": 3333, "replay_error": 999.0}\n')
     start = time.process_time()
     page = Page(folder)
     assert time.process_time() - start < 5  # 0.5 s on an idle core
     curves = [path["d"] for path in page.all("path") if "style" in path]
-    assert max(curve.count("L") for curve in curves) < 400
-    assert [" 14.0L" in curve for curve in curves].count(True) == 1  # 14.0: the top of a chart
+    assert 300 < max(curve.count("L") for curve in curves) < 400
 
 
 # ---- text of models and people ----
@@ -222,11 +226,10 @@ def test_a_run_that_has_just_begun(tmp_path):
 
 def test_a_half_written_line(tmp_path):
     folder = training(tmp_path / "run")
-    for name in ("metrics.jsonl", "seconds.jsonl"):
-        (folder / name).write_bytes((folder / name).read_bytes()[:-9])
+    (folder / "metrics.jsonl").write_bytes((folder / "metrics.jsonl").read_bytes()[:-9])
     page = Page(folder)
     assert "after the edit 0 → 0.1" in page.text
-    assert f"Damaged files{folder / 'metrics.jsonl'}, {folder / 'seconds.jsonl'}" in page.text
+    assert f"Damaged files{folder / 'metrics.jsonl'}" in page.text
 
 
 SAMPLE = '[{"prompt": "p", "seed": %s, "best": %s, "steps": [{"score": %s, "verdicts": []}]}]'
@@ -244,7 +247,7 @@ def test_garbled_files(tmp_path, file, text):
     page = Page(folder)
     assert (f"Damaged files{folder / file}" in page.text) == (text != "" or "jsonl" not in file)
     assert len(page.all("article")) == (2 if "samples" in file else 3)
-    assert bool(page.all("figure"))
+    assert bool(page.all("figure")) == ("metrics" not in file)
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf, None, "x", [], True, 10**400])
@@ -319,13 +322,19 @@ def test_story():
 
 
 def test_strip():
-    strip = report.strip(trajectory([0.2, 0.9, 0.3], size=(32, 16)))
-    assert strip.size == (3 * (224 + 12) + 12, 12 + 112 + 84)  # images keep their aspect ratio
-    for left, color, width in ((12, "#c5221f", 1), (248, "#188038", 3), (484, "#c5221f", 1)):
-        frame = [strip.getpixel((left - 3 + n, 60)) for n in range(3)]
-        colors = [f"#{red:02x}{green:02x}{blue:02x}" for red, green, blue in frame]
-        assert colors == [color] * width + ["#ffffff"] * (3 - width)
-    assert report.strip(trajectory([0.2], size=(300, 400))).height == 12 + 224 + 84
+    shown = trajectory([0.2, 0.9, 0.3], size=(32, 16))
+    strip = report.strip(shown)
+    assert strip.size == (3 * (224 + 12) + 12, 12 + 224 + 84)
+    for number, step in enumerate(shown.steps):  # enlarged sevenfold, the aspect ratio kept
+        left = 12 + number * 236
+        large = strip.crop((left, 12 + 112, left + 224, 12 + 224))
+        assert large.resize((32, 16), Image.NEAREST).tobytes() == step.image.tobytes()
+    colors = [(197, 34, 31), (24, 128, 56), (197, 34, 31)]  # of the score: red, green if satisfied
+    for number, color in enumerate(colors):
+        left = 12 + number * 236
+        text = strip.crop((left, 236, left + 224, 256))
+        assert color in [found for _, found in text.getcolors()]
+    assert report.strip(trajectory([0.2], size=(300, 400))).size == (248, 320)
 
 
 def test_save_images_removes_only_what_a_longer_trajectory_left(tmp_path):

@@ -145,10 +145,15 @@ def test_phase2_leaves_out_states_without_an_instruction(tmp_path, watched, monk
         return proposals
 
     monkeypatch.setattr(loop.actor, "propose", first_only)
-    phase2(loop, settings(phase2, tmp_path, "rounds=1"))
+    phase2(loop, settings(phase2, tmp_path / "some", "rounds=1"))
     ((samples,),) = watched["rounds"]
     assert len(samples.rewards) == 4
-    assert metrics(tmp_path)[1]["unedited"] == pytest.approx(2 / 3)
+    assert metrics(tmp_path / "some")[1]["unedited"] == pytest.approx(2 / 3)
+    loop.actor.propose = lambda images, *_, **__: SimpleNamespace(
+        thoughts=[""] * len(images), instructions=["none"] * len(images)
+    )
+    phase2(loop, settings(phase2, tmp_path / "none"))
+    assert metrics(tmp_path / "none")[1]["unedited"] == 1
 
 
 def test_phase2_takes_one_group_per_call_where_the_pipeline_takes_one_image(tmp_path):
@@ -231,7 +236,7 @@ def test_the_states_of_round_2_are_those_that_round_1_left(tmp_path, watched, mo
 
 def test_the_states_of_round_1_do_not_satisfy_the_checker(tmp_path):
     loop, config = toys.loop(), settings(phase1, tmp_path, "groups=5")
-    graphs = train.load_laion_sg(config.data, 20)
+    graphs = train.load_graphs(config.data, limit=20)
     states, solved = train.unsatisfied_images(loop, graphs, config, iteration=0)
     assert len(states) == 5 and not any(state.reflection.satisfied for state in states)
     assert 0 <= solved < 1
@@ -469,23 +474,20 @@ def with_infinite_gradient(part):
 
 
 @PHASES
-def test_gradients_that_are_not_finite_are_skipped_and_five_iterations_stop_the_run(
-    tmp_path, phase
-):
+def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path, phase, capsys):
     loop = toys.loop()
     with_infinite_gradient(trained(loop, phase))
-    with pytest.raises(FloatingPointError, match="5 iterations in a row"):
-        phase(loop, settings(phase, tmp_path, "iterations=9", "updates=2", "kl=0", "groups=9"))
-    rows = metrics(tmp_path)
-    assert len(rows) == 6 and all(row["skipped"] == 2 for row in rows[1:])
+    phase(loop, settings(phase, tmp_path, "iterations=5", "updates=2", "kl=0", "groups=9"))
+    assert all(row["skipped"] == 2 for row in metrics(tmp_path)[1:])
     assert torch.equal(trained(loop, phase).weights, torch.zeros(4))
+    assert "nothing was learned in 5 iterations" in capsys.readouterr().out
 
 
 def test_five_iterations_with_nothing_to_learn_are_reported(tmp_path, capsys):
     phase1(toys.loop(), settings(phase1, tmp_path, "iterations=4", "flat_range=2"))
-    assert "nothing to learn" not in capsys.readouterr().out
+    assert "nothing was learned" not in capsys.readouterr().out
     phase1(toys.loop(), settings(phase1, tmp_path, "iterations=5", "flat_range=2"), resume=True)
-    assert "nothing to learn" in capsys.readouterr().out
+    assert "nothing was learned in 5 iterations" in capsys.readouterr().out
 
 
 # ---- the folder of a run ----
@@ -602,32 +604,14 @@ def test_changed_input_files_are_refused(tmp_path):
         phase1(toys.loop(), config, resume=True)
 
 
-def test_a_checkpoint_of_another_adapter_is_refused(tmp_path):
-    phase1(toys.loop(), settings(phase1, tmp_path))
-    loop = toys.loop()
-    add = loop.actor.add_adapter
-    loop.actor.add_adapter = lambda rank: add(rank + 1)  # as another model would
-    with pytest.raises(ValueError, match="another adapter"):
-        phase1(loop, settings(phase1, tmp_path, "iterations=2"), resume=True)
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        lambda lines: lines[:-1],
-        lambda lines: [*lines[:-1], lines[-1][:-20]],
-        lambda lines: [lines[0], *lines],
-        lambda lines: lines[::-1],
-        lambda lines: ["garbage", *lines[1:]],
-        lambda lines: ["[]", *lines[1:]],
-    ],
-)
-def test_metrics_that_do_not_hold_every_iteration_once_are_refused(tmp_path, damage):
+def test_metrics_are_restored_from_the_checkpoint(tmp_path):
     phase1(toys.loop(), settings(phase1, tmp_path))
     path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(damage(path.read_text().splitlines())))
-    with pytest.raises(ValueError, match="metrics.jsonl: does not hold iterations 0 to 1"):
-        phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2"), resume=True)
+    before = path.read_bytes()
+    for damaged in (b"", before[:-20], before * 2, b"garbage"):
+        path.write_bytes(damaged)
+        phase1(toys.loop(), settings(phase1, tmp_path), resume=True)
+        assert path.read_bytes() == before
 
 
 def test_a_folder_that_holds_a_run_is_protected(tmp_path):
@@ -678,7 +662,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path, phase):
     with running(phase, tmp_path / "parts", *toy_words(phase, "iterations=1000")) as process:
         time.sleep(0.25)
         process.kill()
-    done = len(metrics_up_to_a_cut_line(tmp_path / "parts"))
+    done = len(whole_lines(tmp_path / "parts"))
     for folder in ("parts", "whole"):
         config = settings(phase, tmp_path / folder, f"iterations={done + 2}")
         phase(toys.loop(), config, resume=folder == "parts")
@@ -686,7 +670,7 @@ def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path, phase):
     assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
 
 
-def metrics_up_to_a_cut_line(folder):
+def whole_lines(folder):
     return [line for line in (folder / "metrics.jsonl").read_text().splitlines() if line[-1] == "}"]
 
 
@@ -698,30 +682,20 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
     # In a notebook, a run that failed does not bar the next one.
     with pytest.raises(ValueError, match="was saved with a different config"):
         phase1(toys.loop(), settings(phase1, tmp_path, "kl=0.5"), resume=True)
-    done = len(metrics_up_to_a_cut_line(tmp_path))
+    done = len(whole_lines(tmp_path))
     phase1(toys.loop(), settings(phase1, tmp_path, f"iterations={done + 1}"), resume=True)
 
 
-def test_ctrl_c_is_as_it_was_after_training(tmp_path):
-    before = signal.getsignal(signal.SIGINT)
-    phase1(toys.loop(), settings(phase1, tmp_path))
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_ends_its_iteration_and_says_how_to_resume(tmp_path, number):
+def test_a_stopped_run_says_how_to_resume(tmp_path, number):
     folder = tmp_path / "a run"
     with running(phase1, folder, *toy_words(phase1, "iterations=1000")) as process:
         process.send_signal(number)
         printed, errors = process.communicate(timeout=60)
-    assert process.returncode not in (0, None)
-    assert "stopping after this iteration" in printed
-    (line,) = errors.splitlines()
+    assert process.returncode not in (0, None) and errors == ""
+    line = printed.splitlines()[-1]
     assert line.startswith("stopped; continue with: python ") and line.endswith(" --resume")
     assert shlex.split(line.partition(": ")[2])[4] == f"run={folder}"
-    with safe_open(folder / "checkpoint.safetensors", "pt") as file:
-        done = json.loads(file.metadata()["iterations"])
-    assert len(metrics(folder)) == done + 1
 
 
 # ---- the shipped models ----

@@ -258,6 +258,18 @@ def test_a_reflection_does_not_depend_on_its_neighbors(vlm):
         assert close(alone, together[number : number + 1])
 
 
+@pytest.mark.skipif(TORCHVISION, reason="torchvision is there")
+def test_a_missing_torchvision_is_told_before_any_weight_is_read(tmp_path):
+    model, processor = architectures.qwen_vl("Qwen2_5_VLForConditionalGeneration", tiny=True)
+    model.config.save_pretrained(tmp_path)  # and no weights
+    processor.tokenizer.save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)
+    text = json.dumps({"processor_class": "Qwen2_5_VLProcessor"})
+    (tmp_path / "processor_config.json").write_text(text)
+    with pytest.raises(ImportError, match="[Tt]orchvision"):
+        Checker.load(tmp_path)
+
+
 @pytest.mark.skipif(
     not TORCHVISION or importlib.util.find_spec("num2words"),
     reason="needs torchvision, and no num2words",
@@ -310,7 +322,7 @@ def test_a_completion_depends_on_its_own_seed_alone(actor):
 
 def test_replay_gives_the_recorded_log_probs(actor):
     proposals = actor.propose(images(), PROMPTS, FEEDBACK, seeds=[5, 6, 7], n=2)
-    assert len(set(proposals.prompts)) == 3
+    assert len(set(proposals.requests)) == 3
     for rows in (slice(0, 6), slice(1, 4)):
         mask, recorded = proposals.mask[rows], proposals.log_probs[rows]
         with actor.adapter(), torch.no_grad():

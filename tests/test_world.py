@@ -23,7 +23,7 @@ import world
 from world import CELL, GRID, GROUND, NAMES, OPPOSITE, RELATIONS, SIZE, SPRITE, Thing
 
 from actor import parse_completion
-from sgiou import SceneGraph, load_laion_sg, parse_prompt, parse_scene_graph, sg_iou
+from sgiou import SceneGraph, load_graphs, parse_prompt, parse_scene_graph, sg_iou
 
 SPLITS = {"train": 2000, "val": 200, "test": 1000}
 positions = st.builds(Thing, st.sampled_from(NAMES), st.integers(0, 26), st.integers(0, 26))
@@ -178,7 +178,7 @@ def test_cells():
 
 @pytest.fixture(scope="module")
 def graphs():
-    return {split: load_laion_sg(ROOT / "tiny" / "data" / f"{split}.json") for split in SPLITS}
+    return {split: load_graphs(ROOT / "tiny" / "data" / f"{split}.json") for split in SPLITS}
 
 
 def test_the_data_are_what_the_generator_makes(tmp_path):
@@ -191,7 +191,7 @@ def test_the_data_are_what_the_generator_makes(tmp_path):
 def test_the_data_load_whole(graphs, capsys):
     for split, total in SPLITS.items():
         path = ROOT / "tiny" / "data" / f"{split}.json"
-        assert len(load_laion_sg(path)) == total == len(json.loads(path.read_text()))
+        assert len(load_graphs(path)) == total == len(json.loads(path.read_text()))
     assert capsys.readouterr().err == ""
     ids = [graph.id for split in SPLITS for graph in graphs[split]]
     assert len(set(ids)) == len(ids)

@@ -96,7 +96,7 @@ class Actor(Policy):
         instructions = [WORDS[first] for first in ids[:, 0].tolist()]
         return Proposals(
             images=[image for image in images for _ in range(n)],
-            prompts=[prompt for prompt in prompts for _ in range(n)],
+            requests=[prompt for prompt in prompts for _ in range(n)],
             ids=ids,
             mask=torch.arange(LENGTH) <= ids[:, :1],
             log_probs=table[ids],

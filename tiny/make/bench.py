@@ -1,124 +1,198 @@
-"""Where the time of the VLM goes, as ratios within one run: `python tiny/make/bench.py`.
+"""Where the time goes, measured side by side in one run: `python tiny/make/bench.py`.
 
-    Checker     one encoding of an image for all its questions, against one for each question
-    replay      the share of the vision tower in forward and backward of `Actor.log_probs`, which
-                encodes the image of a group once per completion
-    log-probs   `chunked_token_log_probs` against `token_log_probs` at a real vocabulary
-
-No figure is a pass mark: machines differ, ratios within one run less so.
+Both phases of the embedded default for a few iterations: iterations per minute, and the share of
+the time that is spent inside the models' forward and backward passes. Then the Checker with one
+encoding of an image for all its questions against one for each, and the share of the vision tower
+in the Actor's update, which encodes the image of a group once per completion. Then the log-probs of
+grpo.py, both ways, at the vocabulary of a real model. Machines differ, so nothing here is a
+requirement; ratios within one run differ less.
 """
 
-import random
+import argparse
+import functools
+import json
 import sys
+import tempfile
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
 import torch
-from PIL import Image
-from test_grpo import peak_bytes
 
-from actor import Actor
-from checker import Checker, questions
+from checker import questions
+from config import TrainConfig, load_config
 from grpo import chunked_token_log_probs, token_log_probs
-from sgiou import SceneGraph
-from tiny import world
+from loop import build
+from sgiou import load_graphs
+from train import phase1, phase2
 
-VLM = ROOT / "tiny" / "models" / "vlm"
 VOCABULARY = 151_936  # Qwen-VL's
 
 
-def seconds(run, repeats=5):
-    """Least CPU time of several runs (a busy neighbor does not count), the first one left out."""
+class Stopwatch:
+    """Seconds inside wrapped functions; of nested ones the outermost counts."""
+
+    def __init__(self):
+        self.seconds = 0.0
+        self.depth = 0
+
+    def wrap(self, owner, name):
+        function = getattr(owner, name)
+
+        @functools.wraps(function)  # `generate` reads the signature of what it calls
+        def timed(*arguments, **keywords):
+            self.depth += 1
+            began = time.perf_counter()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                self.depth -= 1
+                if self.depth == 0:
+                    self.seconds += time.perf_counter() - began
+
+        setattr(owner, name, timed)
+
+
+@contextmanager
+def passes(loop):
+    """A `Stopwatch` on every forward and backward pass of the shipped models."""
+    watch = Stopwatch()
+    pipeline = loop.editor.pipeline
+    parts = [(loop.checker.model, "forward"), (pipeline.transformer, "forward")]
+    parts += [(pipeline.vae, "encode"), (pipeline.vae, "decode")]
+    parts += [(pipeline.text_encoder, "forward"), (pipeline.text_encoder_2, "forward")]
+    backward = torch.Tensor.backward
+    for owner, name in [*parts, (torch.Tensor, "backward")]:
+        watch.wrap(owner, name)
+    try:
+        yield watch
+    finally:
+        torch.Tensor.backward = backward
+        for owner, name in parts:
+            delattr(owner, name)  # the class's own is found again
+
+
+def bench_phase(number, iterations):
+    """Prints the speed of a phase and its share of model passes."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = [f"iterations={iterations}", f"run={folder}", "validation_limit=1"]
+        config = load_config(ROOT / f"phase{number}.yaml", TrainConfig, settings)
+        loop = build(config)
+        with passes(loop) as watch:
+            began = time.perf_counter()
+            (phase1, phase2)[number - 1](loop, config)
+            total = time.perf_counter() - began
+        stages = [json.loads(line) for line in (Path(folder) / "seconds.jsonl").open()]
+        rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()][1:]
+    means = {
+        stage: sum(row.get(stage, 0) for row in stages) / iterations
+        for stage in ("generate", "act", "edit", "check", "update")
+    }
+    samples = sum(row["samples"] for row in rows) / iterations
+    print(
+        f"phase {number}: {60 / sum(means.values()):.1f} iterations per minute of {samples:.0f} "
+        f"samples; {watch.seconds / total:.0%} of the time in model passes; seconds: "
+        + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in means.items())
+    )
+
+
+def cpu_seconds(run):
+    """The least CPU time of five runs (a busy neighbor does not count), the first one left out."""
     times = []
-    for _ in range(1 + repeats):
+    for _ in range(6):
         began = time.process_time()
         run()
         times.append(time.process_time() - began)
     return min(times[1:])
 
 
-def drawings(count):
-    """Images and their scene graphs."""
-    rng = random.Random(0)
-    images, graphs = [], []
-    while len(images) < count:
-        things = world.random_scene(rng, 4, "val")
-        triples = world.random_triples(rng, things)
-        if triples:
-            images.append(Image.fromarray(world.render(things)))
-            graphs.append(SceneGraph([thing.name for thing in things], triples))
-    return images, graphs
-
-
-def bench_checker(images, graphs):
-    checker = Checker.load(VLM)
-    checker.probe()
-    times = {}
+def bench_vlm(loop, groups=8, group_size=8):
+    """Prints the ratio of both ways to check images, and what encoding costs in the update."""
+    checker, actor = loop.checker, loop.actor
+    graphs = load_graphs(ROOT / "tiny" / "data" / "val.json", (), 64)
+    images = loop.diffuser.generate([graph.prompt() for graph in graphs], range(len(graphs)))
+    seconds = {}
     for share in (False, True):
         checker.share = share
-        times[share] = seconds(lambda: checker.check(images, graphs))
-    asked = sum(len(questions(graph)) for graph in graphs)
+        seconds[share] = cpu_seconds(lambda: checker.check(images, graphs))
     print(
-        f"Checker, {len(images)} images, {asked} questions: one by one {times[False]:.2f} s, "
-        f"shared {times[True]:.2f} s, ratio {times[False] / times[True]:.2f}"
+        f"Checker, {len(images)} images, {sum(len(questions(g)) for g in graphs)} questions: "
+        f"one by one {seconds[False]:.2f} s, shared {seconds[True]:.2f} s, "
+        f"ratio {seconds[False] / seconds[True]:.2f}"
     )
 
-
-def bench_replay(images, graphs, group_size=8):
-    actor = Actor.load(VLM, max_new_tokens=64)
     actor.add_adapter(16)
-    prompts = [graph.prompt() for graph in graphs]
+    prompts = [graph.prompt() for graph in graphs[:groups]]
     feedback = [f"wrong: {prompt}" for prompt in prompts]
-    proposals = actor.propose(images, prompts, feedback, range(len(images)), n=group_size)
-    watched = []
-    encode = actor.model.model.get_image_features
+    proposals = actor.propose(images[:groups], prompts, feedback, range(groups), group_size)
+    rows, encode = slice(0, groups * group_size), actor.model.model.get_image_features
+    encoding = []
 
     def timed(*arguments, **settings):
         began = time.process_time()
         features = encode(*arguments, **settings)
-        watched.append(time.process_time() - began)
+        encoding.append(time.process_time() - began)
         return features
 
-    actor.model.model.get_image_features = timed
-
-    def run():
-        watched.clear()
+    def replay():
         with actor.adapter():
-            actor.log_probs(proposals, slice(None)).sum().backward()
+            actor.log_probs(proposals, rows).sum().backward()
 
-    total = seconds(run)
-    share = watched[0] / total
-    print(
-        f"replay of {len(proposals.ids)} completions, groups of {group_size}: {total:.2f} s, "
-        f"vision tower {share:.1%}; once per group would save {share * (1 - 1 / group_size):.1%}"
-    )
+    actor.model.model.get_image_features = timed
+    total = cpu_seconds(replay)
+    share = min(encoding) / total
+    print(f"update of {groups} x {group_size} completions: {share:.1%} of it in the vision tower")
 
 
-def bench_log_probs(rows=16, tokens=4):
-    logits = torch.randn(rows, tokens, VOCABULARY).bfloat16().requires_grad_()
-    ids = torch.randint(VOCABULARY, (rows, tokens))
+def peak_bytes(function):
+    """The highest sum of live CPU allocations that `function` makes, as the allocator saw them."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profiler:
+        function()
+    events = profiler.profiler.kineto_results.events()  # events() lacks allocations inside an op
+    live = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        live += event.nbytes() if event.name() == "[memory]" else 0
+        peak = max(peak, live)
+    return peak
+
+
+def bench_log_probs(batch=8, tokens=16):
+    """Prints time and memory, forward and backward, of both ways to the same log-probs."""
+    torch.manual_seed(0)
+    logits = torch.randn(batch, tokens, VOCABULARY, dtype=torch.bfloat16, requires_grad=True)
+    ids = torch.randint(VOCABULARY, (batch, tokens))
+    gradient = logits.numel() * logits.element_size()  # both ways have to make it
     found = []
     for function in (token_log_probs, chunked_token_log_probs):
+        times = []
 
-        def run(function=function):
+        def both_passes(function=function, times=times):
             logits.grad = None
+            began = time.perf_counter()
             function(logits, ids).sum().backward()
+            times.append(time.perf_counter() - began)
 
-        times = seconds(run, 3)
-        logits.grad = None  # freed before the count begins
-        found.append((times, peak_bytes(run)))
-    (plain, large), (chunked, small) = found
-    print(
-        f"log-probs of {rows} x {tokens} tokens, forward and backward: time ratio "
-        f"{plain / chunked:.2f}, memory {large / 2**20:.0f} and {small / 2**20:.0f} MiB, the "
-        f"gradient included ({logits.numel() * 2 / 2**20:.0f})"
-    )
+        for _ in range(3):
+            both_passes()
+        found.append((min(times), peak_bytes(both_passes) - gradient))
+        seconds, memory = found[-1]
+        print(f"  {function.__name__:24} {seconds * 1e3:7.0f} ms {memory / 2**20:7.1f} MiB")
+    (slow, large), (fast, small) = found
+    print(f"  ratio                    {fast / slow:7.2f}    {small / large:7.3f}")
 
 
 if __name__ == "__main__":
-    bench_checker(*drawings(64))
-    bench_replay(*drawings(8))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--iterations", type=int, default=3, help="of each phase")
+    arguments = parser.parse_args()
+    if arguments.iterations < 1:
+        parser.error("--iterations: give 1 or more")
+    for number in (1, 2):
+        bench_phase(number, arguments.iterations)
+    bench_vlm(build(load_config(ROOT / "phase1.yaml", TrainConfig)))
+    print(f"log-probs at V = {VOCABULARY:,}, forward and backward, memory beside the gradient:")
     bench_log_probs()

@@ -19,6 +19,7 @@ from questions import count, shows
 from world import kept
 
 from config import LoopConfig, load_config
+from eval import extract, grade
 from loop import build
 from sgiou import SceneGraph, load_graphs, sg_iou
 
@@ -89,7 +90,8 @@ def editor_lessons(editor, seed=3, total=400):
 
 def main():
     loop = build(load_config("eval.yaml", LoopConfig))
-    loop.actor.use_adapter = loop.editor.use_adapter = False  # the base, not what RL makes of it
+    # The base models, not what RL makes of them.
+    loop.actor, loop.editor = loop.actor.without_adapter(), loop.editor.without_adapter()
     graphs = load_graphs("tiny/data/val.json")
     rng = random.Random(0)
 
@@ -155,10 +157,10 @@ def main():
             f"accuracy {right:.3f}, yes {np.mean(labels):.3f}"
         )
     exact = [SceneGraph(*world.exact_graph(t, g)) for t, g in zip(found, asked)]
-    extracted = loop.checker.extract(pictures, asked)
+    extracted = extract(loop.checker, pictures, asked, world.RELATIONS)
     agreement = np.mean([sg_iou(a, b)["sg_iou"] for a, b in zip(extracted, exact) if b.triples])
     held = [np.mean([shows(t, r) for r in g.triples]) for t, g in zip(found, asked)]
-    judged = loop.checker.judge(pictures, [graph.prompt() for graph in asked])
+    judged = grade(loop.checker, pictures, [graph.prompt() for graph in asked])
     print(
         f"Checker, extract: SG-IoU with the exact graph {agreement:.3f}; "
         f"judge: rank correlation {rank_correlation(judged, held):.3f}"
@@ -166,7 +168,10 @@ def main():
 
     flawed = [i for i, r in enumerate(reflections[: len(images)]) if not r.satisfied]
     proposals = loop.actor.propose(
-        [images[i] for i in flawed], [graphs[i] for i in flawed], [reflections[i] for i in flawed]
+        [images[i] for i in flawed],
+        [graphs[i].prompt() for i in flawed],
+        [reflections[i].feedback for i in flawed],
+        seeds=flawed,
     )
     formed = np.mean([instruction is not None for instruction in proposals.instructions])
     fixed = []

@@ -1,7 +1,7 @@
 """What the embedded VLM is taught: pictures with faults, and everything one can ask about them.
 
-The texts are those of `checker.py` and `actor.py`; the answers come from the exact parser. That is
-pre-training, as a real VLM has seen captioned pictures; no label enters the RL.
+The texts are those of `checker.py`, `actor.py` and `eval.py`; the answers come from the exact
+parser. That is pre-training, as a real VLM has seen captioned pictures; no label enters the RL.
 """
 
 import json
@@ -19,6 +19,7 @@ from world import GROUND, NAMES, OPPOSITE, RELATIONS, SPRITE
 
 import actor
 import checker
+import eval as evaluation
 from sgiou import SceneGraph
 
 NOISE = 0.35  # share of the Actor's model answers in which a word or thing is drawn anew
@@ -144,20 +145,20 @@ def questions(rng, things, graph, writing=None):
     for asked in (graph, part):
         held = [shows(things, triple) for triple in asked.triples]
         digit = round(9 * sum(held) / len(held))
-        yield checker.judge_request(asked.prompt()), str(digit), 1.0
+        yield evaluation.judge_request(asked.prompt()), str(digit), 1.0
     if writing is None:
         yield from drill(rng, things)
     if writing == "extract":
         for asked in (graph, part):
-            yield checker.extract_request(asked, RELATIONS), extraction(things, asked), 0.3
+            yield evaluation.extract_request(asked, RELATIONS), extraction(things, asked), 0.3
     if writing == "repair":
         for asked in (graph, part):
             feedback = verdicts(rng, things, asked)
-            yield actor.request(asked, feedback), repair(rng, things, asked), 0.4
+            yield actor.request(asked.prompt(), feedback), repair(rng, things, asked), 0.4
 
 
 def extraction(things, graph):
-    """The JSON that `Checker.extract` hopes for."""
+    """The JSON that `eval.py:extract` hopes for."""
     objects, triples = world.exact_graph(things, graph)
     named = [name for name in graph.objects if name in objects]
     listed = {"objects": named, "triples": list(dict.fromkeys(triples))}
@@ -168,7 +169,7 @@ def verdicts(rng, things, graph):
     """The Checker's feedback, a twentieth of its verdicts wrong."""
     holds = [count(things, name) == 1 for name in graph.objects]
     holds += [shows(things, triple) for triple in graph.triples]
-    return checker.feedback(graph, [float(held != (rng.random() < 0.05)) for held in holds])
+    return checker.reflect(graph, [float(held != (rng.random() < 0.05)) for held in holds]).feedback
 
 
 def repair(rng, things, graph):
