@@ -425,12 +425,14 @@ def describe(rounds, satisfied, config):
     """The metrics of an iteration's samples, for both phases (docs/training.md explains each)."""
     rewards = [reward for samples in rounds for reward in samples.rewards]
     before = [state.reflection.score for samples in rounds for state in samples.before]
+    masses = [state.reflection.mass for samples in rounds for state in samples.after]
     kept = [flag for samples in rounds for flag in samples.kept.flatten().tolist()]
     center = average(rewards)
     return {
         "reward": center,
         "reward_std": average([(reward - center) ** 2 for reward in rewards]) ** 0.5,
         "before": average(before),
+        "answered": average(masses),
         "solved_at_once": satisfied,
         "samples": len(rewards),
         "groups": len(rewards) // config.group_size,
