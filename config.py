@@ -96,7 +96,7 @@ class LoopConfig:  # what every entry point needs (eval.yaml)
     editor: EditorConfig  # image, instruction -> image; trained in phase 2
     relations: Words  # the relation words of typed prompts and of scene-graph extraction
     rounds: Natural = 3  # most edits of a trajectory; 0: generate only
-    offload: bool = False  # models take turns on the GPU; the others wait in main memory
+    offload: bool = False  # the models of a pipeline take turns on the GPU; VLMs stay there
     evaluation: EvaluationConfig | None = None  # used by eval.py only
 
 

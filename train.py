@@ -414,6 +414,10 @@ def optimizer_step(optimizer, parameters, config, stats, metrics):
     The metrics of an iteration are those of its last step.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+    for parameter, state in optimizer.state.items() if config.offload else ():
+        # Adam's state was loaded to where the parameters were: with offload, in main memory.
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].to(parameter.device)
     if math.isfinite(norm):
         optimizer.step()
         metrics |= stats | {"grad_norm": norm}
