@@ -242,7 +242,7 @@ def test_parts_with_the_same_model_share_its_weights(shipped):
 
 @pytest.mark.parametrize("part, folder", [("actor", "phase1"), ("editor", "phase2")])
 def test_an_adapter_with_a_flipped_bit_is_refused(part, folder, tmp_path, monkeypatch):
-    """train.py writes SHA256SUMS beside every adapter; `sha256sum -c SHA256SUMS` checks them too."""
+    """train.py writes SHA256SUMS beside every adapter, as `sha256sum` would."""
     monkeypatch.chdir(ROOT)
     copy = shutil.copytree(ROOT / "tiny/adapters" / folder, tmp_path / "adapter")
     config = load_config("eval.yaml", LoopConfig, [f"{part}.adapter={copy}"])
