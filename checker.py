@@ -126,9 +126,11 @@ class VLM:
     def inputs(self, system, images, texts):
         """Tokenized, left-padded model inputs of one user message per image."""
         chats = [self.chat(system, text) for text in texts]
-        batch = self.processor(
-            images=[[image] for image in images], text=chats, padding=True, return_tensors="pt"
-        )
+        settings = {"padding": True, "return_tensors": "pt"}
+        bos = self.processor.tokenizer.bos_token
+        if bos and all(chat.startswith(bos) for chat in chats):  # the template gave it already
+            settings["add_special_tokens"] = False
+        batch = self.processor(images=[[image] for image in images], text=chats, **settings)
         return batch.to(self.model.device, self.model.dtype)
 
 

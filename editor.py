@@ -375,8 +375,12 @@ def fingerprint(tensors, config):
     return hashlib.sha256(content).hexdigest()
 
 
+# Also in checker.py and actor.py, so that each of them works as a copied file.
 def normalize_image(image):
     """An image from anywhere as the models read it: upright, RGB, over white."""
-    image = ImageOps.exif_transpose(image).convert("RGBA")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to white
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    image = image.convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")

@@ -236,27 +236,30 @@ def bootstrap(values, others=None, resamples=2000):
 
 def tables(rows):
     """Two tables of strings, headings first: the means, and the main column with intervals."""
-    base, *others = rows
-    best_of = [row for row in others if row.name.startswith("best of")]
-    loops = [row for row in others if row not in best_of]
+    rows = sorted(rows, key=lambda row: row.name.startswith("loop"))  # stable: loops last
+    base = before = rows[0]
+    best_of = next((row for row in rows if row.name.startswith("best of")), None)
     columns = [name for name in HEADINGS if name in base.values]
     main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
     means = [["", *(HEADINGS[name] for name in columns), "Flow tokens", "Seconds"]]
     gains = [
         ["", "mean", "against the Diffuser", "against best of N", "against the row it adds to"]
     ]
-    for row in (base, *best_of, *loops):
+    for row in rows:
         values = [bootstrap(row.values[name])[0] for name in columns]
         cells = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
         means.append([row.name, *cells, f"{row.tokens:,.0f}", f"{row.seconds:.2f}"])
 
-        before = loops[loops.index(row) - 1] if row in loops[1:] else base
         cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(row.values[main]))]
-        for other in (base, *(best_of or [row]), before):
+        for other in (base, best_of, before):
+            if other is None or other is row:
+                cells.append("–")
+                continue
             difference = bootstrap(row.values[main], other.values[main])
-            gain = "{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference)
-            cells.append("–" if other is row else gain)
+            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
         gains.append([row.name, *cells])
+        if row is not best_of:
+            before = row  # what the next loop adds an adapter to
     title = f"{HEADINGS[main]}, with 95% intervals of the paired bootstrap"
     return [{"title": "", "cells": means}, {"title": title, "cells": gains}]
 

@@ -56,13 +56,14 @@ def report(folders):
             raise ValueError(f"{folder}: no run; name a folder of train.py, eval.py or loop.py")
         runs[str(folder)] = read(folder / "metrics.jsonl", numbered, damaged)
         files = sorted(folder.glob("samples/*.json"), key=lambda path: (len(path.name), path.name))
+        when = " before and after training" if len(files) > 1 else ""
         cards = []
         for file in files[:1] + files[1:][-1:]:  # the first and the last
             cards += sum(read(file, gallery, damaged), [])
         cards.sort(key=lambda card: card[0])  # by seed: a prompt before training, then after it
         sections += [
             (f"Results of {folder}", read(folder / "results.json", tables, damaged)),
-            (f"Trajectories of {folder}", [card for _, card in cards]),
+            (f"Trajectories of {folder}{when} (at most {SHOWN})", [card for _, card in cards]),
             (f"Command of {folder}", read(folder / "command.txt", verbatim, damaged)),
             (f"Config of {folder}", read(folder / "config.yaml", verbatim, damaged)),
         ]
@@ -237,9 +238,11 @@ def strip(trajectory):
     canvas = Image.new("RGB", (width, SIDE + margin + 84), "white")
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
     for number, step in enumerate(sample["steps"]):
-        left, image = margin + number * (SIDE + margin), step["image"]
-        method = Image.NEAREST if max(image.size) < SIDE else Image.LANCZOS  # pixels stay visible
-        canvas.paste(ImageOps.contain(image, (SIDE, SIDE), method), (left, margin))
+        left = margin + number * (SIDE + margin)
+        small = max(step["image"].size) < SIDE  # enlarged without smoothing
+        method = Image.NEAREST if small else Image.LANCZOS
+        image = ImageOps.contain(step["image"], (SIDE, SIDE), method)
+        canvas.paste(image, (left, margin + SIDE - image.height))
         color = "#188038" if all(p >= 0.5 for _, p in step["verdicts"]) else "#c5221f"
         best = ", best" if number == sample["best"] else ""
         draw.text((left, SIDE + 20), f"score {step['score']:.2f}{best}", color, font)

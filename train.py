@@ -30,7 +30,6 @@ the same adapter, on a CPU bit for bit.
 import argparse
 import fcntl
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -426,12 +425,14 @@ def describe(rounds, satisfied, config):
     """The metrics of an iteration's samples, for both phases (docs/training.md explains each)."""
     rewards = [reward for samples in rounds for reward in samples.rewards]
     before = [state.reflection.score for samples in rounds for state in samples.before]
+    masses = [state.reflection.mass for samples in rounds for state in samples.after]
     kept = [flag for samples in rounds for flag in samples.kept.flatten().tolist()]
     center = average(rewards)
     return {
         "reward": center,
         "reward_std": average([(reward - center) ** 2 for reward in rewards]) ** 0.5,
         "before": average(before),
+        "answered": average(masses),
         "solved_at_once": satisfied,
         "samples": len(rewards),
         "groups": len(rewards) // config.group_size,
@@ -460,12 +461,12 @@ def average(values):
 
 def check_window(editor, config):
     """Raise ValueError if the SDE window may reach the last denoising step, which is the ODE's."""
-    takes = inspect.signature(type(editor.pipeline).__call__).parameters
-    steps = editor.call.get("num_inference_steps", takes["num_inference_steps"].default)
-    if config.window_start + config.window >= steps:
+    steps = editor.call.get("num_inference_steps")
+    if steps is None or config.window_start + config.window >= steps:
         raise ValueError(
             f"keys 'window_start', 'window': the window may reach step {config.window_start} + "
-            f"{config.window} of {steps}; make it end before the last step"
+            f"{config.window}, and 'editor.call.num_inference_steps' is {steps}; make the window "
+            "end before the last step"
         )
 
 

@@ -254,6 +254,32 @@ def test_a_model_that_answers_nan_is_told(checker, drawn, monkeypatch):
         checker.check(drawn[1][:1], drawn[0][:1])
 
 
+class Recorder:
+    """A processor that keeps what it is called with."""
+
+    tokenizer = SimpleNamespace(bos_token="<s>")
+
+    def __init__(self, prefix):
+        self.prefix = prefix
+
+    def apply_chat_template(self, messages, **_):
+        return f"{self.prefix}{messages[-1]['content'][-1]['text']}"
+
+    def __call__(self, **settings):
+        self.settings = settings
+        return torch.zeros(1)
+
+
+@pytest.mark.parametrize("prefix", ["<s>", ""])
+def test_a_template_that_begins_with_bos_gets_no_second_one(prefix):
+    checker = Checker.__new__(Checker)
+    checker.model = SimpleNamespace(device="cpu", dtype=torch.float32)
+    checker.processor = Recorder(prefix)
+    checker.inputs("", ["image"], ["Is there an owl?"])
+    assert checker.processor.settings["text"] == [f"{prefix}Is there an owl?"]
+    assert checker.processor.settings.get("add_special_tokens", True) == (prefix == "")
+
+
 # ---- a VLM that does not fit ----
 
 
@@ -321,6 +347,16 @@ def test_missing_weights_are_refused_by_name(tmp_path, lost):
     del tensors[name]
     save_file(tensors, path, {"format": "pt"})
     with pytest.raises(ValueError, match=f"lack 1 tensors.*{lost.split('model.')[-1]}"):
+        Checker.load(folder)
+
+
+@needs_models
+def test_pickled_weights_are_refused(tmp_path):
+    folder = tmp_path / "vlm"
+    shutil.copytree(VLM, folder)
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(OSError, match="safetensors"):
         Checker.load(folder)
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+import actor
 import checker
 from config import LoopConfig, TrainConfig, load_config
 from editor import PIPELINES, Editor, normalize_image
@@ -89,7 +90,9 @@ def outside(image, kind):
         return turned
     if kind == "transparent":
         clear = image.convert("RGBA")
-        clear.putdata([(0, 0, 0, 0) if p == (255, 255, 255, 255) else p for p in clear.getdata()])
+        clear.putdata(
+            [(0, 0, 0, 0) if p == (255, 255, 255, 255) else p for p in clear.get_flattened_data()]
+        )
         return clear
     if kind == "4000 x 3000":
         return image.resize((4000, 3000), Image.Resampling.NEAREST)
@@ -114,9 +117,14 @@ def test_images_of_any_mode_can_be_edited(loop, images, mode):
     assert edited.size == (32, 32) and edited.mode == "RGB"
 
 
+def test_images_of_16_bits_are_not_clipped():
+    gray = np.array([[0, 20000, 40000, 65535]], dtype=np.uint16)
+    assert np.asarray(normalize_image(Image.fromarray(gray)))[0, :, 0].tolist() == [0, 78, 156, 255]
+
+
 def test_the_normalization_of_images_is_the_same_everywhere():
     """It is repeated where images enter, so that every component works as a copied file."""
-    for module in (checker,):
+    for module in (actor, checker):
         if hasattr(module, "normalize_image"):
             assert inspect.getsource(module.normalize_image) == inspect.getsource(normalize_image)
 

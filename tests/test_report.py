@@ -85,6 +85,7 @@ def test_a_training_run(tmp_path):
     assert all(title in page.text for title in report.CHARTS)
     assert "after the edit 0 → 0.11" in page.text  # the reward, first and last
     assert "0 to 0.11, iterations 0 to 11" in page.text
+    assert "phase1 before and after training" in page.text
     prompt = "red circle left of blue square"
     before, after, other = (f"{prompt}{s}" for s in ("0.20 → 0.40", "0.20 → 0.70", "0.60 → 0.60"))
     assert page.text.index(before) < page.text.index(after) < page.text.index(other)
@@ -148,7 +149,7 @@ def test_only_the_first_trajectories_are_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "SHOWN", 3)
     report.record(tmp_path, [trajectory([0.1])] * 4)
     page = Page(tmp_path)
-    assert len(page.all("article")) == 3
+    assert len(page.all("article")) == 3 and "at most 3" in page.text
 
 
 def test_small_images_are_exact_and_large_ones_thumbnails():
@@ -326,7 +327,7 @@ def test_strip():
     assert strip.size == (3 * (224 + 12) + 12, 12 + 224 + 84)
     for number, step in enumerate(shown.steps):  # enlarged sevenfold, the aspect ratio kept
         left = 12 + number * 236
-        large = strip.crop((left, 12, left + 224, 12 + 112))
+        large = strip.crop((left, 12 + 112, left + 224, 12 + 224))
         assert large.resize((32, 16), Image.NEAREST).tobytes() == step.image.tobytes()
     colors = [(197, 34, 31), (24, 128, 56), (197, 34, 31)]  # of the score: red, green if satisfied
     for number, color in enumerate(colors):

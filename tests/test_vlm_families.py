@@ -4,6 +4,7 @@ Qwen's own processors need torchvision. Without it a stand-in takes their place,
 """
 
 import importlib.util
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -206,7 +207,8 @@ def vlm(request, tmp_path_factory):
     model.generation_config.eos_token_id, model.generation_config.pad_token_id = 1, 0
     folder = tmp_path_factory.mktemp("family") / "model"
     model.save_pretrained(folder)
-    if TORCHVISION or "Qwen" not in request.param:
+    # Qwen3.5's tokenizer class would replace our word-level stand-in when it is loaded.
+    if "Qwen" not in request.param or (TORCHVISION and request.param != "Qwen3.5"):
         processor.save_pretrained(folder)
         loaded = Checker.load(folder)
         model, processor = loaded.model, loaded.processor
@@ -254,6 +256,35 @@ def test_a_reflection_does_not_depend_on_its_neighbors(vlm):
     for number in range(3):
         alone = checker.check(images()[number : number + 1], GRAPHS[number : number + 1])
         assert close(alone, together[number : number + 1])
+
+
+@pytest.mark.skipif(TORCHVISION, reason="torchvision is there")
+def test_a_missing_torchvision_is_told_before_any_weight_is_read(tmp_path):
+    model, processor = architectures.qwen_vl("Qwen2_5_VLForConditionalGeneration", tiny=True)
+    model.config.save_pretrained(tmp_path)  # and no weights
+    processor.tokenizer.save_pretrained(tmp_path)
+    processor.image_processor.save_pretrained(tmp_path)
+    text = json.dumps({"processor_class": "Qwen2_5_VLProcessor"})
+    (tmp_path / "processor_config.json").write_text(text)
+    with pytest.raises(ImportError, match="[Tt]orchvision"):
+        Checker.load(tmp_path)
+
+
+@pytest.mark.skipif(
+    not TORCHVISION or importlib.util.find_spec("num2words"),
+    reason="needs torchvision, and no num2words",
+)
+def test_what_smolvlms_processor_lacks_is_told_in_one_line(tmp_path):
+    from transformers import SmolVLMConfig
+
+    SmolVLMConfig().save_pretrained(tmp_path)
+    names = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
+    architectures.tokenizer(special=names, image="<image>").save_pretrained(tmp_path)
+    kinds = {"processor_class": "SmolVLMProcessor", "image_processor_type": "SmolVLMImageProcessor"}
+    kinds["video_processor_type"] = "SmolVLMVideoProcessor"
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(kinds))
+    with pytest.raises(ImportError, match="num2words"):
+        Checker.load(tmp_path)
 
 
 # ---- Actor ----

@@ -1,7 +1,9 @@
 """Where the time goes, measured side by side in one run: `python tiny/make/bench.py`.
 
 Both phases of the embedded default for a few iterations: iterations per minute, and the share of
-the time that is spent inside the models' forward and backward passes. Then the log-probs of
+the time that is spent inside the models' forward and backward passes. Then the Checker with one
+encoding of an image for all its questions against one for each, and the share of the vision tower
+in the Actor's update, which encodes the image of a group once per completion. Then the log-probs of
 grpo.py, both ways, at the vocabulary of a real model. Machines differ, so nothing here is a
 requirement; ratios within one run differ less.
 """
@@ -20,9 +22,11 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
+from checker import questions
 from config import TrainConfig, load_config
 from grpo import chunked_token_log_probs, token_log_probs
 from loop import build
+from sgiou import load_graphs
 from train import phase1, phase2
 
 VOCABULARY = 151_936  # Qwen-VL's
@@ -95,6 +99,54 @@ def bench_phase(number, iterations):
     )
 
 
+def cpu_seconds(run):
+    """The least CPU time of five runs (a busy neighbor does not count), the first one left out."""
+    times = []
+    for _ in range(6):
+        began = time.process_time()
+        run()
+        times.append(time.process_time() - began)
+    return min(times[1:])
+
+
+def bench_vlm(loop, groups=8, group_size=8):
+    """Prints the ratio of both ways to check images, and what encoding costs in the update."""
+    checker, actor = loop.checker, loop.actor
+    graphs = load_graphs(ROOT / "tiny" / "data" / "val.json", (), 64)
+    images = loop.diffuser.generate([graph.prompt() for graph in graphs], range(len(graphs)))
+    seconds = {}
+    for share in (False, True):
+        checker.share = share
+        seconds[share] = cpu_seconds(lambda: checker.check(images, graphs))
+    print(
+        f"Checker, {len(images)} images, {sum(len(questions(g)) for g in graphs)} questions: "
+        f"one by one {seconds[False]:.2f} s, shared {seconds[True]:.2f} s, "
+        f"ratio {seconds[False] / seconds[True]:.2f}"
+    )
+
+    actor.add_adapter(16)
+    prompts = [graph.prompt() for graph in graphs[:groups]]
+    feedback = [f"wrong: {prompt}" for prompt in prompts]
+    proposals = actor.propose(images[:groups], prompts, feedback, range(groups), group_size)
+    rows, encode = slice(0, groups * group_size), actor.model.model.get_image_features
+    encoding = []
+
+    def timed(*arguments, **settings):
+        began = time.process_time()
+        features = encode(*arguments, **settings)
+        encoding.append(time.process_time() - began)
+        return features
+
+    def replay():
+        with actor.adapter():
+            actor.log_probs(proposals, rows).sum().backward()
+
+    actor.model.model.get_image_features = timed
+    total = cpu_seconds(replay)
+    share = min(encoding) / total
+    print(f"update of {groups} x {group_size} completions: {share:.1%} of it in the vision tower")
+
+
 def peak_bytes(function):
     """The highest sum of live CPU allocations that `function` makes, as the allocator saw them."""
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -141,5 +193,6 @@ if __name__ == "__main__":
         parser.error("--iterations: give 1 or more")
     for number in (1, 2):
         bench_phase(number, arguments.iterations)
+    bench_vlm(build(load_config(ROOT / "phase1.yaml", TrainConfig)))
     print(f"log-probs at V = {VOCABULARY:,}, forward and backward, memory beside the gradient:")
     bench_log_probs()
