@@ -675,21 +675,17 @@ TINY = ["groups=2", "group_size=4", "rounds=1", "validation_limit=2", "iteration
 
 
 @PHASES
-def test_the_shipped_models_train_and_resume_bit_for_bit(tmp_path, phase, shipped, loop):
+def test_the_shipped_models_train_and_resume_bit_for_bit(tmp_path, phase, shipped):
     """Also between processes: one run is killed by signal 9 after its first iteration."""
-    path = ROOT / f"{phase.__name__}.yaml"
     with running(phase, tmp_path / "parts", *TINY, script="train.py") as process:
         process.kill()
-
-    def config(folder):
-        return load_config(path, TrainConfig, [*TINY, f"run={tmp_path / folder}"])
-
-    other = copy.deepcopy(shipped)
-    if config("whole").actor.adapter:
-        for each in (loop, other):
-            each.actor.load_adapter(config("whole").actor.adapter)
-    phase(loop, config("whole"))
-    phase(other, config("parts"), resume=True)
+    for folder in ("whole", "parts"):
+        path, loop = ROOT / f"{phase.__name__}.yaml", copy.deepcopy(shipped)
+        config = load_config(path, TrainConfig, [*TINY, f"run={tmp_path / folder}"])
+        loop.actor.temperature = config.actor.temperature
+        if config.actor.adapter:
+            loop.actor.load_adapter(config.actor.adapter)
+        phase(loop, config, resume=folder == "parts")
     whole, parts = (tmp_path / name for name in ("whole", "parts"))
     assert metrics(whole) == metrics(parts)
     assert "val_sg_iou" in metrics(whole)[0] and "val_sg_iou" in metrics(whole)[2]
