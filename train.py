@@ -676,7 +676,8 @@ def main():
     def stop(*_):
         """End at once. Nothing is lost but this iteration: the checkpoint is complete."""
         words = ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
-        say(f"stopped; continue with: {shlex.join(words)}")
+        if (Path(config.run) / "checkpoint.safetensors").exists():
+            say(f"stopped; continue with: {shlex.join(words)}")
         os._exit(1)
 
     try:
