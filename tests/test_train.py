@@ -165,10 +165,10 @@ def test_phase2_takes_one_group_per_call_where_the_pipeline_takes_one_image(tmp_
 
 def test_phase2_refuses_a_window_that_may_reach_the_last_step(tmp_path):
     for first, length in ((7, 1), (0, 8), (4, 4)):
-        overrides = [f"window_start={first}", f"window={length}"]
+        overrides = [f"latest_window_start={first}", f"window={length}"]
         with pytest.raises(ValueError, match="before the last step"):
             phase2(toys.loop(), settings(phase2, tmp_path, *overrides))
-    phase2(toys.loop(), settings(phase2, tmp_path, "window_start=0", "window=7"))
+    phase2(toys.loop(), settings(phase2, tmp_path, "latest_window_start=0", "window=7"))
 
 
 def state(score, tried=()):
