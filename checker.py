@@ -6,6 +6,7 @@ token, never from sampled text:
 
     P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)    over all spellings of both
     score  = 1/2 mean_objects P(yes) + 1/2 mean_triples P(yes)          in [0, 1]
+             (without triples, the mean over the objects alone)
 
 The paper leaves the form of the answer open. A probability carries more signal than a sampled yes:
 the rewards of a group are rarely all the same.
@@ -149,7 +150,7 @@ class VLM:
 
 
 class Checker(VLM):
-    """Says what an image shows. The questions of one image stay together in a batch."""
+    """Says what an image shows: one question per object and triple of the graph."""
 
     def __init__(self, model, processor, batch_size=64):
         super().__init__(model, processor, batch_size)

@@ -77,7 +77,7 @@ class Trajectory:
 
     @property
     def step_seed(self):
-        """Seed of the next step: a prompt gives the same trajectory alone or among others."""
+        """Seed of the next step. It depends on this trajectory alone, not on the batch."""
         return self.seed + 1_000_003 * len(self.steps)
 
 
