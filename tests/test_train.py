@@ -81,7 +81,7 @@ def test_phase1_a_group_shares_state_and_edit_seed(tmp_path, watched):
     loop = toys.loop()
     phase1(loop, settings(phase1, tmp_path, "rounds=1"))
     ((samples,),) = watched["rounds"]
-    instructions, states = samples.actions.instructions, samples.before[::4]
+    instructions, states = samples.recorded.instructions, samples.before[::4]
     assert len(instructions) == 12 and len(set(map(id, states))) == 3
     assert samples.before == [state for state in states for _ in range(4)]
     known = [state.image for state in states]
@@ -101,7 +101,7 @@ def test_phase1_a_group_shares_state_and_edit_seed(tmp_path, watched):
 def test_phase1_none_and_malformed_leave_the_image_and_malformed_costs(tmp_path, watched):
     phase1(toys.loop(), settings(phase1, tmp_path, "rounds=1", "groups=8", "malformed=0.2"))
     ((samples,),) = watched["rounds"]
-    instructions = samples.actions.instructions
+    instructions = samples.recorded.instructions
     assert set(instructions) == {"good", "bad", "none", None}
     for before, after, reward, text in zip(
         samples.before, samples.after, samples.rewards, instructions
@@ -115,7 +115,7 @@ def test_phase1_none_and_malformed_leave_the_image_and_malformed_costs(tmp_path,
     row = metrics(tmp_path)[1]
     assert row["malformed"] == instructions.count(None) / 32
     assert row["none"] == instructions.count("none") / 32
-    assert row["length"] == pytest.approx(samples.actions.mask.sum().item() / 32)
+    assert row["length"] == pytest.approx(samples.recorded.mask.sum().item() / 32)
 
 
 def test_phase2_a_group_shares_all_but_the_noise(tmp_path, watched):
@@ -286,15 +286,15 @@ def naive_gradient(phase, rounds, config, weights):
             now, base = weights.log_softmax(0), torch.zeros(4).log_softmax(0)
             for row, advantage in advantages.items():
                 for token in range(toys.LENGTH):
-                    if samples.actions.mask[row, token]:
-                        word = samples.actions.ids[row, token]
-                        rho = (now[word] - samples.actions.log_probs[row, token]).exp()
+                    if samples.recorded.mask[row, token]:
+                        word = samples.recorded.ids[row, token]
+                        rho = (now[word] - samples.recorded.log_probs[row, token]).exp()
                         ratio = (base[word] - now[word]).exp()
                         kl = ratio - ratio.log() - 1
                         losses.append(config.kl * kl - clipped_gain(rho, advantage, config))
         else:
             first = 0  # row of the rollout's first image
-            for rollout in samples.actions:
+            for rollout in samples.recorded:
                 for row in range(len(rollout.images)):
                     if first + row not in advantages:
                         continue
