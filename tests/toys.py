@@ -106,17 +106,11 @@ class Actor(Policy):
         return self.current().log_softmax(0)[proposals.ids[rows]]
 
 
-class Pipeline:
-    def __call__(self, num_inference_steps=8):
-        """Only the signature is read."""
-
-
 class Editor(Policy):
     batched = True
 
     def __init__(self):
         self.call = {"num_inference_steps": 8}
-        self.pipeline = Pipeline()
         self.edits, self.rollouts = [], []  # the arguments of all calls
 
     def edit(self, images, instructions, seeds):
