@@ -177,15 +177,18 @@ class Actor(VLM):
         return chunked_token_log_probs(logits[:, :-1], ids, self.temperature)
 
     def add_adapter(self, rank):
-        """Returns the parameters of the LoRA adapter: of the loaded one, or else of a new one.
+        """The parameters of the adapter that is loaded, or of a new one, which changes nothing yet.
 
-        A new adapter changes nothing yet. rank: of a new one.
+        Either way the KL reference of phase 1 is the base model, without adapter.
         """
         from peft import LoraConfig
 
         if ADAPTER not in getattr(self.model, "peft_config", {}):
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
             self.model.add_adapter(config, adapter_name=ADAPTER)
+        found = self.model.peft_config[ADAPTER].r
+        if rank not in (None, found):
+            raise ValueError(f"the loaded adapter has rank {found}; set rank={found}")
         self.has_adapter = True
         parameters = [p for n, p in self.model.named_parameters() if f".{ADAPTER}." in n]
         for parameter in parameters:

@@ -6,6 +6,7 @@ token, never from sampled text:
 
     P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)    over all spellings of both
     score  = 1/2 mean_objects P(yes) + 1/2 mean_triples P(yes)          in [0, 1]
+             (without triples, the mean over the objects alone)
 
 The paper leaves the form of the answer open. A probability carries more signal than a sampled yes:
 the rewards of a group are rarely all the same.
@@ -76,6 +77,19 @@ def reflect(graph, probs, mass=1.0):
     return Reflection(probs, sum(means) / len(means), ". ".join(feedback), float(mass))
 
 
+# Also in editor.py, so that both files work alone.
+def normalize_image(image):
+    """An image from anywhere as the models read it: upright, RGB, over white."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to white
+        image = image.point(lambda value: value * (1 / 256)).convert("L")
+    image = image.convert("RGBA")
+    white = Image.new("RGBA", image.size, "white")
+    return Image.alpha_composite(white, image).convert("RGB")
+
+
 class VLM:
     """A frozen vision-language model and its processor: what Checker and Actor have in common.
 
@@ -130,12 +144,13 @@ class VLM:
         bos = self.processor.tokenizer.bos_token
         if bos and all(chat.startswith(bos) for chat in chats):  # the template gave it already
             settings["add_special_tokens"] = False
-        batch = self.processor(images=[[image] for image in images], text=chats, **settings)
+        images = [[normalize_image(image)] for image in images]
+        batch = self.processor(images=images, text=chats, **settings)
         return batch.to(self.model.device, self.model.dtype)
 
 
 class Checker(VLM):
-    """Says what an image shows. The questions of one image stay together in a batch."""
+    """Says what an image shows: one question per object and triple of the graph."""
 
     def __init__(self, model, processor, batch_size=64):
         super().__init__(model, processor, batch_size)

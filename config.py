@@ -96,7 +96,7 @@ class LoopConfig:  # what every entry point needs (eval.yaml)
     editor: EditorConfig  # image, instruction -> image; trained in phase 2
     relations: Words  # the relation words of typed prompts and of scene-graph extraction
     rounds: Natural = 3  # most edits of a trajectory; 0: generate only
-    offload: bool = False  # models take turns on the GPU; the others wait in main memory
+    offload: bool = False  # the models of a pipeline take turns on the GPU; VLMs stay there
     evaluation: EvaluationConfig | None = None  # used by eval.py only
 
 
@@ -129,7 +129,9 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     malformed: NonNegative = 0.2  # what a malformed completion costs, in reward (phase 1)
     noise_level: Positive = 0.8  # a of the SDE (phase 2)
     window: Count = 3  # SDE steps of an edit (phase 2)
-    window_start: Natural = 2  # the window starts at a random step, at most this one (phase 2)
+    latest_window_start: Natural = (
+        2  # the window starts at a random step, at most this one (phase 2)
+    )
     tolerance: NonNegative = 1e-4  # mean |log-prob replayed - recorded| of an iteration
 
 

@@ -15,6 +15,7 @@ is one denoising step.
     its KL     |mean - mean_ref|^2 / (2 std^2)
 
 Symbols: r reward, A advantage, rho ratio, v velocity, x sample, x' next_sample, a noise_level.
+In phase 2, train.py adds KL(old, new) to the log-prob before the loss (GRPO-Guard, 2510.22319).
 Different from GRPO, like DAPO: two clip bounds, one division by the number of actions of the whole
 optimizer step, and groups without a spread in reward are left out. Like Flow-GRPO's code, the
 log-prob and the KL of a denoising step are means over the latent dimensions, not sums. Unlike that
@@ -34,7 +35,8 @@ def group_advantages(rewards, eps=1e-4, flat_range=0.02):
 
     Args:
         rewards: (groups, G) floats; a row holds G >= 2 samples of one identical state.
-        eps: added to the std so that a tiny spread (reward noise) is not amplified.
+        eps: added to the std. Well above the noise of the reward, it keeps a group whose rewards
+            differ by little more than noise from counting as much as the others.
         flat_range: a group with max - min <= flat_range is flat, it has nothing to learn from.
 
     Returns (advantages (groups, G) fp32, kept (groups, 1) bool). In a flat group the advantages are
@@ -92,7 +94,7 @@ def clipped_loss(log_probs, old_log_probs, advantages, mask, count, clip_low=0.2
     Raises ValueError for shapes that do not match, FloatingPointError if rho is not finite.
     """
     shapes = [tuple(x.shape) for x in (log_probs, old_log_probs, advantages, mask)]
-    if shapes[0] != shapes[1] or len(set(map(len, shapes))) > 1 or count <= 0:
+    if {shapes[1], shapes[3]} != {shapes[0]} or len(shapes[2]) != len(shapes[0]) or count <= 0:
         raise ValueError(f"{shapes=}, {count=}: need (B, T) (B, T) (B, 1) (B, T) and count > 0")
     log_ratio = log_probs.float() - old_log_probs.float()
     ratio = torch.where(mask, log_ratio, 0).exp()  # where first: padding may hold NaN

@@ -77,7 +77,7 @@ class Trajectory:
 
     @property
     def step_seed(self):
-        """Seed of the next step: a prompt gives the same trajectory alone or among others."""
+        """Seed of the next step. It depends on this trajectory alone, not on the batch."""
         return self.seed + 1_000_003 * len(self.steps)
 
 
@@ -188,10 +188,12 @@ def build(config):
 
     def load(kind, name, settings):
         part = getattr(config, name)
-        weights = (part.model, *device_and_dtype(part))
+        device, dtype = device_and_dtype(part)
         if hasattr(part, "attention"):
             settings = settings | {"attention": part.attention}
-        return _named(f"{name}.model", kind.load, *weights, **settings)
+        elif config.offload:  # pipelines wait in main memory, see below
+            device = "cpu"
+        return _named(f"{name}.model", kind.load, part.model, device, dtype, **settings)
 
     def settings(name, *keys):
         return {key: getattr(getattr(config, name), key) for key in ("batch_size", *keys)}
@@ -220,8 +222,7 @@ def build(config):
         editor.pipeline.transformer.enable_gradient_checkpointing()
     if config.offload:
         for pipeline in {diffuser.pipeline, editor.pipeline}:
-            pipeline.enable_model_cpu_offload()  # text encoders, transformer, VAE in turn
-            pipeline.transformer.to("cuda")  # where Adam's state of a resumed run has to be
+            pipeline.enable_model_cpu_offload()  # text encoders, transformer and VAE take turns
     # From here on diffusers may say, once, that it ignores an argument of a call.
     diffusers.utils.logging.set_verbosity_warning()
     logging.getLogger("diffusers").handlers[0].addFilter(once_per_place())

@@ -9,7 +9,7 @@ Both phases repeat the same seven steps in every iteration:
     4 advantages  each sample compared with the other samples of its group
     5 reference   log-probs or means of the base model, for the KL
     6 replay      log-probs of the recorded actions again, now with gradient
-    7 update      clipped loss + KL, one optimizer step
+    7 update      clipped loss + KL, then an optimizer step; steps 6 and 7 run `updates` times
 
                    phase 1: the Actor                 phase 2: the Editor
     a sample       a completion, and the edit         an edited image
@@ -20,8 +20,8 @@ Both phases repeat the same seven steps in every iteration:
                    not the Editor's luck              noise in the window is compared
 
 Steps 2-4 run `rounds` times: a later round starts from what the one before made, as in the loop.
-All randomness is drawn from (seed, iteration, round), so a resumed run ends with
-the same adapter, on a CPU bit for bit.
+All randomness is drawn from the seed, the iteration and the round, so a resumed run ends with the
+same adapter, on a CPU bit for bit. What a `config.` key means stands at its field in config.py.
 
     python train.py --phase 1 --config phase1.yaml
     python train.py --phase 2 --config phase2.yaml kl=0 --resume
@@ -81,7 +81,7 @@ class Samples:
     rewards: list[float]  # (N)
     advantages: torch.Tensor  # (N, 1)
     kept: torch.Tensor  # (N, 1) bool, False in flat groups
-    actions: object  # what was recorded: `Proposals` (phase 1) or a list of `Rollout`s (phase 2)
+    recorded: object  # `Proposals` (phase 1) or a list of `Rollout`s (phase 2)
 
 
 def phase1(loop, config, resume=False):
@@ -151,7 +151,7 @@ def phase1(loop, config, resume=False):
         # Micro-batches of R completions. Padding and flat groups are masked out.
         batches = []  # (proposals, rows, advantages (R, 1), mask (R, T))
         for samples in rounds:
-            proposals = samples.actions
+            proposals = samples.recorded
             for first in range(0, len(samples.rewards), config.micro_batch):
                 rows = slice(first, first + config.micro_batch)
                 advantages, kept = samples.advantages[rows], samples.kept[rows]
@@ -168,13 +168,14 @@ def phase1(loop, config, resume=False):
 
         metrics = describe(rounds, satisfied, config) | describe_completions(rounds)
         set_learning_rate(optimizer, config, iteration)
-        for update in range(config.updates if batches else 0):  # Adam moves even on a zero gradient
+        for update in range(config.updates if batches else 0):  # no kept group: no step
             optimizer.zero_grad()
             stats = {}
             for index, (proposals, rows, advantages, mask) in enumerate(batches):
                 old_log_probs = proposals.log_probs[rows]  # (R, T)
                 with actor.adapter():
-                    # 6. Replay. Before the first update the policy is the one that sampled.
+                    # 6. Replay. In the first update the policy is still the one that sampled, so
+                    # these must be the recorded log-probs. `backward` has to be inside `adapter()`.
                     log_probs = actor.log_probs(proposals, rows)  # (R, T)
                     if update == 0:
                         check_on_policy(log_probs, old_log_probs, mask, count, config, metrics)
@@ -236,9 +237,10 @@ def phase2(loop, config, resume=False):
             before = [state for state, _ in edits for _ in range(G)]  # (N)
             instructions = [instruction for _, instruction in edits for _ in range(G)]  # (N)
             groups = [group for group in range(len(edits)) for _ in range(G)]  # (N)
-            start = rng.randint(0, config.window_start)
+            start = rng.randint(0, config.latest_window_start)
             window = range(start, start + config.window)
-            # Whole groups per call; a pipeline that takes one image per call gets one group.
+            # A call takes whole groups: as many as `micro_batch` allows but at least one, and just
+            # one if the pipeline cannot edit different images together.
             chunk = G * (max(config.micro_batch // G, 1) if editor.batched else 1)
             rollouts = []
             for first in range(0, len(before), chunk):
@@ -272,7 +274,7 @@ def phase2(loop, config, resume=False):
         batches = []  # (step, advantages (R, 1), mask (R, 1))
         for samples in rounds:
             first = 0
-            for rollout in samples.actions:
+            for rollout in samples.recorded:
                 rows = slice(first, first + len(rollout.images))
                 first = rows.stop
                 if samples.kept[rows].any():
@@ -289,22 +291,23 @@ def phase2(loop, config, resume=False):
                 references = [editor.log_probs(step)[1] for step, *_ in batches]
 
         metrics = describe(rounds, satisfied, config)
-        metrics["unedited"] = 1 - metrics["groups"] / max(states_asked, 1)
+        metrics["unedited"] = (states_asked - metrics["groups"]) / max(states_asked, 1)
         set_learning_rate(optimizer, config, iteration)
-        for update in range(config.updates if batches else 0):  # Adam moves even on a zero gradient
+        for update in range(config.updates if batches else 0):  # no kept group: no step
             optimizer.zero_grad()
             stats = {}
             for index, (step, advantages, mask) in enumerate(batches):
                 old_log_probs = step.log_prob[:, None]  # (R, 1)
                 with editor.adapter():
-                    # 6. Replay. Before the first update the policy is the one that sampled.
+                    # 6. Replay. In the first update the policy is still the one that sampled, so
+                    # these must be the recorded log-probs. `backward` has to be inside `adapter()`.
                     log_prob, mean, std = editor.log_probs(step)  # (R,), (R, tokens, channels)
                     log_probs = log_prob[:, None]  # (R, 1)
                     if update == 0:
                         check_on_policy(log_probs, old_log_probs, mask, count, config, metrics)
-                    # 7. Update, as in phase 1. Averaged over the noise, log rho is -KL(old, new),
-                    # for good and bad samples alike: with thousands of dimensions rho would lie
-                    # below the clip range. GRPO-Guard (arXiv 2510.22319) adds the KL back.
+                    # 7. Update, as in phase 1. But log rho averages to -KL(old, new), not to 0,
+                    # even for an unbiased change. Over thousands of dimensions that is more than
+                    # the clip range, so the KL is added back (GRPO-Guard, arXiv 2510.22319).
                     log_probs = log_probs + gaussian_kl(mean, step.mean, std)[:, None]
                     kl = gaussian_kl(mean, references[index], std)[:, None] if references else None
                     loss = policy_loss(
@@ -338,7 +341,7 @@ def is_new_edit(state, instruction):
 
 
 def next_states(before, after, instructions, group_size, rng):
-    """The states of the next round: one per group, as the loop would continue.
+    """The states of the next round: one per group, as the loop continues from its best image.
 
     Continue from one random sample of the group if it scored higher than the image it started from.
     Otherwise continue from that image, and let the Actor read that the instruction did not help.
@@ -366,7 +369,7 @@ def compare(rewards, config):
 
 
 def check_on_policy(log_probs, old_log_probs, mask, count, config, metrics):
-    """Raise ValueError if replayed log-probs are not the recorded ones before the first update.
+    """Raise ValueError if an iteration's first replay does not give the recorded log-probs.
 
     Then the update would train on something other than what was sampled. Never set old = new
     instead: this check is where the bugs of a rollout show. What must stay within the tolerance is
@@ -411,9 +414,13 @@ def set_learning_rate(optimizer, config, iteration):
 def optimizer_step(optimizer, parameters, config, stats, metrics):
     """Clip the gradient and step, or skip a step whose gradient is not finite.
 
-    The metrics of an iteration are those of its last step.
+    Adds the stats of the step to the metrics, so that those of the last step remain.
     """
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
+    if config.offload:  # a resumed run has Adam's state in main memory, where the parameters were
+        for parameter, state in optimizer.state.items():
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = state[name].to(parameter.device)
     if math.isfinite(norm):
         optimizer.step()
         metrics |= stats | {"grad_norm": norm}
@@ -445,7 +452,7 @@ def describe_completions(rounds):
     """Metrics of phase 1: shares of completions, and their mean length in tokens."""
     if not rounds:
         return {}
-    proposals = [samples.actions for samples in rounds]
+    proposals = [samples.recorded for samples in rounds]
     instructions = [instruction for each in proposals for instruction in each.instructions]
     return {
         "malformed": average([instruction is None for instruction in instructions]),
@@ -462,11 +469,11 @@ def average(values):
 def check_window(editor, config):
     """Raise ValueError if the SDE window may reach the last denoising step, which is the ODE's."""
     steps = editor.call.get("num_inference_steps")
-    if steps is None or config.window_start + config.window >= steps:
+    end = config.latest_window_start + config.window
+    if steps is None or end >= steps:
         raise ValueError(
-            f"keys 'window_start', 'window': the window may reach step {config.window_start} + "
-            f"{config.window}, and 'editor.call.num_inference_steps' is {steps}; make the window "
-            "end before the last step"
+            f"keys 'latest_window_start', 'window': the window may end at step {end}, and "
+            f"'editor.call.num_inference_steps' is {steps}; make it end before the last step"
         )
 
 
@@ -672,7 +679,8 @@ def main():
     def stop(*_):
         """End at once. Nothing is lost but this iteration: the checkpoint is complete."""
         words = ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
-        say(f"stopped; continue with: {shlex.join(words)}")
+        if (Path(config.run) / "checkpoint.safetensors").exists():
+            say(f"stopped; continue with: {shlex.join(words)}")
         os._exit(1)
 
     try:

@@ -41,7 +41,7 @@ VLMS = {
     "Qwen/Qwen3-VL-4B-Instruct": "Qwen3VLForConditionalGeneration",
 }
 SMALL = ["groups=2", "group_size=2", "micro_batch=2", "rank=4", "actor.max_new_tokens=8"]
-SMALL += ["window_start=1"]  # of 4 steps
+SMALL += ["latest_window_start=1"]  # of 4 steps
 SMALL_CALL = "{height: 64, width: 64, guidance_scale: %s, num_inference_steps: 4, "
 SMALL_CALL += "max_sequence_length: 24, text_encoder_out_layers: [1, 2, 3]}"
 ENTRY = {  # in LAION-SG's format; the stand-in tokenizers know these words

@@ -275,7 +275,7 @@ def test_a_template_that_begins_with_bos_gets_no_second_one(prefix):
     checker = Checker.__new__(Checker)
     checker.model = SimpleNamespace(device="cpu", dtype=torch.float32)
     checker.processor = Recorder(prefix)
-    checker.inputs("", ["image"], ["Is there an owl?"])
+    checker.inputs("", [Image.new("RGB", (8, 8))], ["Is there an owl?"])
     assert checker.processor.settings["text"] == [f"{prefix}Is there an owl?"]
     assert checker.processor.settings.get("add_special_tokens", True) == (prefix == "")
 

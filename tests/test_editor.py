@@ -435,22 +435,6 @@ def test_a_damaged_adapter_is_refused(loop, adapter, change, keep_metadata, monk
         build(config)
 
 
-def test_a_flipped_bit_and_a_changed_alpha_are_noticed(adapter):
-    data = adapter.read_bytes()
-    for place in (200, len(data) // 2, len(data) - 3):
-        adapter.write_bytes(data[:place] + bytes([data[place] ^ 4]) + data[place + 1 :])
-        with pytest.raises(Exception, match="checksum|[Hh]eader|JSON|Expecting"):
-            fresh().load_adapter(adapter.parent)
-    adapter.write_bytes(data)
-    fresh().load_adapter(adapter.parent)
-    with safe_open(adapter, "pt") as file:
-        config = json.loads(file.metadata()["lora_adapter_metadata"])
-    config["transformer.lora_alpha"] *= 100
-    save_file(load_file(adapter), adapter, {"lora_adapter_metadata": json.dumps(config)})
-    with pytest.raises(ValueError, match="checksum"):
-        fresh().load_adapter(adapter.parent)
-
-
 def test_adapters_of_other_programs(loop, images, adapter):
     """Without metadata, and with a scale of 2 in `.alpha` tensors, as kohya's scripts write it."""
     edited = loop.editor.edit(images, [MOVE, MOVE], [1, 2])

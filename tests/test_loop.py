@@ -1,6 +1,7 @@
 """loop.py: what a trajectory consists of, and the command line. The parts are scripted."""
 
 import json
+import shutil
 import sys
 
 import pytest
@@ -9,6 +10,8 @@ from PIL import Image
 from scripted import GRAPH, MOVE, Script, move, run
 
 import loop
+from config import LoopConfig, load_config
+from loop import build
 from report import story
 from sgiou import load_graphs
 
@@ -235,3 +238,18 @@ def test_the_shipped_loop_ends_better_than_it_starts(shipped):
 def test_parts_with_the_same_model_share_its_weights(shipped):
     assert shipped.checker.model is shipped.actor.model
     assert shipped.diffuser.pipeline is shipped.editor.pipeline
+
+
+@pytest.mark.parametrize("part, folder", [("actor", "phase1"), ("editor", "phase2")])
+def test_an_adapter_with_a_flipped_bit_is_refused(part, folder, tmp_path, monkeypatch):
+    """train.py writes SHA256SUMS beside every adapter, as `sha256sum` would."""
+    monkeypatch.chdir(ROOT)
+    copy = shutil.copytree(ROOT / "tiny/adapters" / folder, tmp_path / "adapter")
+    config = load_config("eval.yaml", LoopConfig, [f"{part}.adapter={copy}"])
+    assert getattr(build(config), part).has_adapter
+    (path,) = copy.glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=f"key '{part}.adapter'.*SHA256SUMS does not match"):
+        build(config)

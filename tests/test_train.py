@@ -165,10 +165,10 @@ def test_phase2_takes_one_group_per_call_where_the_pipeline_takes_one_image(tmp_
 
 def test_phase2_refuses_a_window_that_may_reach_the_last_step(tmp_path):
     for first, length in ((7, 1), (0, 8), (4, 4)):
-        overrides = [f"window_start={first}", f"window={length}"]
+        overrides = [f"latest_window_start={first}", f"window={length}"]
         with pytest.raises(ValueError, match="before the last step"):
             phase2(toys.loop(), settings(phase2, tmp_path, *overrides))
-    phase2(toys.loop(), settings(phase2, tmp_path, "window_start=0", "window=7"))
+    phase2(toys.loop(), settings(phase2, tmp_path, "latest_window_start=0", "window=7"))
 
 
 def state(score, tried=()):
@@ -675,21 +675,17 @@ TINY = ["groups=2", "group_size=4", "rounds=1", "validation_limit=2", "iteration
 
 
 @PHASES
-def test_the_shipped_models_train_and_resume_bit_for_bit(tmp_path, phase, shipped, loop):
+def test_the_shipped_models_train_and_resume_bit_for_bit(tmp_path, phase, shipped):
     """Also between processes: one run is killed by signal 9 after its first iteration."""
-    path = ROOT / f"{phase.__name__}.yaml"
     with running(phase, tmp_path / "parts", *TINY, script="train.py") as process:
         process.kill()
-
-    def config(folder):
-        return load_config(path, TrainConfig, [*TINY, f"run={tmp_path / folder}"])
-
-    other = copy.deepcopy(shipped)
-    if config("whole").actor.adapter:
-        for each in (loop, other):
-            each.actor.load_adapter(config("whole").actor.adapter)
-    phase(loop, config("whole"))
-    phase(other, config("parts"), resume=True)
+    for folder in ("whole", "parts"):
+        path, loop = ROOT / f"{phase.__name__}.yaml", copy.deepcopy(shipped)
+        config = load_config(path, TrainConfig, [*TINY, f"run={tmp_path / folder}"])
+        loop.actor.temperature = config.actor.temperature
+        if config.actor.adapter:
+            loop.actor.load_adapter(config.actor.adapter)
+        phase(loop, config, resume=folder == "parts")
     whole, parts = (tmp_path / name for name in ("whole", "parts"))
     assert metrics(whole) == metrics(parts)
     assert "val_sg_iou" in metrics(whole)[0] and "val_sg_iou" in metrics(whole)[2]

@@ -115,7 +115,7 @@ class Editor(Policy):
     batched = True
 
     def __init__(self):
-        self.call = {}
+        self.call = {"num_inference_steps": 8}
         self.pipeline = Pipeline()
         self.edits, self.rollouts = [], []  # the arguments of all calls
 

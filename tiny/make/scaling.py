@@ -7,7 +7,7 @@ The numbers are kept in docs/scaling.json, so that the picture can be drawn agai
     pip install matplotlib
     python tiny/make/scaling.py                     # measure on the test prompts of eval.yaml, draw
     python tiny/make/scaling.py --draw              # only draw
-    python tiny/make/scaling.py evaluation.data=tiny/data/val.json --out runs/scaling    # validation
+    python tiny/make/scaling.py evaluation.data=tiny/data/val.json --out runs/val
 """
 
 import argparse
