@@ -61,9 +61,10 @@ def report(folders):
         for file in files[:1] + files[1:][-1:]:  # the first and the last
             cards += sum(read(file, gallery, damaged), [])
         cards.sort(key=lambda card: card[0])  # by seed: a prompt before training, then after it
+        when += f" (the first {SHOWN})" if len(cards) >= SHOWN else ""
         sections += [
             (f"Results of {folder}", read(folder / "results.json", tables, damaged)),
-            (f"Trajectories of {folder}{when} (at most {SHOWN})", [card for _, card in cards]),
+            (f"Trajectories of {folder}{when}", [card for _, card in cards]),
             (f"Command of {folder}", read(folder / "command.txt", verbatim, damaged)),
             (f"Config of {folder}", read(folder / "config.yaml", verbatim, damaged)),
         ]

@@ -335,7 +335,9 @@ def test_training_continues_with_the_adapter_that_is_there(saved):
     folder, proposals, expected = saved
     actor = load()
     actor.load_adapter(folder)
-    parameters = actor.add_adapter(rank=99)
+    with pytest.raises(ValueError, match="has rank 4; set rank=4"):
+        actor.add_adapter(99)
+    parameters = actor.add_adapter(4)
     assert torch.equal(scores(actor, proposals), expected)
     with actor.adapter():
         actor.log_probs(proposals, slice(None)).sum().backward()
