@@ -634,6 +634,8 @@ class Run:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}
             if saved["checksum"] != checksum(tensors):
                 raise ValueError("its checksum does not match")
+            if sum(name.startswith("parameter.") for name in tensors) != len(self.parameters):
+                raise ValueError("it is of another model")
             then, now = saved["made with"], self.fingerprint()
         except (OSError, SafetensorError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"{path}: is damaged ({error}); start in another folder") from None

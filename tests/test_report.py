@@ -149,7 +149,7 @@ def test_only_the_first_trajectories_are_shown(tmp_path, monkeypatch):
     monkeypatch.setattr(report, "SHOWN", 3)
     report.record(tmp_path, [trajectory([0.1])] * 4)
     page = Page(tmp_path)
-    assert len(page.all("article")) == 3 and "at most 3" in page.text
+    assert len(page.all("article")) == 3 and "the first 3" in page.text
 
 
 def test_small_images_are_exact_and_large_ones_thumbnails():
