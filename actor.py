@@ -78,7 +78,7 @@ class Actor(VLM):
             model's generation config only the end tokens stay.
         max_new_tokens: longest completion.
         temperature: of sampling, above 0. Log-probs are of the distribution at this temperature.
-        recompute: activation checkpointing in `log_probs`, less memory for a third more time.
+        checkpointing: recompute activations in `log_probs`: less memory, a third more time.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Actor(VLM):
         batch_size=64,
         max_new_tokens=256,
         temperature=1.0,
-        recompute=False,
+        checkpointing=False,
     ):
         from transformers import GenerationConfig
 
@@ -109,8 +109,8 @@ class Actor(VLM):
         self.visual_ids = list(visual - {None})
         self.end_ids = [*ends, *self.visual_ids]
         self.has_adapter = False
-        self.recompute = recompute
-        if recompute:
+        self.checkpointing = checkpointing
+        if checkpointing:
             self.model.activation_checkpointing_enable()
             self.model.disable_input_require_grads()  # for the reentrant kind only
 
@@ -171,7 +171,7 @@ class Actor(VLM):
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
         # transformers recomputes activations in training mode only. Dropout would show in the
         # on-policy check.
-        self.model.train(self.recompute)
+        self.model.train(self.checkpointing)
         logits = self.model(**inputs, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits
         self.model.eval()
         return chunked_token_log_probs(logits[:, :-1], ids, self.temperature)

@@ -20,6 +20,7 @@ import logging
 import os
 import re
 import sys
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -169,7 +170,7 @@ def build(config):
     import transformers
 
     from actor import Actor
-    from checker import Checker
+    from checker import VLM, Checker
     from diffuser import Diffuser, check_call
     from editor import Editor
 
@@ -180,44 +181,57 @@ def build(config):
         raise ValueError("key 'offload': there is no CUDA GPU; leave it out")
     # Fail early, before loading weights: a pipeline may not work as the Editor, and a processor may
     # need torchvision.
-    _named("editor.model", Editor.check, config.editor.model)
+    with naming(config, "editor.model"):
+        Editor.check(config.editor.model)
     for name in ("checker", "actor"):
-        model = getattr(config, name).model
-        load_processor = transformers.AutoProcessor.from_pretrained
-        _named(f"{name}.model", load_processor, model, trust_remote_code=False)
+        with naming(config, f"{name}.model"):
+            model = getattr(config, name).model
+            transformers.AutoProcessor.from_pretrained(model, trust_remote_code=False)
 
-    def load(kind, name, settings):
+    def load_pipeline(name):
         part = getattr(config, name)
         device, dtype = device_and_dtype(part)
-        if hasattr(part, "attention"):
-            settings = settings | {"attention": part.attention}
-        elif config.offload:  # pipelines wait in main memory, see below
+        if config.offload:  # its models wait in main memory for their turn on the GPU
             device = "cpu"
-        return _named(f"{name}.model", kind.load, part.model, device, dtype, **settings)
+        with naming(config, f"{name}.model"):
+            return Diffuser.load(part.model, device, dtype).pipeline
 
-    def settings(name, *keys):
-        return {key: getattr(getattr(config, name), key) for key in ("batch_size", *keys)}
+    def load_vlm(name):
+        part = getattr(config, name)
+        with naming(config, f"{name}.model"):
+            return VLM.load(part.model, *device_and_dtype(part), part.attention)
 
-    diffuser = load(Diffuser, "diffuser", settings("diffuser", "call"))
-    for_editor = settings("editor", "call", "template")
-    if _same_weights(config.editor, config.diffuser):
-        editor = Editor(diffuser.pipeline, **for_editor)
-    else:
-        editor = Editor(load(Diffuser, "editor", {}).pipeline, **for_editor)
-    checker = load(Checker, "checker", settings("checker"))
-    _named("checker.model", lambda _: checker.probe(), config.checker.model)
-    for_actor = settings("actor", "max_new_tokens", "temperature")
-    for_actor["recompute"] = config.actor.checkpointing
-    if _same_weights(config.actor, config.checker):
-        actor = Actor(checker.model, checker.processor, **for_actor)
-    else:
-        actor = load(Actor, "actor", for_actor)
-    check_call("diffuser.call", type(diffuser.pipeline), diffuser.call)
-    check_call("editor.call", type(editor.pipeline), editor.call)
+    pipeline = load_pipeline("diffuser")
+    diffuser = Diffuser(pipeline, config.diffuser.call, config.diffuser.batch_size)
+    check_call("diffuser.call", type(pipeline), diffuser.call)
+
+    if not same_weights(config.editor, config.diffuser):
+        pipeline = load_pipeline("editor")
+    settings = config.editor
+    editor = Editor(pipeline, settings.call, settings.batch_size, settings.template)
+    check_call("editor.call", type(pipeline), editor.call)
+
+    vlm = load_vlm("checker")
+    with naming(config, "checker.model"):
+        checker = Checker(vlm.model, vlm.processor, config.checker.batch_size)
+        checker.probe()
+
+    if not same_weights(config.actor, config.checker):
+        vlm = load_vlm("actor")
+    with naming(config, "actor.model"):
+        actor = Actor(
+            vlm.model,
+            vlm.processor,
+            config.actor.batch_size,
+            config.actor.max_new_tokens,
+            config.actor.temperature,
+            config.actor.checkpointing,
+        )
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
-            _named(f"{name}.adapter", check_sums, folder)
-            _named(f"{name}.adapter", part.load_adapter, folder)
+            with naming(config, f"{name}.adapter"):
+                check_sums(folder)
+                part.load_adapter(folder)
     if config.editor.checkpointing:
         editor.pipeline.transformer.enable_gradient_checkpointing()
     if config.offload:
@@ -268,17 +282,20 @@ def device_and_dtype(part):
     return device, dtype
 
 
-def _same_weights(one, other):
+def same_weights(one, other):
     return (one.model, device_and_dtype(one)) == (other.model, device_and_dtype(other))
 
 
-def _named(key, load, path, *more, **settings):
-    """`load(path, ...)`, with the config key in the error message of whatever goes wrong."""
+@contextmanager
+def naming(config, key):
+    """Put the config key and its value into the message of whatever goes wrong inside."""
     try:
-        return load(path, *more, **settings)
+        yield
     except Exception as error:  # of any kind: it comes from the depths of three libraries
+        section, name = key.split(".")
+        value = getattr(getattr(config, section), name)
         reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"key '{key}': cannot load {path!r}: {reason}") from None
+        raise ValueError(f"key '{key}': cannot load {value!r}: {reason}") from None
 
 
 def main():

@@ -95,7 +95,7 @@ def build(config, tiny, device):
         *vlm,
         config.actor.batch_size,
         config.actor.max_new_tokens,
-        recompute=config.actor.checkpointing,
+        checkpointing=config.actor.checkpointing,
     )
     if config.editor.checkpointing:
         pipeline.transformer.enable_gradient_checkpointing()

@@ -147,7 +147,7 @@ def measure(config):
     vlm, processor = architectures.qwen_vl(VLMS[config.actor.model], tiny=False)
     torch.set_default_dtype(torch.float32)
     vlm.set_attn_implementation("sdpa")
-    actor = Actor(vlm, processor, recompute=config.actor.checkpointing)
+    actor = Actor(vlm, processor, checkpointing=config.actor.checkpointing)
     Diffuser(pipeline)  # freezes its parameters
     editor = Editor(pipeline)
     if config.editor.checkpointing:

@@ -449,7 +449,7 @@ def test_checkpointing_changes_no_gradient(saved):
     folder, proposals, _ = saved
     gradients = []
     for recompute in (False, True):
-        actor = load(recompute=recompute)
+        actor = load(checkpointing=recompute)
         actor.load_adapter(folder)
         parameters = actor.add_adapter(4)
         entered = []
