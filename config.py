@@ -136,7 +136,8 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
 
 
 # Arguments of a pipeline's call. Sigmas would move the steps that the phase 2 window counts.
-REFUSED = "prompt image generator output_type return_dict num_images_per_prompt sigmas".split()
+REFUSED = "prompt prompt_2 prompt_3 image generator output_type return_dict".split()
+REFUSED += ["num_images_per_prompt", "sigmas"]
 COUNTS = ("num_inference_steps", "max_sequence_length", "max_area", "height", "width")
 
 

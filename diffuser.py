@@ -54,9 +54,18 @@ class Diffuser:
         tokenizer = found[0]
         encoded = tokenizer(prompt, return_offsets_mapping=tokenizer.is_fast)
         offsets = encoded.get("offset_mapping", [])
-        for id, (start, end) in zip(encoded.input_ids, offsets):
-            if id == tokenizer.unk_token_id:
-                return f"the text encoder does not know {prompt[start:end]!r}"
+        unknown = [
+            (start, end)
+            for id, (start, end) in zip(encoded.input_ids, offsets)
+            if id == tokenizer.unk_token_id
+        ]
+        if unknown:
+            text = prompt[unknown[0][0] : unknown[0][1]]
+            for (_, end), (start, next_end) in zip(unknown, unknown[1:]):
+                if prompt[end:start].strip():  # the first run of unknown words ends
+                    break
+                text += prompt[end:next_end]
+            return f"the text encoder does not know {text!r}"
         takes = inspect.signature(type(self.pipeline).__call__).parameters
         default = getattr(takes.get("max_sequence_length"), "default", None)
         limit = self.call.get("max_sequence_length") or default or tokenizer.model_max_length

@@ -29,7 +29,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 from checker import Checker
 from config import LoopConfig, load_config
-from loop import Loop, Trajectory, build, device_and_dtype
+from loop import Loop, Trajectory, build, device_and_dtype, naming
 from report import record, report, say, write
 from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
 
@@ -289,10 +289,10 @@ def run(arguments):
     judge, by = loop.checker, "the Checker's own model"
     if settings.judge:
         part, by = settings.judge, settings.judge.model
-        judge = Checker.load(
-            by, *device_and_dtype(part), part.attention, batch_size=part.batch_size
-        )
-        judge.probe()
+        with naming(config, "evaluation.judge.model"):
+            weights = (by, *device_and_dtype(part), part.attention)
+            judge = Checker.load(*weights, batch_size=part.batch_size)
+            judge.probe()
     graphs = loop.diffuser.readable(graphs, settings.data)
 
     def save(trajectories):
@@ -335,7 +335,8 @@ def main():
     try:
         say(run(arguments))
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        sys.exit(" ".join(f"eval.py: {str(error) or 'stopped'}".split()))
+        stopped = "stopped; --resume keeps the rows that are finished"
+        sys.exit(" ".join(f"eval.py: {str(error) or stopped}".split()))
 
 
 if __name__ == "__main__":

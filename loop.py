@@ -15,6 +15,7 @@
 """
 
 import argparse
+import functools
 import hashlib
 import logging
 import os
@@ -168,8 +169,9 @@ def build(config):
     import diffusers
     import torch
     import transformers
+    from PIL import Image
 
-    from actor import Actor
+    from actor import SYSTEM, Actor
     from checker import VLM, Checker
     from diffuser import Diffuser, check_call
     from editor import Editor
@@ -227,6 +229,7 @@ def build(config):
             config.actor.temperature,
             config.actor.checkpointing,
         )
+        actor.inputs(SYSTEM, [Image.new("RGB", (64, 64))], ["hello"])  # the template works
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
             with naming(config, f"{name}.adapter"):
@@ -292,8 +295,7 @@ def naming(config, key):
     try:
         yield
     except Exception as error:  # of any kind: it comes from the depths of three libraries
-        section, name = key.split(".")
-        value = getattr(getattr(config, section), name)
+        value = functools.reduce(getattr, key.split("."), config)
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"key '{key}': cannot load {value!r}: {reason}") from None
 
@@ -308,11 +310,13 @@ def main():
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", default="out", help="folder for images and report")
     arguments = parser.parse_intermixed_args()
-    overrides = [word for word in arguments.prompt if re.match(r"[a-z_.]+=", word)]
+    overrides = [word for word in arguments.prompt if re.match(r"[\w.]+=", word)]
     prompts = [word for word in arguments.prompt if word not in overrides]
     if len(prompts) != (arguments.prompts is None):
         parser.error("give either a prompt or --prompts FILE")
     try:
+        if not 0 <= arguments.seed < 2**31:
+            raise ValueError("--seed: make it at least 0 and below 2**31")
         # "evaluation=": the test prompts of the config are not needed here, so may be missing.
         config = load_config(arguments.config, LoopConfig, [*overrides, "evaluation="])
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]

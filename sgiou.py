@@ -21,7 +21,7 @@ from dataclasses import dataclass
 # Relation words of GenEval (arXiv 2310.11513) and T2I-CompBench (arXiv 2307.06350), and three more.
 SPATIAL = ("left of", "right of", "above", "below", "next to", "near", "on side of", "on top of")
 SPATIAL += ("on bottom of", "in front of", "behind", "hidden by", "under", "inside", "beside")
-EXAMPLE = "write e.g. 'red circle left of blue square; sun'"
+EXAMPLE = "write e.g. 'red circle left of blue square; green triangle'"
 
 
 @dataclass(frozen=True)

@@ -433,6 +433,8 @@ def describe(rounds, satisfied, config):
     rewards = [reward for samples in rounds for reward in samples.rewards]
     before = [state.reflection.score for samples in rounds for state in samples.before]
     masses = [state.reflection.mass for samples in rounds for state in samples.after]
+    if not rewards:  # nothing was sampled, so there is nothing to average
+        return {"solved_at_once": satisfied, "samples": 0, "groups": 0, "skipped": 0}
     kept = [flag for samples in rounds for flag in samples.kept.flatten().tolist()]
     center = average(rewards)
     return {
@@ -563,10 +565,12 @@ class Run:
         with (self.folder / "seconds.jsonl").open("a") as file:
             file.write(json.dumps({"iteration": done} | self.seconds) + "\n")
         recent = self.rows[1:][-5:]  # row 0 is from before training
-        if len(recent) == 5 and all(row["flat_groups"] > 0.95 or row["skipped"] for row in recent):
+        if len(recent) == 5 and all(
+            row.get("flat_groups", 1) > 0.95 or row["skipped"] for row in recent
+        ):
             say(
-                "warning: nothing was learned in 5 iterations, because the rewards within each "
-                "group are the same or gradients are not finite; look at the report"
+                "warning: nothing was learned in 5 iterations: no image fails the Checker, the rewards "
+                "within each group are the same, or gradients are not finite; look at the report"
             )
         if validated:
             self.save_adapter()

@@ -138,7 +138,7 @@ def test_what_is_not_understood_is_refused(text, problem):
     with pytest.raises(ValueError) as caught:
         parse_prompt(text, RELATIONS)
     assert problem in str(caught.value)
-    assert "write e.g. 'red circle left of blue square; sun'" in str(caught.value)
+    assert "write e.g. 'red circle left of blue square; green triangle'" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
