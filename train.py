@@ -569,7 +569,7 @@ class Run:
             row.get("flat_groups", 1) > 0.95 or row["skipped"] for row in recent
         ):
             say(
-                "warning: nothing was learned in 5 iterations: no image fails the Checker, the rewards "
+                "warning: nothing was learned in 5 iterations: no image fails the Checker, rewards "
                 "within each group are the same, or gradients are not finite; look at the report"
             )
         if validated:
