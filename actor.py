@@ -24,7 +24,7 @@ import torch
 from grpo import completion_mask, token_log_probs
 
 INSTRUCT = (
-    "You repair pictures that do not fit their prompt. Think about what is wrong and how one edit "
+    "You repair images that do not fit their prompt. Think about what is wrong and how one edit "
     "can mend it without breaking the rest. Answer with <think>your reasoning</think><edit>one "
     "instruction to an image editor</edit>, such as <edit>move the red cup left of the blue book"
     "</edit>, or <edit>none</edit> if nothing should change."
@@ -34,9 +34,10 @@ ADAPTER = "actor"
 TARGETS = r".*(language|text)_model\..*(q|k|v|o|gate|up|down)_proj"  # the Checker sees alike
 
 
-def request(graph, feedback):
-    """The user message: the prompt and what fails."""
-    return f"Prompt: {graph.prompt()}. {feedback or 'nothing is wrong'}."
+def request(prompt, feedback, tried=()):
+    """The user message: the prompt, what fails, and the instructions that did not help so far."""
+    text = f"Prompt: {prompt}. {feedback or 'nothing is wrong'}."
+    return text + f" Tried without success: {'; '.join(tried)}." if tried else text
 
 
 def parse_completion(text):
@@ -157,12 +158,13 @@ class Actor:
             self.model.enable_adapters() if on else self.model.disable_adapters()
             self.adapter_on = on
 
-    def prompts(self, graphs, reflections):
-        """The chat prompts (str), one per graph."""
+    def prompts(self, graphs, reflections, tried=None):
+        """The chat prompts (str). tried: for each graph, instructions that did not help."""
         system = {"role": "system", "content": [{"type": "text", "text": INSTRUCT}]}
         prompts = []
-        for graph, reflection in zip(graphs, reflections, strict=True):
-            text = {"type": "text", "text": request(graph, reflection.feedback)}
+        tried = tried or [()] * len(graphs)
+        for graph, reflection, without in zip(graphs, reflections, tried, strict=True):
+            text = {"type": "text", "text": request(graph.prompt(), reflection.feedback, without)}
             chat = [system, {"role": "user", "content": [{"type": "image"}, text]}]
             prompts.append(self.processor.apply_chat_template(chat, add_generation_prompt=True))
         return prompts
@@ -174,14 +176,14 @@ class Actor:
         batch = self.processor(images=pictures, text=prompts, padding=True, return_tensors="pt")
         return batch.to(self.model.device, self.model.dtype)
 
-    def propose(self, images, graphs, reflections, n=1, seed=0):
+    def propose(self, images, graphs, reflections, n=1, seed=0, tried=None):
         """Samples `n` completions for each of B images, `SceneGraph`s and `Reflection`s.
 
         Returns `Proposals` of N = B * n. One generator serves all rows: the batch matters.
         """
         from torch.nn.functional import pad
 
-        prompts = self.prompts(graphs, reflections)
+        prompts = self.prompts(graphs, reflections, tried)
         # Outdoes the folder's defaults: what they cut, once log-probs are kept, shows in no replay.
         sampling = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         sampling |= {"min_p": None, "top_h": None, "typical_p": 1.0, "repetition_penalty": 1.0}

@@ -1,8 +1,9 @@
 """Checker: the VLM that looks at a picture and tells which stated objects and relations hold.
 
 Its score is the intrinsic reward of RL-RIG (arXiv 2602.19974): no gold label is ever used. One
-question per object ("Is there a red circle?") and per triple ("Is the red circle left of the blue
-square?"); the answer is read from the logits of one forward pass, never from sampled text:
+question per object (Does the image show "red circle"?) and per triple (Does the image show "red
+circle left of blue square"?); the answer is read from the logits of one forward pass, never from
+sampled text:
 
     P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)    all spellings of both
     score  = 1/2 mean_objects P(yes) + 1/2 mean_triples P(yes)          in [0, 1]
@@ -21,12 +22,12 @@ from dataclasses import dataclass
 
 from sgiou import parse_scene_graph
 
-VERDICT = "You check pictures. Answer the question about the picture with one word: yes or no."
+VERDICT = "You check images. Answer the question about the image with one word: yes or no."
 EXTRACT = (
-    'You list what a picture shows as JSON: {"objects":[...],"triples":[["subject","relation",'
+    'You list what an image shows as JSON: {"objects":[...],"triples":[["subject","relation",'
     '"object"],...]}. Use only the objects, pairs and relations named; leave out what is not there.'
 )
-JUDGE = "You grade pictures. Answer with one digit from 0 (nothing fits) to 9 (everything fits)."
+JUDGE = "You grade images. Answer with one digit from 0 (nothing fits) to 9 (everything fits)."
 
 
 @dataclass(frozen=True)
@@ -48,15 +49,13 @@ class Reflection:
 
 
 def object_question(name):
-    """The question whose yes means that an object is in the picture."""
-    article = "an" if name[:1].lower() in "aeiou" else "a"
-    return f"Is there {article} {name}?"
+    """The question whose yes means that an object is in the image."""
+    return f'Does the image show "{name}"?'
 
 
 def triple_question(triple):
     """The question whose yes means that a relation holds."""
-    subject, relation, object = triple
-    return f"Is the {subject} {relation} the {object}?"
+    return f'Does the image show "{" ".join(triple)}"?'
 
 
 def extract_request(graph, relations):
@@ -69,7 +68,7 @@ def extract_request(graph, relations):
 
 def judge_request(prompt):
     """The user message of `judge`."""
-    return f"How well does the picture fit: {prompt}?"
+    return f"How well does the image fit: {prompt}?"
 
 
 def feedback(graph, probs):

@@ -121,7 +121,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 3:
         sys.exit(__doc__)
     call = {"height": 32, "width": 32, "max_area": 1024}
-    call |= {"num_inference_steps": 8, "max_sequence_length": 12}
+    call |= {"num_inference_steps": 8, "max_sequence_length": 18}
     diffuser = Diffuser.load("tiny/models/flow", call=call)
     if problem := diffuser.problem(sys.argv[1]):
         sys.exit(f"{sys.argv[1]!r}: {problem}")

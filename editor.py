@@ -223,7 +223,7 @@ if __name__ == "__main__":
     if len(sys.argv) != 4:
         sys.exit(__doc__)
     call = {"height": 32, "width": 32, "max_area": 1024, "_auto_resize": False}
-    call |= {"num_inference_steps": 8, "max_sequence_length": 8}
+    call |= {"num_inference_steps": 4, "max_sequence_length": 8}
     editor = Editor.load("tiny/models/flow", call=call)
     picture = Image.open(sys.argv[1]).convert("RGB")
     editor.edit([picture], [sys.argv[2]], [0])[0].save(sys.argv[3])

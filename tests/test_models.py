@@ -53,10 +53,7 @@ def drawn():
     rng = random.Random(0)
     graphs, right, wrong = [], [], []
     while len(graphs) < 50:
-        things = world.random_scene(rng, rng.choice((2, 3, 4)), "val")
-        triples = world.random_triples(rng, things)
-        if triples is None:
-            continue
+        things, triples = world.random_prompt(rng, 3 + len(graphs) % 4, "val")
         graphs.append(SceneGraph([thing.name for thing in things], triples))
         swap = {triples[0][0]: triples[0][2], triples[0][2]: triples[0][0]}
         swapped = [thing._replace(name=swap.get(thing.name, thing.name)) for thing in things]
@@ -212,8 +209,8 @@ def test_a_verdict_is_a_softmax_over_yes_and_no(loop, drawn):
     for image in (right[0], wrong[0]):
         (reflection,) = loop.checker.check([image], graphs[:1])
         subject, word, other = graphs[0].triples[0]
-        questions = [f"Is there a {name}?" for name in graphs[0].objects]
-        questions.append(f"Is the {subject} {word} the {other}?")
+        questions = [f'Does the image show "{name}"?' for name in graphs[0].objects]
+        questions.append(f'Does the image show "{subject} {word} {other}"?')
         for question, prob in zip(questions, reflection.probs):
             inputs = loop.checker.processor(
                 images=image, text=f"<image> {question} <answer>", return_tensors="pt"
