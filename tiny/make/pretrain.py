@@ -44,7 +44,7 @@ from editor import Editor
 from sgiou import SceneGraph
 
 SHIPPED = HERE.parent / "models"
-DRAWN, EDITED = 60, 52  # lessons of the Diffuser and of the Editor a step
+DRAWN, EDITED = 46, 42  # lessons of the Diffuser and of the Editor a step
 GARBLED = 0.15  # share of relation words in captions that are drawn anew, at random
 FLOW_RATE = 1e-3
 CROWDS = (1, 6, 3, 2, 0), (1, 2, 4, 4, 2)  # weights of one to five things, before and after 600
@@ -54,7 +54,7 @@ FINDING = 1200  # step up to which the VLM sees images of two things
 SEEING = 2000  # step up to which it does the drill alone
 
 
-def train_vae(steps=1200):
+def train_vae(steps=1000):
     """Mean absolute plus squared error, a little noise on the latents and a little KL."""
     vae = models.build_pipeline(SEED).vae.train()
 
@@ -194,7 +194,7 @@ def ask_everything(rng, model, processor, images):
     return vlm_loss(model, processor.tokenizer, pixels, asked)
 
 
-def train_see(steps=4600):
+def train_see(steps=3400):
     """Finding first, then the drill, then every question."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
 
@@ -219,7 +219,7 @@ def train_see(steps=4600):
     fit("see", model, loss_of, steps, VLM_RATE, save, last=0, muon=2.0)
 
 
-def train_vlm(steps=2700):
+def train_vlm(steps=2400):
     """Every question, on drawn and generated images by halves."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
     model.load_state_dict(load_file(WORK / "see" / "model.safetensors"))
