@@ -50,8 +50,8 @@ FLOW_RATE = 1e-3
 CROWDS = (1, 6, 3, 2, 0), (1, 2, 4, 4, 2)  # weights of one to five things, before and after 600
 VLM_RATE = 1e-3
 VLM_IMAGES = 24  # a step
-FINDING = 1200  # step up to which the VLM sees images of two things
-SEEING = 2000  # step up to which it does the drill alone
+FINDING = 1000  # step up to which the VLM sees images of two things
+SEEING = 1500  # step up to which it does the drill alone
 
 
 def train_vae(steps=1000):
