@@ -44,7 +44,8 @@ from editor import Editor
 from sgiou import SceneGraph
 
 SHIPPED = HERE.parent / "models"
-DRAWN, EDITED = 46, 42  # lessons of the Diffuser and of the Editor a step
+LESSONS = (46, 42), (72, 20)  # of Diffuser and Editor a step, before and after step 750: the
+# Editor, which sees most of its answer, learns much sooner
 GARBLED = 0.15  # share of relation words in captions that are drawn anew, at random
 FLOW_RATE = 1e-3
 CROWDS = (1, 6, 3, 2, 0), (1, 2, 4, 4, 2)  # weights of one to five things, before and after 600
@@ -126,17 +127,18 @@ def train_flow(steps=3400):
 
     def loss_of(rng, step):
         crowds = CROWDS[step >= 600]
-        captioned = [lessons.captioned_image(rng, GARBLED, crowds) for _ in range(DRAWN)]
-        edits = [lessons.edit(rng) for _ in range(EDITED)]
+        drawn, edited = LESSONS[step >= 750]
+        captioned = [lessons.captioned_image(rng, GARBLED, crowds) for _ in range(drawn)]
+        edits = [lessons.edit(rng) for _ in range(edited)]
         scenes = [things for things, _ in captioned]
         scenes += [things for things, _, _ in edits] + [things for _, _, things in edits]
-        composed, before, after = encode(scenes).split((DRAWN, EDITED, EDITED))
+        composed, before, after = encode(scenes).split((drawn, edited, edited))
         captions = [caption for _, caption in captioned]
         drawing = flow_loss(composed, captions, models.PROMPT_TOKENS)
         instructions = [text for _, text, _ in edits]
         editing = flow_loss(after, instructions, models.INSTRUCTION_TOKENS, before)
         shown = {"drawing": f"{drawing.item():.3f}", "editing": f"{editing.item():.3f}"}
-        return (DRAWN * drawing + EDITED * editing) / (DRAWN + EDITED), shown
+        return (drawn * drawing + edited * editing) / (drawn + edited), shown
 
     def save():
         # Half precision halves the folder; it is loaded as fp32 on a CPU.
@@ -194,7 +196,7 @@ def ask_everything(rng, model, processor, images):
     return vlm_loss(model, processor.tokenizer, pixels, asked)
 
 
-def train_see(steps=3400):
+def train_see(steps=4400):
     """Finding first, then the drill, then every question."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
 
