@@ -196,7 +196,7 @@ def ask_everything(rng, model, processor, images):
     return vlm_loss(model, processor.tokenizer, pixels, asked)
 
 
-def train_see(steps=4200):
+def train_see(steps=3250):
     """Finding first, then the drill, then every question."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
 
