@@ -53,6 +53,7 @@ VLM_RATE = 1e-3
 VLM_IMAGES = 24  # a step
 FINDING = 1000  # step up to which the VLM sees images of two things
 SEEING = 1500  # step up to which it does the drill alone
+ASKING = 3250  # step from which on it no longer drills, and relation words weigh more
 
 
 def train_vae(steps=1000):
@@ -184,19 +185,25 @@ def make_images(prompts=2000):
     print(f"images: {prompts} generated, {len(found) - prompts} edited")
 
 
-def ask_everything(rng, model, processor, images):
-    """The loss on all kinds of questions. Args: images: (array, `SceneGraph`) pairs."""
+def ask_everything(rng, model, processor, images, drilled):
+    """The loss on all kinds of questions.
+
+    Args: images: (array, `SceneGraph`) pairs; drilled: no more drill. By then all is learned but
+    which relation word to write in a long answer.
+    """
     # Drill and long answers take turns: a batch of equal lengths wastes little padding.
-    writing = rng.choice(("extract", "extract", "repair", "repair", None))
+    kinds = ("extract", "extract", "repair")
+    writing = rng.choice(kinds if drilled else (*kinds, "repair", None))
+    short, emphasis = (3, 4.0) if drilled else (0, 1.0)
     pixels = np.stack([image for image, _ in images])
     asked = [
-        list(questions.questions(rng, things, graph, writing))
+        list(questions.questions(rng, things, graph, writing, short))
         for things, (_, graph) in zip(world.parse(pixels), images)
     ]
-    return vlm_loss(model, processor.tokenizer, pixels, asked)
+    return vlm_loss(model, processor.tokenizer, pixels, asked, emphasis)
 
 
-def train_see(steps=3250):
+def train_see(steps=4000):
     """Finding first, then the drill, then every question."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
 
@@ -213,7 +220,7 @@ def train_see(steps=3250):
             pixels = np.stack([image for image, _ in images])
             asked = [list(questions.drill(rng, things)) for things in world.parse(pixels)]
             return vlm_loss(model, processor.tokenizer, pixels, asked)
-        return ask_everything(rng, model, processor, images)
+        return ask_everything(rng, model, processor, images, drilled=step >= ASKING)
 
     def save():
         save_file(model.state_dict(), WORK / "see" / "model.safetensors")
@@ -221,8 +228,8 @@ def train_see(steps=3250):
     fit("see", model, loss_of, steps, VLM_RATE, save, last=0, muon=2.0)
 
 
-def train_vlm(steps=2400):
-    """Every question, on drawn and generated images by halves."""
+def train_vlm(steps=1200):
+    """Every question, on drawn images and twice as many generated ones."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
     model.load_state_dict(load_file(WORK / "see" / "model.safetensors"))
     pixels = load_file(WORK / "images" / "pixels.safetensors")["pixels"].numpy()
@@ -232,9 +239,9 @@ def train_vlm(steps=2400):
         pool.append((image, SceneGraph(names, triples)))
 
     def loss_of(rng, step):
-        images = [questions.faulty_image(rng) for _ in range(VLM_IMAGES // 2)]
-        images += rng.sample(pool, VLM_IMAGES // 2)
-        return ask_everything(rng, model, processor, images)
+        images = [questions.faulty_image(rng) for _ in range(VLM_IMAGES // 3)]
+        images += rng.sample(pool, VLM_IMAGES - len(images))
+        return ask_everything(rng, model, processor, images, drilled=True)
 
     def save():
         model.half().save_pretrained(SHIPPED / "vlm")

@@ -119,14 +119,15 @@ def part_of(graph, rng):
     return SceneGraph(dict.fromkeys(name for a, _, b in triples for name in (a, b)), triples)
 
 
-def questions(rng, things, graph, writing=None):
+def questions(rng, things, graph, writing=None, short=0):
     """(user message, answer, weight) of what is asked about one image.
 
     A few of all possible questions: another image teaches more than another question on this one.
     Half of the long ones are about a part of the graph: what is learnt of one triple carries over.
 
     Args: things: as the exact parser finds them; graph: what the image should show;
-    writing: "extract" or "repair" for long answers, None for the drill instead.
+    writing: "extract" or "repair" for long answers, None for the drill instead; short: how many
+    lists of one triple alone come with "extract".
     """
     for name in [*rng.sample(graph.objects, 2), rng.choice(NAMES)]:
         yield checker.object_question(name), verdict(count(things, name) == 1), 1.0
@@ -146,7 +147,10 @@ def questions(rng, things, graph, writing=None):
         yield from drill(rng, things)
     asked = rng.choice((graph, graph, part))
     if writing == "extract":
-        yield checker.extract_request(asked, RELATIONS), extraction(things, asked), 0.5
+        single = [triple for triple in triples if all(count(things, n) == 1 for n in triple[::2])]
+        chosen = rng.sample(single, min(short, len(single)))
+        for listed in [asked, *(SceneGraph((t[0], t[2]), [t]) for t in chosen)]:
+            yield checker.extract_request(listed, RELATIONS), extraction(things, listed), 0.5
     if writing == "repair":
         feedback = verdicts(rng, things, asked)
         tried = failed(rng, things, asked)
