@@ -203,7 +203,7 @@ def ask_everything(rng, model, processor, images, drilled):
     return vlm_loss(model, processor.tokenizer, pixels, asked, emphasis)
 
 
-def train_see(steps=4000):
+def train_see(steps=3500):
     """Finding first, then the drill, then every question."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
 
@@ -228,8 +228,8 @@ def train_see(steps=4000):
     fit("see", model, loss_of, steps, VLM_RATE, save, last=0, muon=2.0)
 
 
-def train_vlm(steps=1200):
-    """Every question, on drawn images and twice as many generated ones."""
+def train_vlm(steps=1100):
+    """Every question, on drawn images and twice as many generated ones; smaller steps at the end."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
     model.load_state_dict(load_file(WORK / "see" / "model.safetensors"))
     pixels = load_file(WORK / "images" / "pixels.safetensors")["pixels"].numpy()
@@ -239,8 +239,7 @@ def train_vlm(steps=1200):
         pool.append((image, SceneGraph(names, triples)))
 
     def loss_of(rng, step):
-        images = [questions.faulty_image(rng) for _ in range(VLM_IMAGES // 3)]
-        images += rng.sample(pool, VLM_IMAGES - len(images))
+        images = [questions.faulty_image(rng) for _ in range(5)] + rng.sample(pool, 11)
         return ask_everything(rng, model, processor, images, drilled=True)
 
     def save():
