@@ -229,7 +229,7 @@ def train_see(steps=3500):
 
 
 def train_vlm(steps=1100):
-    """Every question, on drawn images and twice as many generated ones; smaller steps at the end."""
+    """Every question, on drawn images and twice as many generated ones."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
     model.load_state_dict(load_file(WORK / "see" / "model.safetensors"))
     pixels = load_file(WORK / "images" / "pixels.safetensors")["pixels"].numpy()
