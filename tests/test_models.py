@@ -112,7 +112,7 @@ def test_prompts_that_the_diffuser_cannot_read(loop, graphs):
     assert [loop.diffuser.problem(graph.prompt()) for graph in graphs] == [None] * len(graphs)
     problem = loop.diffuser.problem("purple dog left of red circle")
     assert "'purple'" in problem and "'dog'" in problem and "red" not in problem
-    assert "tokens" in loop.diffuser.problem("; ".join([PROMPT] * 3))
+    assert "tokens" in loop.diffuser.problem("; ".join([PROMPT] * 4))
     assert "surrogate" in loop.diffuser.problem("red \udcff circle")
 
 
@@ -355,7 +355,8 @@ def test_a_word_that_the_model_does_not_know(tmp_path):
 
 
 def test_evaluation_writes_the_whole_table(tmp_path):
-    process = run("eval.py", "evaluation.limit=8", "--out", tmp_path)
+    data = "evaluation.data=tiny/data/val.json"
+    process = run("eval.py", data, "evaluation.limit=8", "--out", tmp_path)
     assert process.returncode == 0, process.stderr
     text = (tmp_path / "table.md").read_text()
     assert text.strip() in process.stdout
@@ -363,7 +364,7 @@ def test_evaluation_writes_the_whole_table(tmp_path):
         assert heading in text.splitlines()[0]
     results = json.loads((tmp_path / "results.json").read_text())
     names = [result["name"] for result in results]
-    assert {"Diffuser", "1 round", "loop", "loop + phase 1", "loop + phase 1 + 2"} < set(names)
+    assert {"Diffuser", "1 round", "loop"} < set(names)  # adapters add rows of their own
     assert any(name.startswith("best of ") for name in names)
     for result in results:
         assert text.count(f"\n| {result['name']} |") == 2  # in both tables
