@@ -228,7 +228,7 @@ def train_see(steps=3500):
     fit("see", model, loss_of, steps, VLM_RATE, save, last=0, muon=2.0)
 
 
-def train_vlm(steps=950):
+def train_vlm(steps=1550):
     """Every question, on drawn images and twice as many generated ones."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
     model.load_state_dict(load_file(WORK / "see" / "model.safetensors"))
