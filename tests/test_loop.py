@@ -432,7 +432,7 @@ def test_the_words_between_the_parts():
     )
     assert request(GRAPH.prompt(), "missing: owl").endswith("blue square. missing: owl.")
     tried = ("remove the owl", "move the red circle left of the blue square")
-    assert request(GRAPH.prompt(), "missing: owl", tried).endswith(
+    assert request(prompt, "missing: owl", tried).endswith(
         "missing: owl. Tried without success: remove the owl; "
         "move the red circle left of the blue square."
     )
