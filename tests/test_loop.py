@@ -427,10 +427,9 @@ def test_the_words_between_the_parts():
         "missing: red circle, owl. wrong: red circle left of blue square; owl above red circle"
     )
     assert object_question("red circle") == 'Does the image show "red circle"?'
-    assert (
-        request(GRAPH.prompt(), "") == "Prompt: red circle left of blue square. nothing is wrong."
-    )
-    assert request(GRAPH.prompt(), "missing: owl").endswith("blue square. missing: owl.")
+    prompt = GRAPH.prompt()
+    assert request(prompt, "") == "Prompt: red circle left of blue square. nothing is wrong."
+    assert request(prompt, "missing: owl").endswith("blue square. missing: owl.")
     tried = ("remove the owl", "move the red circle left of the blue square")
     assert request(prompt, "missing: owl", tried).endswith(
         "missing: owl. Tried without success: remove the owl; "
