@@ -78,7 +78,7 @@ def test_an_error_of_the_pipeline_is_one_line_that_names_the_key(loop, call, mon
 
 def test_prompts_that_it_cannot_read(loop, graphs):
     assert [loop.diffuser.problem(graph.prompt()) for graph in graphs] == [None] * len(graphs)
-    assert "'purple'" in loop.diffuser.problem("purple circle left of red circle")
+    assert "'purple circle'" in loop.diffuser.problem("purple circle left of red circle")
     assert "tokens" in loop.diffuser.problem("; ".join([PROMPT] * 3))
     assert "surrogate" in loop.diffuser.problem("red \udcff circle")
 

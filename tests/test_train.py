@@ -604,10 +604,11 @@ def running(phase, folder, *overrides, script="tests/toys.py"):
     """train.py in another process, entered once its first checkpoint is there."""
     number = phase.__name__[-1]
     command = [sys.executable, script, "--phase", number, f"run={folder}", *overrides]
+    threads = str(torch.get_num_threads())  # of this process: the number changes the last bits
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env={"TOY_SECONDS": "0.1", "OMP_NUM_THREADS": "1", "PATH": ""},
+        env={"TOY_SECONDS": "0.1", "OMP_NUM_THREADS": threads, "PATH": ""},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
