@@ -231,11 +231,11 @@ def test_a_model_is_a_folder_or_a_hub_id(load, refusal, key):
 
 def test_home_and_variables_are_expanded(load, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
-    monkeypatch.setenv("WORK", "work")
+    monkeypatch.setenv("PLACE", "place")
     paths = ["checker.model=~/vlm", "actor.adapter=$HOME/adapter", "editor.adapter=~/adapter"]
-    paths += ["data=~/prompts.json", "validation=${HOME}/prompts.json", "run=~/$WORK/run"]
+    paths += ["data=~/prompts.json", "validation=${HOME}/prompts.json", "run=~/$PLACE/run"]
     config = load(GOOD, *paths, "evaluation.data=~/prompts.json")
-    assert config.checker.model == f"{folder}/vlm" and config.run == f"{folder}/work/run"
+    assert config.checker.model == f"{folder}/vlm" and config.run == f"{folder}/place/run"
     assert config.actor.adapter == config.editor.adapter == f"{folder}/adapter"
     assert config.data == config.validation == config.evaluation.data == f"{folder}/prompts.json"
 

@@ -244,7 +244,7 @@ def laion_entry(index, triples):
 
 
 def write_data(folder):
-    """Writes train (2,000 graphs), val (200) and test (1,000); no graph stands twice."""
+    """Writes train (2,000 graphs), val (200) and test (1,000); no graph appears twice."""
     folder.mkdir(exist_ok=True)
     seen = set()
     for split, total, seed in (("train", 2000, 1), ("val", 200, 2), ("test", 1000, 3)):
