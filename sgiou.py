@@ -216,6 +216,10 @@ def read_entries(path):
             else:
                 file.seek(0)
                 for number, line in enumerate(file, 1):
+                    if line.strip() == "{":  # else its lines would pass for prompts
+                        raise ValueError(
+                            "no scene graph in a JSON object over several lines; make it a list"
+                        )
                     if line.strip():
                         yield f"line {number}", line.strip()
     except (OSError, ValueError, RecursionError) as error:

@@ -687,6 +687,8 @@ def main():
         words = ["python", *(word for word in sys.argv if word != "--resume"), "--resume"]
         if (Path(config.run) / "checkpoint.safetensors").exists():
             say(f"stopped; continue with: {shlex.join(words)}")
+        else:
+            say("stopped before the first checkpoint")
         os._exit(1)
 
     try:

@@ -509,3 +509,11 @@ def test_the_file_works_alone_in_an_empty_folder(tmp_path):
     assert "read as: red circle left of blue square" in demo.stdout
     assert "entity_iou    0.67" in demo.stdout
     assert demo.stderr == "" and os.listdir(tmp_path) == ["sgiou.py"]
+
+
+@pytest.mark.parametrize("indent", [1, 4])
+def test_one_json_object_over_several_lines_is_not_taken_for_prompts(tmp_path, indent):
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps({"data": [LAION]}, indent=indent))
+    with pytest.raises(ValueError, match="over several lines; make it a list"):
+        load_graphs(path, RELATIONS)
