@@ -26,7 +26,7 @@ from checker import VLM
 from grpo import chunked_token_log_probs, completion_mask, token_log_probs
 
 SYSTEM = (
-    "You repair pictures that do not fit their prompt. Think about what is wrong and how one edit "
+    "You repair images that do not fit their prompt. Think about what is wrong and how one edit "
     "can mend it without breaking the rest. Answer with <think>your reasoning</think><edit>one "
     "instruction to an image editor</edit>, such as <edit>move the red cup left of the blue book"
     "</edit>, or <edit>none</edit> if nothing should change."

@@ -18,7 +18,7 @@ the image once, and every question continues from a copy of that key-value cache
 import sys
 from dataclasses import dataclass
 
-SYSTEM = "You check pictures. Answer the question about the picture with one word: yes or no."
+SYSTEM = "You check images. Answer the question about the image with one word: yes or no."
 LEAST_MASS = 0.05  # of yes and no together, on a blank image
 
 
@@ -46,14 +46,12 @@ class Reflection:
 
 def object_question(name):
     """The question whose yes means that the object is in the image."""
-    article = "an" if name[:1].lower() in "aeiou" else "a"
-    return f"Is there {article} {name}?"
+    return f'Does the image show "{name}"?'
 
 
 def triple_question(triple):
-    """The question whose yes means that the relation holds."""
-    subject, relation, object = triple
-    return f"Is the {subject} {relation} the {object}?"
+    """The question whose yes means that the relation holds. Any relation word fits, verbs too."""
+    return f'Does the image show "{" ".join(triple)}"?'
 
 
 def questions(graph):

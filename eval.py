@@ -37,10 +37,10 @@ IOUS = {"sg_iou": "SG-IoU", "entity_iou": "Entity-IoU", "relation_iou": "Relatio
 HEADINGS = IOUS | {f"vlm_{name}": f"{heading} (VLM)" for name, heading in IOUS.items()}
 HEADINGS |= {name: name.capitalize() for name in ("judge", "checker", "kept", "edits")}
 EXTRACT = (
-    'You list what a picture shows as JSON: {"objects":[...],"triples":[["subject","relation",'
+    'You list what an image shows as JSON: {"objects":[...],"triples":[["subject","relation",'
     '"object"],...]}. Use only the objects, pairs and relations named; leave out what is not there.'
 )
-JUDGE = "You grade pictures. Answer with one digit from 0 (nothing fits) to 9 (everything fits)."
+JUDGE = "You grade images. Answer with one digit from 0 (nothing fits) to 9 (everything fits)."
 
 
 @dataclass
@@ -204,7 +204,7 @@ def extract(vlm, images, graphs, relations=()):
 
 def judge_request(prompt):
     """The user message of `grade`."""
-    return f"How well does the picture fit: {prompt}?"
+    return f"How well does the image fit: {prompt}?"
 
 
 def grade(vlm, images, prompts):

@@ -25,7 +25,7 @@ from world import CELL, GRID, GROUND, NAMES, OPPOSITE, RELATIONS, SIZE, SPRITE, 
 from actor import parse_completion
 from sgiou import SceneGraph, load_graphs, parse_prompt, parse_scene_graph, sg_iou
 
-SPLITS = {"train": 2000, "val": 200, "test": 1000}
+SPLITS = {"train": 2000, "val": 240, "test": 1000}
 positions = st.builds(Thing, st.sampled_from(NAMES), st.integers(0, 26), st.integers(0, 26))
 
 
@@ -52,7 +52,7 @@ def test_later_things_cover_earlier_ones():
 
 def test_parse_finds_exactly_what_is_drawn():
     rng = random.Random(0)
-    scenes = [world.random_scene(rng, rng.choice((2, 3, 4))) for _ in range(1000)]
+    scenes = [world.random_scene(rng, rng.randint(2, 6)) for _ in range(1000)]
     for scene, found in zip(scenes, drawn(*scenes)):
         assert sorted(found) == sorted(scene)
 
@@ -95,6 +95,18 @@ def test_a_half_erased_sprite_is_not_found():
             image[10:16, 9:15][half] = GROUND
             images.append(image)
     assert world.parse(images) == [[]] * len(images)
+    assert {world.debris(image) for image in images} == {1.0}  # all that is left of it is debris
+
+
+def test_debris_is_what_belongs_to_no_thing():
+    rng = random.Random(16)
+    for scene in [[], *(world.random_scene(rng, rng.randint(2, 6)) for _ in range(50))]:
+        assert world.debris(world.render(scene)) == 0
+    image = world.render([Thing("red square", 9, 2)])
+    image[20:23, 20:23] = (45, 85, 230)
+    assert world.debris(image) == 9 / (36 + 9)
+    image[2:8, 15] = (220, 40, 45)  # one pixel beside the square: as blurred edges are
+    assert world.debris(image) == 9 / (36 + 6 + 9)
 
 
 @settings(deadline=None)
@@ -153,11 +165,10 @@ def test_a_diagonal_pair_has_no_triple():
 
 def test_random_triples_are_true_and_name_every_thing():
     rng = random.Random(2)
-    for _ in range(300):
-        things = world.random_scene(rng, rng.choice((2, 3, 4)))
-        triples = world.random_triples(rng, things)
-        if triples is None:
-            continue
+    for number in range(300):
+        relations = 3 + number % 4
+        things, triples = world.random_prompt(rng, relations)
+        assert len(triples) == relations and 3 <= len(things) <= 5
         by_name = {thing.name: thing for thing in things}
         assert {name for a, _, b in triples for name in (a, b)} == set(by_name)
         assert len({frozenset((a, b)) for a, _, b in triples}) == len(triples)
@@ -207,6 +218,13 @@ def test_no_graph_stands_twice(graphs):
     assert len(set(everything)) == sum(SPLITS.values())
 
 
+def test_every_number_of_relations_has_as_many_prompts(graphs):
+    for split, total in SPLITS.items():
+        counts = [len(graph.triples) for graph in graphs[split]]
+        assert counts == [3, 4, 5, 6] * (total // 4)
+        assert {len(graph.objects) for graph in graphs[split]} == {3, 4, 5}
+
+
 def test_splits_share_no_set_of_objects(graphs):
     sets = {split: {frozenset(graph.objects) for graph in graphs[split]} for split in SPLITS}
     assert not sets["train"] & sets["test"]
@@ -221,12 +239,6 @@ def test_split_depends_on_the_set_alone():
     for _ in range(50):
         names = rng.sample(NAMES, 3)
         assert len({world.split_of(rng.sample(names, 3) + names[:1]) for _ in range(5)}) == 1
-
-
-def test_most_graphs_are_hard(graphs):
-    for split in SPLITS:
-        long = sum(len(graph.triples) >= 3 for graph in graphs[split])
-        assert long >= 0.7 * SPLITS[split]
 
 
 def test_prompts_and_instructions_fit_the_text_encoder(graphs):
@@ -268,7 +280,7 @@ def one(things, name):
 
 
 def free_spot(things, anchor, word):
-    """Whether, by brute force, every jitter of some free cell is in a relation to a thing."""
+    """Whether the next cell in the direction of a relation is on the grid and free."""
     dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}[word]
     column, row = anchor.x // CELL + dx, anchor.y // CELL + dy
     taken = {(thing.x // CELL, thing.y // CELL) for thing in things}
@@ -410,7 +422,7 @@ def holding(things, triples):
     return sum(questions.shows(seen, triple) for triple in triples)
 
 
-def test_composed_pictures_show_every_triple(graphs):
+def test_composed_images_show_every_triple(graphs):
     rng = random.Random(11)
     for graph in graphs["train"][:200]:
         things = lessons.compose(rng, list(graph.objects), graph.triples)
@@ -427,7 +439,7 @@ def test_captions_garble_as_told():
     bare, total, right = 0, {0.0: 0, 1.0: 0}, {0.0: 0, 1.0: 0}
     for garble in total:
         for _ in range(200):
-            things, text = lessons.captioned_picture(rng, garble, (0, 3, 4, 4))
+            things, text = lessons.captioned_image(rng, garble, (0, 3, 4, 4, 3))
             told = parse_prompt(text, RELATIONS)
             assert set(told.objects) == {thing.name for thing in things}
             assert world.split_of(told.objects) == "train"
@@ -435,7 +447,7 @@ def test_captions_garble_as_told():
             total[garble] += len(told.triples)
             right[garble] += holding(things, told.triples)
     assert 4 <= bare <= 45  # of 400, one in twenty
-    things, text = lessons.captioned_picture(rng, 0.5, (1, 0, 0, 0))
+    things, text = lessons.captioned_image(rng, 0.5, (1, 0, 0, 0, 0))
     assert [thing.name for thing in things] == [text]
     assert right[0.0] == total[0.0]
     assert 0.15 < right[1.0] / total[1.0] < 0.35  # a random word is right one time in four
@@ -446,11 +458,11 @@ def test_captions_garble_as_told():
 
 @pytest.fixture(scope="module")
 def asked():
-    """(things, graph, drill and questions) of faulty pictures of every split."""
+    """(things, graph, drill and questions) of faulty images of every split."""
     rng = random.Random(15)
     found = []
     for number in range(450):
-        image, graph = questions.faulty_picture(rng, tuple(SPLITS)[number % 3])
+        image, graph = questions.faulty_image(rng, tuple(SPLITS)[number % 3])
         (things,) = world.parse([image])
         texts = list(questions.drill(rng, things))
         for writing in ("extract", "repair"):
@@ -478,14 +490,16 @@ def test_verdicts_are_true_of_the_picture(asked):
     for things, _, texts in asked:
         names = [thing.name for thing in things]
         for text, answer, _ in texts:
-            if match := re.fullmatch(r"Is there an? (.*)\?", text):
-                truth = names.count(match[1]) == 1
-            elif match := re.fullmatch(rf"Is the (.*) ({'|'.join(RELATIONS)}) the (.*)\?", text):
-                subject, word, other = match.groups()
+            asked_for = re.fullmatch(r'Does the image show "(.*)"\?', text)
+            if not asked_for:
+                continue
+            if asked_for[1] in NAMES:
+                truth = names.count(asked_for[1]) == 1
+            else:
+                triple = rf"(.*) ({'|'.join(RELATIONS)}) (.*)"
+                subject, word, other = re.fullmatch(triple, asked_for[1]).groups()
                 truth = names.count(subject) == names.count(other) == 1
                 truth = truth and world.relation(one(things, subject), one(things, other)) == word
-            else:
-                continue
             assert answer == ("yes" if truth else "no"), (things, text)
             told[answer] += 1
     assert min(told.values()) > 0.25 * sum(told.values())
@@ -502,56 +516,92 @@ def spoken(tokenizer, answer):
 
 def test_extraction_reads_back_as_the_exact_graph(asked, tokenizer):
     some = 0
-    for things, graph, texts in asked:
-        answer = last(texts, "Objects:")
-        objects, triples = world.exact_graph(things, graph)
-        exact = SceneGraph(set(objects) & set(graph.objects), set(triples))
-        for text in (answer, spoken(tokenizer, answer)):
-            read = parse_scene_graph(text, graph.objects, RELATIONS)
-            assert set(read.objects) == set(exact.objects), text
-            assert set(read.triples) == set(exact.triples), text
-        some += len(triples)
+    for things, _, texts in asked:
+        for text, answer, _ in texts:
+            if not (match := re.fullmatch(r"Objects: (.*)\. Pairs: (.*)\. Relations: .*", text)):
+                continue
+            names, pairs = match[1].split(", "), [p.split(" - ") for p in match[2].split(", ")]
+            graph = SceneGraph(names, [(a, "left of", b) for a, b in pairs])
+            objects, triples = world.exact_graph(things, graph)
+            for written in (answer, spoken(tokenizer, answer)):
+                read = parse_scene_graph(written, names, RELATIONS)
+                assert set(read.objects) == set(objects) & set(names), written
+                assert set(read.triples) == set(triples), written
+            some += len(triples)
     assert some > 300
 
 
-def test_repairs_are_well_formed(asked, tokenizer):
-    kinds = set()
+def repairs(texts):
+    """(prompt, tried instructions, completion) of what the Actor is taught in some questions."""
+    for text, answer, _ in texts:
+        if match := re.fullmatch(r"Prompt: (.*?)\. (.*?)\.( Tried without success: (.*)\.)?", text):
+            yield match[1], match[4].split("; ") if match[4] else [], answer
+
+
+def test_repairs_are_well_formed_and_not_among_the_tried(asked, tokenizer):
+    kinds, lengths = set(), []
     for _, _, texts in asked:
-        answer = last(texts, "Prompt:")
-        thought, instruction = parse_completion(answer)
-        assert thought and instruction
-        assert parse_completion(spoken(tokenizer, answer)) == (thought, instruction)
-        kinds.add(instruction.split()[0])
-    assert kinds >= {"none", "move", "swap", "add", "remove"}
+        for _, tried, answer in repairs(texts):
+            thought, instruction = parse_completion(answer)
+            assert thought and instruction and instruction not in tried
+            assert parse_completion(spoken(tokenizer, answer)) == (thought, instruction)
+            kinds.add(instruction.split()[0])
+            lengths.append(len(tried))
+    assert kinds == {"none", "move", "swap", "add", "remove", "change"}
+    assert set(lengths) == set(range(7)) and 0.3 < np.mean([n > 0 for n in lengths]) < 0.6
 
 
-def test_sound_repairs_mend():
-    """A sound repair that can be done leaves fewer faults than before."""
+def test_repairs_of_a_violated_relation_are_plausible_not_wise():
+    """Red stands in the right margin: neither kind looks whether there is room."""
+    things = [Thing("red circle", 25, 1), Thing("blue square", 9, 1), Thing("green square", 1, 25)]
+    triples = [("red circle", "left of", "blue square"), ("green square", "below", "red circle")]
+    graph = SceneGraph(["red circle", "blue square", "green square"], triples)
+    ((thought, kinds), _) = questions.faults(random.Random(0), things, graph)
+    assert thought == "red circle left of blue square is wrong; it is right of it"
+    assert kinds == [
+        ["move the red circle left of the blue square"],
+        ["move the blue square right of the red circle"],
+        ["swap the red circle and the blue square"],
+        ["move the red circle above the green square"],
+        ["remove the red circle"],
+        ["add a red circle left of the blue square"],
+    ]
+    texts = {text for kind in kinds for text in kind}
+    told = {questions.repair(random.Random(seed), things, graph)[1] for seed in range(200)}
+    assert texts <= told
+    left = {questions.repair(random.Random(s), things, graph, texts)[1] for s in range(50)}
+    assert left and not left & texts
+
+
+def test_repairs_mend_some_faults():
+    """Carried out to perfection, a part of them mends a fault: what phase 1 starts from."""
     rng = random.Random(13)
     outcomes = []
     for _ in range(300):
-        image, graph = questions.faulty_picture(rng)
+        image, graph = questions.faulty_image(rng)
         (things,) = world.parse([image])
 
         def faults(shown, graph=graph):
             missing = sum(questions.count(shown, name) != 1 for name in graph.objects)
             return missing + sum(not questions.shows(shown, triple) for triple in graph.triples)
 
-        _, instruction = questions.sound_repair(rng, things, graph)
+        _, instruction = questions.repair(rng, things, graph)
         assert (instruction == "none") == (faults(things) == 0)
-        result = lessons.perform(rng, things, instruction)
-        if result is not None:
-            outcomes.append(faults(result) < faults(things))
-    assert len(outcomes) > 100 and np.mean(outcomes) > 0.6
+        if instruction != "none":
+            result = lessons.perform(rng, things, instruction)
+            outcomes.append(result is not None and faults(result) < faults(things))
+    assert 0.25 < np.mean(outcomes) < 0.6
 
 
-def test_judgements_count_the_triples_that_hold(asked):
+def test_judgments_count_the_triples_that_hold(asked):
     digits = set()
-    for things, graph, texts in asked:
-        digit = last(texts, "How well")
-        held = np.mean([questions.shows(things, triple) for triple in graph.triples])
-        assert abs(int(digit) - 9 * held) <= 0.5
-        digits.add(digit)
+    for things, _, texts in asked:
+        for text, answer, _ in texts:
+            if match := re.fullmatch(r"How well does the image fit: (.*)\?", text):
+                triples = parse_prompt(match[1], RELATIONS).triples
+                held = np.mean([questions.shows(things, triple) for triple in triples])
+                assert abs(int(answer) - 9 * held) <= 0.5
+                digits.add(answer)
     assert {"0", "9"} < digits
 
 
@@ -580,11 +630,11 @@ def test_drills_tell_what_is_there(asked):
     assert kinds == {"where", "what", "relate", "list"}
 
 
-def test_faulty_pictures_are_seeded_and_stay_in_their_split():
+def test_faulty_images_are_seeded_and_stay_in_their_split():
     for split in SPLITS:
         first, second = random.Random(14), random.Random(14)
         for _ in range(20):
-            image, graph = questions.faulty_picture(first, split)
-            again, same = questions.faulty_picture(second, split)
+            image, graph = questions.faulty_image(first, split)
+            again, same = questions.faulty_image(second, split)
             assert (image == again).all() and graph == same
             assert world.split_of(graph.objects) == split

@@ -1,12 +1,13 @@
-"""The embedded world: 32 x 32 pictures of coloured shapes, small enough to be measured exactly.
+"""The embedded world: 32 x 32 images of colored shapes, small enough to be measured exactly.
 
 A scene is a list of `Thing`s (name, x, y), each a 6 x 6 sprite in a cell of a 4 x 4 grid with one
-pixel of jitter. `render` draws a scene, `parse` finds the things in any picture again, and
-`exact_graph` says which relations a picture shows. The parser is the project's *measure* (and
-labels pre-training pictures); it is never a reward.
+pixel of jitter. `render` draws a scene, `parse` finds the things in any image again, and
+`exact_graph` says which relations an image shows. The parser is the project's *measure* (and
+labels pre-training images); it is never a reward.
 
-The data come in LAION-SG's JSON format. A graph belongs to one split by its set of objects, so
-validation and test show combinations of objects that no training picture holds.
+The data come in LAION-SG's JSON format: 3 to 5 objects and 3 to 6 relations a prompt, as many
+prompts of each number of relations. A prompt belongs to one split by its set of objects, so
+validation and test show combinations of objects that no training image holds.
 
     python tiny/world.py          # writes tiny/data/{train,val,test}.json, the same bytes each time
 """
@@ -42,6 +43,12 @@ SHAPES = {  # width of each of the six rows
 NAMES = [f"{color} {shape}" for color in COLORS for shape in SHAPES]
 OPPOSITE = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 RELATIONS = list(OPPOSITE)
+CROWDS = {  # number of relations in a prompt: weights of 3, 4 and 5 objects
+    3: (1, 2, 1),
+    4: (0, 1, 1),
+    5: (0, 1, 2),
+    6: (0, 1, 3),
+}
 
 Thing = namedtuple("Thing", "name x y")  # x, y: the sprite's top left corner, pixels
 
@@ -69,7 +76,7 @@ def render(things):
 
 
 def parse(images):
-    """Finds the things in pictures.
+    """Finds the things in images.
 
     Every pixel takes the nearest palette colour; a thing is found where the pixels of a colour
     agree with a sprite (IoU >= 0.7), best first, no two of them closer than four pixels.
@@ -82,7 +89,7 @@ def parse(images):
 
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float()
     if pixels.shape[1:] != (SIZE, SIZE, 3):
-        raise ValueError("key 'exact': pictures that are not of the embedded world; make it false")
+        raise ValueError("key 'exact': images that are not of the embedded world; make it false")
     palette = torch.tensor([GROUND, *COLORS.values()], dtype=torch.float32)
     nearest = torch.cdist(pixels.flatten(1, 2), palette).argmin(-1)  # (N, 1024)
     nearest = nearest.view(-1, SIZE, SIZE)
@@ -104,6 +111,28 @@ def parse(images):
         if all(max(abs(other.x - x), abs(other.y - y)) >= 4 for other in found[image]):
             found[image].append(Thing(NAMES[name], x, y))
     return [sorted(things, key=lambda thing: (thing.y // CELL, thing.x)) for things in found]
+
+
+def debris(image):
+    """The share of non-ground pixels that belong to no found thing: half-erased or smeared blobs.
+
+    A thing owns the pixels of its sprite and the ring of one pixel around it, which a decoder
+    blurs. Args: image: PIL image, 32 x 32, or uint8 array. Returns: in [0, 1]; 0 if all is ground.
+    """
+    import numpy as np
+
+    pixels = np.asarray(image).astype(int)  # (32, 32, 3)
+    palette = np.array([GROUND, *COLORS.values()])
+    nearest = np.square(pixels[:, :, None] - palette).sum(-1).argmin(-1)  # (32, 32)
+    painted = nearest > 0
+    owned = np.zeros_like(painted)
+    for thing in parse([image])[0]:
+        for row, line in enumerate(sprite(thing.name.split()[1])):
+            for column, inside in enumerate(line):
+                if inside:
+                    top, left = max(thing.y + row - 1, 0), max(thing.x + column - 1, 0)
+                    owned[top : thing.y + row + 2, left : thing.x + column + 2] = True
+    return float((painted & ~owned).sum() / max(painted.sum(), 1))
 
 
 def kept(before, after, instruction):
@@ -128,7 +157,7 @@ def relation(subject, object):
 
 
 def exact_graph(things, gold):
-    """What a parsed picture shows of a gold graph, as (objects, triples).
+    """What a parsed image shows of a gold graph, as (objects, triples).
 
     For each gold (subject, object) pair the relation found, one triple per pair of copies, so
     contradictory duplicates cost; objects are all that were found, unasked ones too.
@@ -194,11 +223,10 @@ def random_scene(rng, count, split="train"):
     return [place(rng, name, cell) for name, cell in zip(names, cells)]
 
 
-def random_triples(rng, things):
-    """Triples true of a scene that mention every thing, one per pair; None where impossible."""
+def random_triples(rng, things, count):
+    """`count` triples true of a scene, one a pair, that mention every thing; None if impossible."""
     pairs = [pair for pair in combinations(things, 2) if relation(*pair)]
     rng.shuffle(pairs)
-    count = {2: 1, 3: rng.choice((2, 3, 3)), 4: rng.choice((3, 4))}[len(things)]
     for chosen in combinations(pairs, count):
         if len({thing.name for pair in chosen for thing in pair}) == len(things):
             break
@@ -206,6 +234,14 @@ def random_triples(rng, things):
         return None
     ordered = [rng.sample(pair, 2) for pair in chosen]
     return [(a.name, relation(a, b), b.name) for a, b in ordered]
+
+
+def random_prompt(rng, relations, split="train"):
+    """A scene and `relations` (3..6) triples true of it, as prompts are: (things, triples)."""
+    while True:
+        things = random_scene(rng, rng.choices((3, 4, 5), CROWDS[relations])[0], split)
+        if triples := random_triples(rng, things, relations):
+            return things, triples
 
 
 def laion_entry(index, triples):
@@ -244,22 +280,25 @@ def laion_entry(index, triples):
 
 
 def write_data(folder):
-    """Writes train (2,000 graphs), val (200) and test (1,000); no graph appears twice."""
+    """Writes train (2,000 graphs), val (240) and test (1,000); no graph appears twice.
+
+    The numbers of relations take turns (3, 4, 5, 6, 3, ...), so the first N graphs of a file, which
+    `limit` takes, are of the same mix.
+    """
     folder.mkdir(exist_ok=True)
     seen = set()
-    for split, total, seed in (("train", 2000, 1), ("val", 200, 2), ("test", 1000, 3)):
+    for split, total, seed in (("train", 2000, 1), ("val", 240, 2), ("test", 1000, 3)):
         rng = random.Random(seed)
         entries = []
         while len(entries) < total:
-            things = random_scene(rng, rng.choices((2, 3, 4), (1, 4, 5))[0], split)
-            triples = random_triples(rng, things)
-            if triples and frozenset(triples) not in seen:
+            _, triples = random_prompt(rng, 3 + len(entries) % 4, split)
+            if frozenset(triples) not in seen:
                 seen.add(frozenset(triples))
                 entries.append(laion_entry(len(seen), triples))
         lines = ",\n".join(json.dumps(entry) for entry in entries)
         (folder / f"{split}.json").write_text(f"[\n{lines}\n]\n")
-        long = sum(len(entry["relations"]) >= 3 for entry in entries) / total
-        print(f"{split}: {total} graphs, {long:.0%} with 3-4 triples")
+        sets = {frozenset(i["label"] + i["attributes"][0] for i in e["items"]) for e in entries}
+        print(f"{split}: {total} graphs of {len(sets)} sets of objects")
 
 
 if __name__ == "__main__":

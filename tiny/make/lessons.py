@@ -1,6 +1,7 @@
-"""What the embedded models are taught: scenes, edits and questions, made by the thousand."""
+"""What the embedded models are taught about images: scenes, captions and edits."""
 
 import re
+from itertools import product
 
 import world
 from world import NAMES, SIZE, SPRITE, Thing
@@ -17,8 +18,8 @@ FORMS = {  # of instructions
 
 
 def messy_scene(rng):
-    """Up to six things, some of them anywhere, overlapping or cut: what a VAE has to carry."""
-    cells = rng.sample(range(world.GRID**2), rng.randint(0, 6))
+    """Up to eight things, some of them anywhere, overlapping or cut: what a VAE has to carry."""
+    cells = rng.sample(range(world.GRID**2), rng.randint(0, 8))
     things = []
     for cell in cells:
         name = rng.choice(NAMES)
@@ -30,23 +31,26 @@ def messy_scene(rng):
     return things
 
 
-def captioned_picture(rng, garble, crowds=(1, 3, 4, 4)):
-    """A lesson of the Diffuser: (things, caption), with faults as captions of the web have them.
+RELATED = {2: (1,), 3: (2, 3), 4: (3, 4, 5), 5: (4, 5, 6)}  # objects: numbers of relations
 
-    The picture is composed as pictures are, the first thing named near the middle and the others
+
+def captioned_image(rng, garble, crowds):
+    """A lesson of the Diffuser: (things, caption), with the faults that captions on the web have.
+
+    The image is composed as photographs are, the first thing named near the middle and the others
     close by, so that a caption leaves little open.
 
     Args: garble: share of relation words drawn anew, at random (one caption in twenty names no
-    relation at all); crowds: weights of pictures of one, two, three and four things.
+    relation at all); crowds: weights of images of one to five things.
     """
-    count = rng.choices((1, 2, 3, 4), crowds)[0]
+    count = rng.choices((1, 2, 3, 4, 5), crowds)[0]
     if count == 1:
         name = rng.choice(NAMES)
         return compose(rng, [name], []), name
     triples = None
     while triples is None:
         things = world.random_scene(rng, count)
-        triples = world.random_triples(rng, things)
+        triples = world.random_triples(rng, things, rng.choice(RELATED[count]))
     names = list(dict.fromkeys(name for a, _, b in triples for name in (a, b)))
     if rng.random() < 0.05:
         return compose(rng, names, []), "; ".join(names)
@@ -78,15 +82,25 @@ def distance(a, b):
     return abs(a // world.GRID - b // world.GRID) + abs(a % world.GRID - b % world.GRID)
 
 
+def corner(cell):
+    """A thing at the top left corner of a cell."""
+    return Thing("", cell % world.GRID * world.CELL, cell // world.GRID * world.CELL)
+
+
+# The relation between two cells, as (cell, cell): word or None. Jitter never changes it.
+BETWEEN = {
+    pair: world.relation(*map(corner, pair)) for pair in product(range(world.GRID**2), repeat=2)
+}
+
+
 def extend(placed, names, triples, cells):
     """Completes {name: cell} depth first, trying cells in order; None where it cannot be done."""
     if not names:
         return placed
     for cell in cells:
         trial = placed | {names[0]: cell}
-        corner = {n: Thing(n, c % world.GRID * 8, c // world.GRID * 8) for n, c in trial.items()}
         holds = all(
-            world.relation(corner[a], corner[b]) == word
+            BETWEEN[trial[a], trial[b]] == word
             for a, word, b in triples
             if a in trial and b in trial
         )
@@ -101,16 +115,22 @@ def free_cells(things):
     return sorted(set(range(world.GRID**2)) - {world.cell_of(thing) for thing in things})
 
 
-def cells_in_relation(rng, name, word, anchor, cells):
-    """Of `cells`, things called `name` placed where `word` holds towards `anchor`."""
-    placed = [world.place(rng, name, cell) for cell in cells]
-    return [thing for thing in placed if world.relation(thing, anchor) == word]
+def place_in_relation(rng, name, word, anchor, cells):
+    """Places a thing where `word` holds toward `anchor`, in the nearest of `cells` that does.
+
+    Returns one `Thing`, at random among equally near cells, or None where no cell will do.
+    """
+    placed = [world.place(rng, name, cell) for cell in rng.sample(cells, len(cells))]
+    fitting = [thing for thing in placed if world.relation(thing, anchor) == word]
+    here = world.cell_of(anchor)
+    return min(fitting, key=lambda t: distance(world.cell_of(t), here), default=None)
 
 
 def perform(rng, things, instruction):
     """What a perfect editor makes of an instruction, or None where it cannot be done.
 
-    Understands the five FORMS; where there is a choice (of twins, of a cell) it is made at random.
+    Understands the five FORMS. What is moved or added comes to stand as near as it can to what it
+    is related to; where there is still a choice (of twins, of a cell) it is made at random.
     """
     matches = {action: re.fullmatch(form, instruction) for action, form in FORMS.items()}
     action = next((action for action, match in matches.items() if match), None)
@@ -122,10 +142,10 @@ def perform(rng, things, instruction):
     last = shown.get(names[-1])
     rest = [thing for thing in things if thing != first]
     if action == "add":
-        spots = []
-        if last:
-            spots = cells_in_relation(rng, names[0], names[1], last, free_cells(things))
-        return [*things, rng.choice(spots)] if spots else None
+        if last is None:
+            return None
+        spot = place_in_relation(rng, names[0], names[1], last, free_cells(things))
+        return [*things, spot] if spot else None
     if first is None:
         return None
     if action == "remove":
@@ -137,21 +157,22 @@ def perform(rng, things, instruction):
     if action == "swap":
         others = [thing for thing in rest if thing != last]
         return [*others, first._replace(name=last.name), last._replace(name=first.name)]
-    spots = cells_in_relation(rng, names[0], names[1], last, free_cells(things))
-    return [*rest, rng.choice(spots)] if spots else None
+    spot = place_in_relation(rng, names[0], names[1], last, free_cells(things))
+    return [*rest, spot] if spot else None
 
 
 def random_instruction(rng, things):
     """An instruction that makes sense in a scene, as often as not one that can be done."""
-    action = rng.choices(("move", "add", "remove", "swap", "change"), (58, 10, 10, 10, 12))[0]
+    action = rng.choices(("move", "add", "remove", "swap", "change"), (50, 14, 10, 14, 12))[0]
     thing, anchor = rng.sample(things, 2)
     word = rng.choice(world.RELATIONS)
     absent = rng.choice([name for name in NAMES if name not in {t.name for t in things}])
+    added = rng.choice([name for name in NAMES if name != anchor.name])  # now and then a twin
     if action == "move" and world.relation(thing, anchor) == word:
         word = world.OPPOSITE[word]
     return {
         "move": f"move the {thing.name} {word} the {anchor.name}",
-        "add": f"add a {absent} {word} the {anchor.name}",
+        "add": f"add a {added} {word} the {anchor.name}",
         "remove": f"remove the {thing.name}",
         "swap": f"swap the {thing.name} and the {anchor.name}",
         "change": f"change the {thing.name} to a {absent}",
@@ -161,11 +182,11 @@ def random_instruction(rng, things):
 def edit(rng, split="train"):
     """One lesson of the Editor: (things before, instruction, things after).
 
-    Both scenes are combinations of the split; one scene in eight shows a thing twice, as generated
-    pictures do.
+    Scenes of two to six things. The sets of names before and after are of the split; one scene in
+    eight shows a thing twice, as generated images do.
     """
     while True:
-        before = world.random_scene(rng, rng.choices((2, 3, 4), (2, 4, 4))[0], split)
+        before = world.random_scene(rng, rng.choices((2, 3, 4, 5, 6), (2, 3, 5, 5, 2))[0], split)
         if rng.random() < 0.12:
             twin = rng.choice(before).name
             before.append(world.place(rng, twin, rng.choice(free_cells(before))))
@@ -174,5 +195,5 @@ def edit(rng, split="train"):
         if after is None:
             continue
         names = {thing.name for thing in after}
-        if not 2 <= len(names) <= 4 or world.split_of(names) == split:
+        if len(names) == 1 or world.split_of(names) == split:
             return before, instruction, after

@@ -10,6 +10,8 @@ from world import CELL, NAMES, RELATIONS, SIZE
 
 # One patch of the transformer is one cell of the world: VAE factor 4, packed 2 x 2.
 LATENT_CHANNELS = 4
+PROMPT_TOKENS = 18  # of the longest prompt, six triples
+INSTRUCTION_TOKENS = 8  # of the longest instruction, with room for one word more
 INSTRUCTION_WORDS = "move add remove swap change to and the a".split()
 # "red circle" and "left of" are one token each, or models of this size mix up what belongs to what;
 # and so is a run of punctuation such as `"],["` in the JSON of the VLM.
@@ -65,9 +67,9 @@ def build_pipeline(seed=0):
 
     torch.manual_seed(seed)
     words = [*NAMES, *RELATIONS, *INSTRUCTION_WORDS]
-    # Without punctuation a prompt of four triples has 12 tokens.
-    clip_tokenizer = word_tokenizer(words, 16, ";,.")
-    t5_tokenizer = word_tokenizer(words, 16, ";,.", end=False)
+    # Without punctuation a prompt of six triples has 18 tokens, and CLIP's one more for its end.
+    clip_tokenizer = word_tokenizer(words, PROMPT_TOKENS + 1, ";,.")
+    t5_tokenizer = word_tokenizer(words, PROMPT_TOKENS, ";,.", end=False)
     vocabulary = len(t5_tokenizer)
     vae = AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -90,7 +92,7 @@ def build_pipeline(seed=0):
             projection_dim=64,
             num_hidden_layers=1,
             num_attention_heads=2,
-            max_position_embeddings=16,
+            max_position_embeddings=PROMPT_TOKENS + 1,
             pad_token_id=0,
             bos_token_id=0,
             eos_token_id=1,

@@ -1,7 +1,7 @@
-"""Many questions about a picture in one sequence, and the VLM's loss on them.
+"""Many questions about an image in one sequence, and the VLM's loss on them.
 
-All questions stand behind the picture's tokens, each blind to the others and at the same positions
-as if it stood alone: ten times the supervision for one encoding of the picture.
+All questions stand behind the image's tokens, each blind to the others and at the same positions
+as if it stood alone: ten times the supervision for one encoding of the image.
 """
 
 import torch
@@ -13,15 +13,17 @@ def to_tensor(images):
     return torch.from_numpy(images).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def pack(tokenizer, conversations):
-    """Packs all questions about a picture behind its image tokens, blind to each other.
+def pack(tokenizer, conversations, emphasis=1.0):
+    """Packs all questions about an image behind its image tokens, blind to each other.
 
-    Args: conversations: per picture a list of (user message, answer, weight).
+    Args: conversations: per image a list of (user message, answer, weight); emphasis: relation
+    words in answers weigh so many times as much. They take looking, most other words are copied.
     Returns: input_ids (B, T), attention mask (B, 1, T, T) fp32 additive, position_ids (B, T),
     next-token weights (B, T): zero but where the next token belongs to an answer.
     """
     image = [tokenizer.convert_tokens_to_ids("<image>")] * world.GRID**2
     start = len(image)
+    relations = set(tokenizer.convert_tokens_to_ids(world.RELATIONS))
     rows = []
     for conversation in conversations:
         ids, segment, position, weight = list(image), [0] * start, list(range(start)), [0.0] * start
@@ -33,7 +35,9 @@ def pack(tokenizer, conversations):
             ids += question + answer
             segment += [number] * length
             position += range(start, start + length)
-            weight += [0.0] * (len(question) - 1) + [share] * len(answer) + [0.0]
+            weight += [0.0] * (len(question) - 1)
+            weight += [share * (emphasis if token in relations else 1.0) for token in answer]
+            weight += [0.0]
         rows.append((ids, segment, position, weight))
     longest = max(len(row[0]) for row in rows)
     padded = [[value + [0] * (longest - len(value)) for value in row] for row in rows]
@@ -44,9 +48,9 @@ def pack(tokenizer, conversations):
     return ids, mask[:, None], position, weight
 
 
-def vlm_loss(model, tokenizer, images, conversations):
+def vlm_loss(model, tokenizer, images, conversations, emphasis=1.0):
     """Weighted cross-entropy of all answers; and the accuracy of the yes/no verdicts."""
-    ids, mask, position, weight = pack(tokenizer, conversations)
+    ids, mask, position, weight = pack(tokenizer, conversations, emphasis)
     hidden = model.model(
         input_ids=ids,
         pixel_values=to_tensor(images),

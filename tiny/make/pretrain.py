@@ -1,22 +1,28 @@
 """Trains the embedded models on the CPU: `python tiny/make/pretrain.py`.
 
-Four stages, each seeded and resumable (a run that was killed goes on from its last checkpoint):
+Five stages. Each is seeded, and resumable: a run that was killed goes on from its last checkpoint.
 
-    vae       autoencoder of 32 x 32 pictures
+    vae       autoencoder of 32 x 32 images
     flow      rectified-flow transformer with its text encoders: text-to-image and editing at once
-    pictures  what the flow model generates and edits for training prompts
-    vlm       LLaVA-type model, Checker and Actor: on drawn pictures first, then on those as well
+    images    what the flow model generates and edits for training prompts
+    see       LLaVA-type model, Checker and Actor, on drawn images alone
+    vlm       the same model on drawn and generated images
 
-About two hours on two CPU cores, reckoned from the pace of its parts. `python tiny/make/quality.py`
-measures the result.
+Without arguments all of them run, `see` in a second process beside the first three, because it
+needs nothing of them. A stage depends on its seed and on the stages before it alone, so this gives
+the same weights as one after the other. Two to three hours on two CPU cores.
+`python tiny/make/quality.py` measures the result.
 """
 
 import argparse
 import json
+import os
 import random
+import subprocess
 import sys
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # two processes of two threads each slow one another tenfold
 import numpy as np
 import torch
 import yaml
@@ -38,16 +44,19 @@ from editor import Editor
 from sgiou import SceneGraph
 
 SHIPPED = HERE.parent / "models"
-DRAWN, EDITED = 72, 40  # lessons a step
+LESSONS = (46, 42), (72, 20)  # of Diffuser and Editor a step, before and after step 750: the
+# Editor, which sees most of its answer, learns much sooner
 GARBLED = 0.15  # share of relation words in captions that are drawn anew, at random
 FLOW_RATE = 1e-3
-CROWDS = (1, 6, 3, 2), (1, 3, 4, 4)  # weights of one to four things, before and after step 600
+CROWDS = (1, 6, 3, 2, 0), (1, 2, 4, 4, 2)  # weights of one to five things, before and after 600
 VLM_RATE = 1e-3
-FINDING = 2000  # step up to which the VLM sees pictures of two things
-SEEING = 3000  # step up to which it does the drill alone
+VLM_IMAGES = 24  # a step
+FINDING = 1000  # step up to which the VLM sees images of two things
+SEEING = 1500  # step up to which it does the drill alone
+ASKING = 3250  # step from which on it no longer drills, and relation words weigh more
 
 
-def train_vae(steps=2500):
+def train_vae(steps=1000):
     """Mean absolute plus squared error, a little noise on the latents and a little KL."""
     vae = models.build_pipeline(SEED).vae.train()
 
@@ -60,9 +69,9 @@ def train_vae(steps=2500):
         return error + 3e-3 * kl, {"error": f"{error.item():.4f}", "kl": f"{kl.item():.2f}"}
 
     def save():
-        # Kontext's latents are (z - shift) * scale: standardise them over clean pictures.
+        # Kontext's latents are (z - shift) * scale: standardize them over clean images.
         rng = random.Random(SEED)
-        scenes = [world.random_scene(rng, rng.choice((2, 3, 4))) for _ in range(512)]
+        scenes = [world.random_scene(rng, rng.choice((2, 3, 4, 5))) for _ in range(512)]
         with torch.no_grad():
             posterior = vae.encode(to_tensor(np.stack([world.render(s) for s in scenes])))
         latents = posterior.latent_dist.mode()
@@ -70,14 +79,15 @@ def train_vae(steps=2500):
         vae.register_to_config(shift_factor=shift, scaling_factor=scale)
         vae.save_pretrained(WORK / "vae" / "model")
 
-    fit("vae", vae, loss_of, steps, 2e-3, save, last=1 / 3, muon=8.0)
+    fit("vae", vae, loss_of, steps, 2e-3, save, last=1 / 2, muon=8.0)
 
 
-def train_flow(steps=2000):
+def train_flow(steps=3400):
     """Flow matching, v = noise - latents, on captions and on edits."""
     pipeline = models.build_pipeline(SEED)
     pipeline.vae = AutoencoderKL.from_pretrained(WORK / "vae" / "model")
     vae, transformer = pipeline.vae.eval().requires_grad_(False), pipeline.transformer
+    vae.encoder.to(memory_format=torch.channels_last)  # twice as fast
     trained = torch.nn.ModuleDict(
         {
             "transformer": transformer,
@@ -88,10 +98,11 @@ def train_flow(steps=2000):
     side = world.GRID
     ids = pipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
     context_ids = ids.clone()
-    context_ids[:, 0] = 1  # as the Kontext pipeline marks the tokens of the picture to edit
+    context_ids[:, 0] = 1  # as the Kontext pipeline marks the tokens of the image to edit
 
     def encode(scenes):
         images = to_tensor(np.stack([world.render(things) for things in scenes]))
+        images = images.contiguous(memory_format=torch.channels_last)
         with torch.no_grad():
             latents = vae.encode(images).latent_dist.mode()
         latents = (latents - vae.config.shift_factor) * vae.config.scaling_factor
@@ -117,91 +128,148 @@ def train_flow(steps=2000):
 
     def loss_of(rng, step):
         crowds = CROWDS[step >= 600]
-        pictures = [lessons.captioned_picture(rng, GARBLED, crowds) for _ in range(DRAWN)]
-        edits = [lessons.edit(rng) for _ in range(EDITED)]
-        scenes = [things for things, _ in pictures]
+        drawn, edited = LESSONS[step >= 750]
+        captioned = [lessons.captioned_image(rng, GARBLED, crowds) for _ in range(drawn)]
+        edits = [lessons.edit(rng) for _ in range(edited)]
+        scenes = [things for things, _ in captioned]
         scenes += [things for things, _, _ in edits] + [things for _, _, things in edits]
-        composed, before, after = encode(scenes).split((DRAWN, EDITED, EDITED))
-        picture = flow_loss(composed, [caption for _, caption in pictures], 12)
-        change = flow_loss(after, [text for _, text, _ in edits], 8, before)
-        shown = {"picture": f"{picture.item():.3f}", "edit": f"{change.item():.3f}"}
-        return (DRAWN * picture + EDITED * change) / (DRAWN + EDITED), shown
+        composed, before, after = encode(scenes).split((drawn, edited, edited))
+        captions = [caption for _, caption in captioned]
+        drawing = flow_loss(composed, captions, models.PROMPT_TOKENS)
+        instructions = [text for _, text, _ in edits]
+        editing = flow_loss(after, instructions, models.INSTRUCTION_TOKENS, before)
+        shown = {"drawing": f"{drawing.item():.3f}", "editing": f"{editing.item():.3f}"}
+        return (drawn * drawing + edited * editing) / (drawn + edited), shown
 
     def save():
         # Half precision halves the folder; it is loaded as fp32 on a CPU.
-        vae.register_to_config(_name_or_path="")  # where it lay on this machine is of no use
+        vae.register_to_config(_name_or_path="")  # where it was on this machine is of no use
+        vae.to(memory_format=torch.contiguous_format)
         pipeline.to(dtype=torch.float16).save_pretrained(SHIPPED / "flow")
 
-    fit("flow", trained, loss_of, steps, FLOW_RATE, save, last=0.2, muon=8.0)
+    fit("flow", trained, loss_of, steps, FLOW_RATE, save, last=0.35, muon=8.0)
 
 
-def make_pictures(prompts=3000):
-    """What the Diffuser draws, and the Editor after model instructions, for training prompts."""
+def make_images(prompts=2000):
+    """What the Diffuser draws for training prompts, edited twice by plausible instructions."""
+    folder = WORK / "images"
+    if (folder / "triples.json").exists():
+        print(f"images: done before; delete {folder} to make them anew")
+        return
     pipeline = FluxKontextPipeline.from_pretrained(SHIPPED / "flow", torch_dtype=torch.float32)
     config = yaml.safe_load((ROOT / "eval.yaml").read_text())
     rng = random.Random(SEED)
     graphs = []
-    while len(graphs) < prompts:
-        things = world.random_scene(rng, rng.choices((2, 3, 4), (2, 4, 4))[0])
-        triples = world.random_triples(rng, things)
-        if triples:
-            graphs.append(SceneGraph([thing.name for thing in things], triples))
-    seeds = list(range(prompts))
+    for number in range(prompts):
+        things, triples = world.random_prompt(rng, 3 + number % 4)
+        graphs.append(SceneGraph([thing.name for thing in things], triples))
     diffuser = Diffuser(pipeline, config["diffuser"]["call"])
-    images = diffuser.generate([graph.prompt() for graph in graphs], seeds)
-    found = world.parse(images)
-    texts = [questions.sound_repair(rng, t, g)[1] for t, g in zip(found, graphs)]
-    flawed = [number for number in seeds if texts[number] != "none"]
     editor = Editor(pipeline, config["editor"]["call"])
-    images += editor.edit(
-        [images[n] for n in flawed], [texts[n] for n in flawed], [n + prompts for n in flawed]
-    )
-    graphs += [graphs[n] for n in flawed]
-    (WORK / "pictures").mkdir(parents=True, exist_ok=True)
-    pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images]))
-    save_file({"pixels": pixels}, WORK / "pictures" / "pixels.safetensors")
-    triples = json.dumps([graph.triples for graph in graphs])
-    (WORK / "pictures" / "triples.json").write_text(triples)
-    print(f"pictures: {prompts} generated, {len(flawed)} edited")
+    found = list(zip(diffuser.generate([g.prompt() for g in graphs], range(prompts)), graphs))
+    latest = found
+    for round_ in (1, 2):
+        flawed = []
+        for (image, graph), things in zip(latest, world.parse([image for image, _ in latest])):
+            instruction = questions.repair(rng, things, graph)[1]
+            if instruction != "none":
+                flawed.append((image, graph, instruction))
+        images, graphs, instructions = zip(*flawed)
+        seeds = range(round_ * prompts, round_ * prompts + len(flawed))
+        latest = list(zip(editor.edit(list(images), list(instructions), list(seeds)), graphs))
+        found += latest
+    folder.mkdir(parents=True, exist_ok=True)
+    pixels = torch.from_numpy(np.stack([np.asarray(image) for image, _ in found]))
+    save_file({"pixels": pixels}, folder / "pixels.safetensors")
+    triples = json.dumps([graph.triples for _, graph in found])
+    (folder / "triples.json").write_text(triples)
+    print(f"images: {prompts} generated, {len(found) - prompts} edited")
 
 
-def train_vlm(steps=6500):
+def ask_everything(rng, model, processor, images, drilled):
+    """The loss on all kinds of questions.
+
+    Args: images: (array, `SceneGraph`) pairs; drilled: no more drill. By then all is learned but
+    which relation word to write in a long answer.
+    """
+    # Drill and long answers take turns: a batch of equal lengths wastes little padding.
+    kinds = ("extract", "extract", "repair")
+    writing = rng.choice(kinds if drilled else (*kinds, "repair", None))
+    short, emphasis = (3, 4.0) if drilled else (0, 1.0)
+    pixels = np.stack([image for image, _ in images])
+    asked = [
+        list(questions.questions(rng, things, graph, writing, short))
+        for things, (_, graph) in zip(world.parse(pixels), images)
+    ]
+    return vlm_loss(model, processor.tokenizer, pixels, asked, emphasis)
+
+
+def train_see(steps=3500):
     """Finding first, then the drill, then every question."""
     model, processor = models.build_vlm(questions.vocabulary(), SEED)
-    pixels = load_file(WORK / "pictures" / "pixels.safetensors")["pixels"].numpy()
+
+    def loss_of(rng, step):
+        if step < FINDING:
+            scenes = [world.random_scene(rng, 2) for _ in range(VLM_IMAGES)]
+            pixels = np.stack([world.render(things) for things in scenes])
+            asked = [list(questions.finding(rng, things)) for things in scenes]
+            for conversation in asked[::4]:
+                conversation.append(questions.copying(rng))
+            return vlm_loss(model, processor.tokenizer, pixels, asked)
+        images = [questions.faulty_image(rng) for _ in range(VLM_IMAGES)]
+        if step < SEEING:
+            pixels = np.stack([image for image, _ in images])
+            asked = [list(questions.drill(rng, things)) for things in world.parse(pixels)]
+            return vlm_loss(model, processor.tokenizer, pixels, asked)
+        return ask_everything(rng, model, processor, images, drilled=step >= ASKING)
+
+    def save():
+        save_file(model.state_dict(), WORK / "see" / "model.safetensors")
+
+    fit("see", model, loss_of, steps, VLM_RATE, save, last=0, muon=2.0)
+
+
+def train_vlm(steps=1550):
+    """Every question, on drawn images and twice as many generated ones."""
+    model, processor = models.build_vlm(questions.vocabulary(), SEED)
+    model.load_state_dict(load_file(WORK / "see" / "model.safetensors"))
+    pixels = load_file(WORK / "images" / "pixels.safetensors")["pixels"].numpy()
     pool = []
-    for image, triples in zip(pixels, json.loads((WORK / "pictures" / "triples.json").read_text())):
+    for image, triples in zip(pixels, json.loads((WORK / "images" / "triples.json").read_text())):
         names = dict.fromkeys(name for a, _, b in triples for name in (a, b))
         pool.append((image, SceneGraph(names, triples)))
 
     def loss_of(rng, step):
-        if step < FINDING:
-            scenes = [world.random_scene(rng, 2) for _ in range(16)]
-            images = np.stack([world.render(things) for things in scenes])
-            asked = [list(questions.finding(rng, things)) for things in scenes]
-            return vlm_loss(model, processor.tokenizer, images, asked)
-        drawn, generated = (24, 0) if step < SEEING else (8, 8)
-        pictures = [questions.faulty_picture(rng) for _ in range(drawn)]
-        pictures += rng.sample(pool, generated)
-        images = np.stack([image for image, _ in pictures])
-        # Drill and long answers come by turns: a batch of like lengths wastes little padding.
-        writing = rng.choice(("extract", "repair", "repair", None))
-        conversations = []
-        for things, (_, graph) in zip(world.parse(images), pictures):
-            if step < SEEING:
-                conversations.append(list(questions.drill(rng, things)))
-            else:
-                conversations.append(list(questions.questions(rng, things, graph, writing)))
-        return vlm_loss(model, processor.tokenizer, images, conversations)
+        images = [questions.faulty_image(rng) for _ in range(5)] + rng.sample(pool, 11)
+        return ask_everything(rng, model, processor, images, drilled=True)
 
     def save():
         model.half().save_pretrained(SHIPPED / "vlm")
         processor.save_pretrained(SHIPPED / "vlm")
 
-    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.25, muon=2.0)
+    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.6, muon=2.0)
 
 
-STAGES = {"vae": train_vae, "flow": train_flow, "pictures": make_pictures, "vlm": train_vlm}
+STAGES = {
+    "vae": train_vae,
+    "flow": train_flow,
+    "images": make_images,
+    "see": train_see,
+    "vlm": train_vlm,
+}
+
+
+def everything():
+    """All stages, `see` beside those that it does not need."""
+    beside = subprocess.Popen([sys.executable, __file__, "see"])
+    try:
+        for stage in ("vae", "flow", "images"):
+            STAGES[stage]()
+        if beside.wait():
+            sys.exit("stage see failed: its message is above")
+    finally:
+        beside.terminate()
+    train_vlm()
+
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
@@ -211,5 +279,7 @@ if __name__ == "__main__":
     arguments = parser.parse_args()
     if unknown := set(arguments.stages) - set(STAGES):
         parser.error(f"unknown stage {', '.join(unknown)}; known: {', '.join(STAGES)}")
-    for stage in arguments.stages or STAGES:
+    for stage in arguments.stages:
         STAGES[stage]()
+    if not arguments.stages:
+        everything()

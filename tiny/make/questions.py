@@ -1,7 +1,7 @@
-"""What the embedded VLM is taught: pictures with faults, and everything one can ask about them.
+"""What the embedded VLM is taught: images with faults, and everything one can ask about them.
 
 The texts are those of `checker.py`, `actor.py` and `eval.py`; the answers come from the exact
-parser. That is pre-training, as a real VLM has seen captioned pictures; no label enters the RL.
+parser. That is pre-training, as a real VLM has seen captioned images; no label enters the RL.
 """
 
 import json
@@ -14,7 +14,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
 import models
 import world
-from lessons import free_cells, perform, random_instruction
+from lessons import RELATED, free_cells, perform, random_instruction
 from world import GROUND, NAMES, OPPOSITE, RELATIONS, SPRITE
 
 import actor
@@ -22,22 +22,20 @@ import checker
 import eval as evaluation
 from sgiou import SceneGraph
 
-NOISE = 0.35  # share of the Actor's model answers in which a word or thing is drawn anew
 
+def faulty_image(rng, split="train"):
+    """A drawn image and the graph it should show: (array, `SceneGraph`).
 
-def faulty_picture(rng, split="train"):
-    """A drawn picture and the graph it should show: (array, `SceneGraph`).
-
-    The scene that made the graph then suffers up to three accidents: a thing moved, changed, lost,
+    The scene that made the graph then suffers up to four accidents: a thing moved, changed, lost,
     added, doubled, or half erased.
     """
     triples = None
     while triples is None:
-        things = world.random_scene(rng, rng.choices((2, 3, 4), (2, 4, 4))[0], split)
-        triples = world.random_triples(rng, things)
+        things = world.random_scene(rng, rng.choices((2, 3, 4, 5), (1, 2, 4, 5))[0], split)
+        triples = world.random_triples(rng, things, rng.choice(RELATED[len(things)]))
     graph = SceneGraph([thing.name for thing in things], triples)
     erased = []
-    for _ in range(rng.choices((0, 1, 2, 3), (2, 3, 3, 2))[0]):
+    for _ in range(rng.choices((0, 1, 2, 3, 4), (2, 3, 3, 2, 1))[0]):
         accident = rng.choices(("edit", "move", "double", "erase"), (2, 5, 1, 1))[0]
         if accident == "edit" and len(things) > 1:
             things = perform(rng, things, random_instruction(rng, things)) or things
@@ -65,7 +63,7 @@ def count(things, name):
 
 
 def shows(things, triple):
-    """Whether a picture shows a triple: each of the two things exactly once, and so related."""
+    """Whether an image shows a triple: each of the two things exactly once, and so related."""
     subject, word, object = triple
     found = {thing.name: thing for thing in things}
     if count(things, subject) != 1 or count(things, object) != 1:
@@ -80,17 +78,16 @@ def verdict(holds):
 def finding(rng, things):
     """Where is it, and how do two relate?
 
-    Learnt first on pictures of two things: among more, it starts very slowly.
+    Learnt first on images of two things: among more, it starts very slowly.
     """
-    # In no order: whoever knows a name has to look for its place.
+    # In no order: a model that knows a name then has to look for its place.
     shuffled = rng.sample(things, len(things))
     listed = " ; ".join(f"{thing.name} {world.cell_of(thing)}" for thing in shuffled)
     yield "list what you see.", listed or "nothing", 0.5
-    for thing in things:
-        if count(things, thing.name) == 1:
-            yield f"where is the {thing.name}?", str(world.cell_of(thing)), 1.0
     single = [thing for thing in things if count(things, thing.name) == 1]
-    for _ in range(4 if len(single) > 1 else 0):
+    for thing in rng.sample(single, min(3, len(single))):
+        yield f"where is the {thing.name}?", str(world.cell_of(thing)), 1.0
+    for _ in range(3 if len(single) > 1 else 0):
         subject, object = rng.sample(single, 2)
         word = world.relation(subject, object) or "nothing"
         yield f"relate the {subject.name} and the {object.name}.", word, 1.0
@@ -123,38 +120,44 @@ def part_of(graph, rng):
     return SceneGraph(dict.fromkeys(name for a, _, b in triples for name in (a, b)), triples)
 
 
-def questions(rng, things, graph, writing=None):
-    """(user message, answer, weight) of what is asked about one picture.
+def questions(rng, things, graph, writing=None, short=0):
+    """(user message, answer, weight) of what is asked about one image.
 
-    Short graphs are asked about besides the whole one: what is learnt of one triple carries over.
+    A few of all possible questions: another image teaches more than another question on this one.
+    Half of the long ones are about a part of the graph: what is learnt of one triple carries over.
 
-    Args: things: as the exact parser finds them; graph: what the picture should show;
-    writing: "extract" or "repair" for long answers, None for the drill instead.
+    Args: things: as the exact parser finds them; graph: what the image should show;
+    writing: "extract" or "repair" for long answers, None for the drill instead; short: how many
+    lists of one triple alone come with "extract".
     """
-    for name in [*graph.objects, rng.choice(NAMES)]:
+    for name in [*rng.sample(graph.objects, 2), rng.choice(NAMES)]:
         yield checker.object_question(name), verdict(count(things, name) == 1), 1.0
     names = sorted({thing.name for thing in things} | set(graph.objects))
     extra = []
-    for _ in range(3):
+    for _ in range(2):
         subject, object = rng.sample(names, 2)
         extra.append((subject, rng.choice(RELATIONS), object))
     triples = list(dict.fromkeys([*graph.triples, *extra]))
-    for triple in triples:
+    for triple in rng.sample(triples, min(6, len(triples))):
         yield checker.triple_question(triple), verdict(shows(things, triple)), 1.0
     part = part_of(SceneGraph(names, triples), rng)
-    for asked in (graph, part):
-        held = [shows(things, triple) for triple in asked.triples]
-        digit = round(9 * sum(held) / len(held))
-        yield evaluation.judge_request(asked.prompt()), str(digit), 1.0
+    asked = rng.choice((graph, part))
+    held = [shows(things, triple) for triple in asked.triples]
+    yield evaluation.judge_request(asked.prompt()), str(round(9 * sum(held) / len(held))), 1.0
     if writing is None:
         yield from drill(rng, things)
+    asked = rng.choice((graph, graph, part))
     if writing == "extract":
-        for asked in (graph, part):
-            yield evaluation.extract_request(asked, RELATIONS), extraction(things, asked), 0.3
+        single = [triple for triple in triples if all(count(things, n) == 1 for n in triple[::2])]
+        chosen = rng.sample(single, min(short, len(single)))
+        for listed in [asked, *(SceneGraph((t[0], t[2]), [t]) for t in chosen)]:
+            yield evaluation.extract_request(listed, RELATIONS), extraction(things, listed), 0.5
     if writing == "repair":
-        for asked in (graph, part):
-            feedback = verdicts(rng, things, asked)
-            yield actor.request(asked.prompt(), feedback), repair(rng, things, asked), 0.4
+        feedback = verdicts(rng, things, asked)
+        tried = failed(rng, things, asked)
+        thought, instruction = repair(rng, things, asked, tried)
+        answer = f"<think>{thought}</think><edit>{instruction}</edit>"
+        yield actor.request(asked.prompt(), feedback, tried), answer, 0.5
 
 
 def extraction(things, graph):
@@ -166,62 +169,92 @@ def extraction(things, graph):
 
 
 def verdicts(rng, things, graph):
-    """The Checker's feedback, a twentieth of its verdicts wrong."""
+    """The Checker's feedback, one verdict in twenty wrong."""
     holds = [count(things, name) == 1 for name in graph.objects]
     holds += [shows(things, triple) for triple in graph.triples]
     return checker.reflect(graph, [float(held != (rng.random() < 0.05)) for held in holds]).feedback
 
 
-def repair(rng, things, graph):
-    """A model answer of the Actor; in NOISE of them a word or thing is drawn anew, mostly wrong."""
-    thought, instruction = sound_repair(rng, things, graph)
-    if rng.random() < NOISE:
-        subject, word, object = rng.choice(graph.triples)
-        fault = rng.choice(("word", "word", "thing", "any"))
-        if fault == "word":
-            instruction = f"move the {subject} {rng.choice(RELATIONS)} the {object}"
-        elif fault == "thing":
-            subject = rng.choice([name for name in graph.objects if name != object])
-            instruction = f"move the {subject} {word} the {object}"
-        else:
-            subject, object = rng.sample(graph.objects, 2)
-            instruction = f"move the {subject} {rng.choice(RELATIONS)} the {object}"
-    return f"<think>{thought}</think><edit>{instruction}</edit>"
+# ---- the Actor's supervised start ----
 
 
-def sound_repair(rng, things, graph):
-    """(thought, instruction) that would mend one fault of the picture, if it can be done."""
-    problems = [("object", name) for name in graph.objects if count(things, name) != 1]
-    problems += [
-        ("triple", triple)
-        for triple in graph.triples
-        if not shows(things, triple)
-        and count(things, triple[0]) == 1
-        and count(things, triple[2]) == 1
-    ]
-    if not problems:
-        return "nothing is wrong", "none"
-    kind, problem = rng.choice(problems)
-    if kind == "triple":
-        subject, word, object = problem
-        found = {thing.name: thing for thing in things}
-        actual = world.relation(found[subject], found[object])
+def repair(rng, things, graph, tried=()):
+    """(thought, instruction): a plausible repair of one fault that is not among `tried`."""
+    found = faults(rng, things, graph)
+    rng.shuffle(found)
+    for thought, kinds in found:
+        rest = [[text for text in texts if text not in tried] for texts in kinds]
+        if any(rest):
+            return thought, rng.choice(rng.choice([texts for texts in rest if texts]))
+    return "nothing is wrong", "none"
+
+
+def failed(rng, things, graph):
+    """Instructions as if tried without success: in half of the lessons some, up to six."""
+    found = faults(rng, things, graph)
+    tried = []
+    if found and rng.random() < 0.5:
+        for _ in range(rng.choice((1, 1, 2, 2, 3, 3, 4, 4, 5, 6))):
+            _, kinds = rng.choice(found)
+            tried.append(rng.choice(rng.choice(kinds)))
+    return tuple(dict.fromkeys(tried))
+
+
+def faults(rng, things, graph):
+    """What is wrong with an image, each as (thought, kinds of repair).
+
+    A kind is a list of instructions of one sort. All are plausible, and none looks at what it
+    breaks or whether there is room for it: so a model writes that has never seen the outcome of
+    an edit. Which kinds work, and which thing is cheap to move, is what phase 1 can learn. No noise
+    is added beyond that.
+    """
+    found = []
+    for name in graph.objects:
+        others = [other for other in graph.objects if other != name]
+        related = [(w, o) for s, w, o in graph.triples if s == name]
+        related += [(OPPOSITE[w], s) for s, w, o in graph.triples if o == name]
+        if count(things, name) > 1:
+            kinds = [
+                [f"remove the {name}"],
+                [f"move the {name} {word} the {other}" for word, other in related],
+            ]
+            found.append((f"the {name} is there twice", kinds))
+        elif count(things, name) == 0:
+            unasked = {thing.name for thing in things} - set(graph.objects)
+            kinds = [
+                [f"add a {name} {word} the {other}" for word, other in related],
+                [f"add a {name} {rng.choice(RELATIONS)} the {other}" for other in others],
+                [f"move the {name} {word} the {other}" for word, other in related],
+                [f"change the {other} to a {name}" for other in sorted(unasked)],
+            ]
+            found.append((f"the {name} is missing", [kind for kind in kinds if kind]))
+    shown = {thing.name: thing for thing in things}
+    for triple in graph.triples:
+        a, word, b = triple
+        both = count(things, a) == count(things, b) == 1
+        if not both or shows(things, triple):
+            continue
+        actual = world.relation(shown[a], shown[b])
         # First as the feedback has it, then what is seen, then what follows.
-        thought = f"{subject} {word} {object} is wrong; it is {actual or 'beside'} it"
-        if actual == OPPOSITE[word] and rng.random() < 0.3:
-            return thought, f"swap the {subject} and the {object}"
-        if rng.random() < 0.5:
-            return thought, f"move the {subject} {word} the {object}"
-        return thought, f"move the {object} {OPPOSITE[word]} the {subject}"
-    if count(things, problem) > 1:
-        return f"the {problem} is there twice", f"remove the {problem}"
-    thought = f"the {problem} is missing"
-    for subject, word, object in graph.triples:
-        if problem == subject:
-            return thought, f"add a {subject} {word} the {object}"
-        if problem == object:
-            return thought, f"add a {object} {OPPOSITE[word]} the {subject}"
-    return thought, f"add a {problem} above the {graph.objects[0]}"
+        thought = f"{a} {word} {b} is wrong; it is {actual or 'beside'} it"
+        elsewhere = []  # one of the two, moved to where the prompt wants it of a third thing
+        for subject, other_word, object in graph.triples:
+            if (subject, other_word, object) == triple:
+                continue
+            if subject in (a, b):
+                elsewhere.append(f"move the {subject} {other_word} the {object}")
+            if object in (a, b):
+                elsewhere.append(f"move the {object} {OPPOSITE[other_word]} the {subject}")
+        kinds = [
+            [f"move the {a} {word} the {b}"],
+            [f"move the {b} {OPPOSITE[word]} the {a}"],
+            [f"swap the {a} and the {b}"],
+            elsewhere,
+            [f"remove the {a}"],
+            [f"add a {a} {word} the {b}"],
+        ]
+        found.append((thought, [kind for kind in kinds if kind]))
+    return found
 
 
 def vocabulary():
@@ -229,12 +262,12 @@ def vocabulary():
     rng = random.Random(0)
     words = {str(number) for number in range(world.GRID**2)} | {"change", "to"}
     for _ in range(1000):
-        image, graph = faulty_picture(rng)
+        _, graph = faulty_image(rng)
         things = world.random_scene(rng, 4)
         if rng.random() < 0.3:
             things = [world.place(rng, name, 0) for name in graph.objects * 2]
         for writing in (None, "extract", "repair"):
             asked = questions(rng, things, graph, writing)
             for text, answer, _ in asked:
-                words.update(re.findall(models.TOKEN, f"{text} {answer} nothing".lower()))
+                words.update(re.findall(models.TOKEN, f"{text} {answer} nothing none".lower()))
     return sorted(words - {"<image>", "<answer>"})
