@@ -85,6 +85,9 @@ class EvaluationConfig:
     limit: Count = 300  # the first prompts of the file; --full takes all
     seed: Seed = 0  # of the first prompt's image; the next prompts take the next seeds
     exact: bool = False  # also by the pixel parser: embedded world only
+    untrained_temperature: Positive | None = (
+        None  # Actor's without adapter; null: actor.temperature
+    )
     judge: ModelConfig | None = None  # VLM that extracts scene graphs and judges; null: the Checker
 
 

@@ -1,4 +1,4 @@
-"""Evaluation: every row of the table on the same held-out prompts with the same seeds.
+"""Evaluation: every row of the table on the same held-out prompts with the same first images.
 
     Diffuser            one image per prompt
     loop                Generate-Reflect-Edit, untrained
@@ -7,8 +7,9 @@
 
 SG-IoU, Entity-IoU, and Relation-IoU are those of LAION-SG (arXiv 2412.08580), by the exact parser
 (embedded world only) and by a VLM that writes down the scene graph it sees. "Judge" is that VLM's
-grade of the image, and "Kept" the share of unnamed things that are still in place after the edits.
-Flow tokens, those of texts and context images included, and seconds are per prompt.
+grade of the image. "Kept" is the share of unnamed things that are still in place after the edits,
+"Debris" the share of painted pixels that belong to no object. Costs are per prompt: flow tokens
+include texts and context images, VLM tokens are those read and written by Checker and Actor.
 
     python eval.py                # the first 300 test prompts of eval.yaml
     python eval.py --full         # all of them
@@ -35,7 +36,7 @@ from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
 
 IOUS = {"sg_iou": "SG-IoU", "entity_iou": "Entity-IoU", "relation_iou": "Relation-IoU"}
 HEADINGS = IOUS | {f"vlm_{name}": f"{heading} (VLM)" for name, heading in IOUS.items()}
-HEADINGS |= {name: name.capitalize() for name in ("judge", "checker", "kept", "edits")}
+HEADINGS |= {name: name.capitalize() for name in ("judge", "checker", "kept", "debris", "edits")}
 EXTRACT = (
     'You list what an image shows as JSON: {"objects":[...],"triples":[["subject","relation",'
     '"object"],...]}. Use only the objects, pairs and relations named; leave out what is not there.'
@@ -49,8 +50,9 @@ class Row:
 
     name: str
     values: dict[str, list]  # column -> one value per prompt; NaN or None where there is none
-    tokens: float  # flow-model tokens per prompt
-    seconds: float  # wall time per prompt, without measuring
+    flow_tokens: float  # per prompt, as are the others
+    vlm_tokens: float
+    seconds: float  # wall time, without measuring
 
 
 def evaluate(loop, graphs, settings, relations, judge, rows, save):
@@ -63,15 +65,16 @@ def evaluate(loop, graphs, settings, relations, judge, rows, save):
 
     def add(name, trajectories, meter):
         values = measure(trajectories, judge, relations, settings.exact)
-        rows.append(Row(name, values, meter.tokens / len(graphs), meter.seconds / len(graphs)))
+        costs = (meter.flow_tokens, meter.vlm_tokens, meter.seconds)
+        rows.append(Row(name, values, *(cost / len(graphs) for cost in costs)))
         save(trajectories)
 
     done = [row.name for row in rows]
-    with FlowMeter(loop) as generation:
+    with Meter(loop) as generation:
         first = loop.start(graphs, [settings.seed + number for number in range(len(graphs))])
     if "Diffuser" not in done:
         add("Diffuser", first, generation)
-    for name, system in systems(loop):
+    for name, system in systems(loop, settings.untrained_temperature):
         if name in done:
             continue
         trajectories = first_images(first)
@@ -81,20 +84,27 @@ def evaluate(loop, graphs, settings, relations, judge, rows, save):
         add(name, trajectories, meter)
     if not any(name.startswith("best of") for name in done):
         trajectories, meter = first_images(first), copy.copy(generation)
-        n = best_of_n(loop, trajectories, meter, max(row.tokens for row in rows))
+        n = best_of_n(loop, trajectories, meter, max(row.flow_tokens for row in rows))
         add(f"best of {n}", trajectories, meter)
 
 
-def systems(loop):
-    """(name of the row, `Loop`) for the untrained loop and for each trained adapter."""
+def systems(loop, untrained_temperature=None):
+    """(name of the row, `Loop`) for the untrained loop and for each trained adapter.
+
+    untrained_temperature: of the Actor without its adapter, if not that of the trained one.
+    """
     actor, editor = loop.actor.without_adapter(), loop.editor.without_adapter()
+    actor.temperature = untrained_temperature or actor.temperature
     found = [("loop", Loop(loop.diffuser, loop.checker, actor, editor, loop.rounds))]
     if loop.actor.has_adapter:
         phase1 = Loop(loop.diffuser, loop.checker, loop.actor, editor, loop.rounds)
         found.append(("loop + phase 1", phase1))
     if loop.editor.has_adapter:
         name = "loop + phase 1 + 2" if loop.actor.has_adapter else "loop + phase 2"
-        found.append((name, loop))
+        both = Loop(loop.diffuser, loop.checker, loop.actor, loop.editor, loop.rounds)
+        if not loop.actor.has_adapter:
+            both.actor = actor
+        found.append((name, both))
     return found
 
 
@@ -103,13 +113,13 @@ def first_images(trajectories):
     return [Trajectory(t.graph, t.seed, t.steps[:1]) for t in trajectories]
 
 
-def best_of_n(loop, trajectories, meter, tokens):
-    """Add images to trajectories of one image until these cost `tokens` per prompt. -> N.
+def best_of_n(loop, trajectories, meter, flow_tokens):
+    """Add images to trajectories of one image until these cost `flow_tokens` per prompt. -> N.
 
     A prompt whose best image satisfies the Checker needs no more, just as in the loop.
     """
     n = 1
-    while meter.tokens < tokens * len(trajectories):
+    while meter.flow_tokens < flow_tokens * len(trajectories):
         active = [t for t in trajectories if not t.best.reflection.satisfied]
         if not active:
             break
@@ -122,18 +132,19 @@ def best_of_n(loop, trajectories, meter, tokens):
     return n
 
 
-class FlowMeter:
-    """Inside `with` blocks, counts the tokens that pass through the flow models, and seconds."""
+class Meter:
+    """Inside `with` blocks, counts seconds and the tokens that pass through the models."""
 
     def __init__(self, loop):
         pipelines = (loop.diffuser.pipeline, loop.editor.pipeline)
-        self.models = {getattr(p, "transformer", None) or p.unet for p in pipelines}
-        self.tokens = self.seconds = 0
+        self.flow_models = {getattr(p, "transformer", None) or p.unet for p in pipelines}
+        self.vlms = {loop.checker.model, loop.actor.model}
+        self.flow_tokens = self.vlm_tokens = self.seconds = 0
 
     def __enter__(self):
-        self.hooks = [
-            m.register_forward_pre_hook(self.count, with_kwargs=True) for m in self.models
-        ]
+        counters = [(model, self.count_flow) for model in self.flow_models]
+        counters += [(model, self.count_vlm) for model in self.vlms]
+        self.hooks = [m.register_forward_pre_hook(f, with_kwargs=True) for m, f in counters]
         self.seconds -= time.perf_counter()
         return self
 
@@ -142,12 +153,15 @@ class FlowMeter:
         for hook in self.hooks:
             hook.remove()
 
-    def count(self, _, arguments, keywords):
+    def count_flow(self, _, arguments, keywords):
         hidden = arguments[0] if arguments else keywords.get("hidden_states", keywords.get("x"))
         text = keywords.get("encoder_hidden_states")
         for row in hidden:  # packed latents are (tokens, C), others (C, ..., H, W)
-            self.tokens += len(row) if row.ndim == 2 else row[0].numel()
-        self.tokens += len(hidden) * (text.shape[1] if text is not None else 0)
+            self.flow_tokens += len(row) if row.ndim == 2 else row[0].numel()
+        self.flow_tokens += len(hidden) * (text.shape[1] if text is not None else 0)
+
+    def count_vlm(self, _, arguments, keywords):
+        self.vlm_tokens += keywords["input_ids"].numel()  # padding is computed, so it counts
 
 
 def measure(trajectories, judge, relations, exact):
@@ -161,11 +175,12 @@ def measure(trajectories, judge, relations, exact):
     values["checker"] = [t.best.reflection.score for t in trajectories]
     values["edits"] = [float(sum(step.edited for step in t.steps[1:])) for t in trajectories]
     if exact:
-        from tiny.world import exact_scores, kept_share
+        from tiny.world import debris, exact_scores, kept_share
 
         scores = exact_scores(images, graphs)
         values |= {name: [score[name] for score in scores] for name in IOUS}
         values["kept"] = [kept_share(t) for t in trajectories]
+        values["debris"] = [debris(image) for image in images]
     return values
 
 

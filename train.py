@@ -5,7 +5,8 @@ Both phases repeat the same seven steps in every iteration:
 
     1 states      images of training prompts that the Checker is not satisfied with
     2 sample      a group of G samples per state
-    3 reward      the Checker's score of the edited image against the prompt's scene graph
+    3 reward      the Checker's score of the edited image against the prompt's scene graph; in
+                  phase 1 of the better of the two images, the one that the loop keeps
     4 advantages  each sample compared with the other samples of its group
     5 reference   log-probs or means of the base model, for the KL
     6 replay      log-probs of the recorded actions again, now with gradient
@@ -131,16 +132,19 @@ def phase1(loop, config, resume=False):
             reflections = loop.checker.check(images, [states[group].graph for group, _ in edits])
             run.lap("check")
 
-            # 3. Reward: the Checker's score of the edited image. "none", malformed completions and
-            # repeated instructions leave the image as it was; a malformed one also loses a penalty.
+            # 3. Reward: the Checker's score of the better of the two images, because the loop keeps
+            # that one. An edit that makes things worse costs nothing then; if it did, the Actor
+            # would learn to write "none". That, malformed completions, and repeated instructions
+            # leave the image as it was; a malformed one also loses a penalty.
             edited = {
                 pair: State(states[pair[0]].graph, image, reflection)
                 for pair, image, reflection in zip(edits, images, reflections)
             }
             after = [edited.get(pair, states[pair[0]]) for pair in pairs]  # (N)
             rewards = [
-                state.reflection.score - config.malformed * (instruction is None)
-                for state, instruction in zip(after, proposals.instructions)
+                max(old.reflection.score, new.reflection.score)
+                - config.malformed * (instruction is None)
+                for old, new, instruction in zip(before, after, proposals.instructions)
             ]  # (N)
 
             # 4. Advantages within each group.
