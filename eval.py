@@ -21,12 +21,15 @@ import copy
 import json
 import math
 import os
+import signal
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
+if __name__ == "__main__":  # Ctrl-C before the first row: no traceback
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from checker import Checker
 from config import LoopConfig, load_config
@@ -249,34 +252,56 @@ def bootstrap(values, others=None, resamples=2000):
     return float(values.mean()), float(low), float(high)
 
 
-def tables(rows):
-    """Two tables of strings, headings first: the means, and the main column with intervals."""
+def tables(rows, counts):
+    """Three tables, each as {"title": str, "cells": rows of strings, headings first}.
+
+    The means; the main column with intervals; the main column by number of relations.
+    Args: counts: number of relations of each prompt.
+    """
     rows = sorted(rows, key=lambda row: row.name.startswith("loop"))  # stable: loops last
-    base = before = rows[0]
+    diffuser, last = rows[0], rows[-1]
     best_of = next((row for row in rows if row.name.startswith("best of")), None)
-    columns = [name for name in HEADINGS if name in base.values]
+    columns = [name for name in HEADINGS if name in diffuser.values]
     main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
-    means = [["", *(HEADINGS[name] for name in columns), "Flow tokens", "Seconds"]]
-    gains = [
-        ["", "mean", "against the Diffuser", "against best of N", "against the row it adds to"]
-    ]
+
+    costs = ["Flow tokens", "VLM tokens", "Seconds"]
+    means = [["", *(HEADINGS[name] for name in columns), *costs]]
     for row in rows:
         values = [bootstrap(row.values[name])[0] for name in columns]
         cells = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
-        means.append([row.name, *cells, f"{row.tokens:,.0f}", f"{row.seconds:.2f}"])
+        cells += [f"{row.flow_tokens:,.0f}", f"{row.vlm_tokens:,.0f}", f"{row.seconds:.2f}"]
+        means.append([row.name, *cells])
 
-        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(row.values[main]))]
-        for other in (base, best_of, before):
-            if other is None or other is row:
-                cells.append("–")
-                continue
-            difference = bootstrap(row.values[main], other.values[main])
-            cells.append("{:+.3f} [{:+.3f}, {:+.3f}]".format(*difference))
-        gains.append([row.name, *cells])
-        if row is not best_of:
-            before = row  # what the next loop adds an adapter to
-    title = f"{HEADINGS[main]}, with 95% intervals of the paired bootstrap"
-    return [{"title": "", "cells": means}, {"title": title, "cells": gains}]
+    def gain(row, other, chosen=None):
+        """The paired difference of two rows with its interval, as text."""
+        if other is None or other is row:
+            return "–"
+        pairs = [each.values[main] for each in (row, other)]
+        pairs = [[v for v, n in zip(p, counts) if chosen is None or n == chosen] for p in pairs]
+        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*bootstrap(*pairs))
+
+    others = ["against the Diffuser", "against best of N", "against the row it adds to"]
+    gains = [["", "mean", *others]]
+    before = None  # what the next loop adds an adapter to
+    for row in rows:
+        mean = "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(row.values[main]))
+        gains.append([row.name, mean, *(gain(row, o) for o in (diffuser, best_of, before))])
+        before = before if row is best_of else row
+
+    kinds = sorted(set(counts))
+    complexity = [["", *(f"{n} ({counts.count(n)} prompts)" for n in kinds)]]
+    for row in rows:
+        parts = [[v for v, n in zip(row.values[main], counts) if n == kind] for kind in kinds]
+        complexity.append([row.name, *(f"{bootstrap(part)[0]:.3f}" for part in parts)])
+    if best_of and last is not best_of:
+        against = [gain(last, best_of, kind) for kind in kinds]
+        complexity.append([f"{last.name} against {best_of.name}", *against])
+    heading = HEADINGS[main]
+    return [
+        {"title": "", "cells": means},
+        {"title": f"{heading}, with 95% intervals of the paired bootstrap", "cells": gains},
+        {"title": f"{heading} by number of relations in the prompt", "cells": complexity},
+    ]
 
 
 def markdown(tables):
@@ -299,7 +324,7 @@ def run(arguments):
     folder = Path(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
     made_with = {"config": asdict(config), "prompts": len(graphs)}
-    rows = finished_rows(folder / "results.json", made_with) if arguments.resume else []
+    rows = finished_rows(folder / "results.json", made_with, arguments.resume)
     loop = build(config)
     judge, by = loop.checker, "the Checker's own model"
     if settings.judge:
@@ -309,10 +334,11 @@ def run(arguments):
             judge = Checker.load(*weights, batch_size=part.batch_size)
             judge.probe()
     graphs = loop.diffuser.readable(graphs, settings.data)
+    counts = [min(len(graph.triples), 6) for graph in graphs]  # 6: or more
 
     def save(trajectories):
         say(f"  {rows[-1].name}")
-        results = {"tables": tables(rows), "rows": [vars(row) for row in rows]} | made_with
+        results = {"tables": tables(rows, counts), "rows": [vars(row) for row in rows]} | made_with
         write(folder / "table.md", markdown(results["tables"]))
         write(folder / "results.json", json.dumps(results).replace("NaN", "null") + "\n")
         if rows[-1].name.startswith("best of"):  # the page keeps the trajectories of the loop
@@ -323,20 +349,28 @@ def run(arguments):
     say(f"evaluating {len(graphs)} prompts of {settings.data}; finished rows:")
     evaluate(loop, graphs, settings, config.relations, judge, rows, save)
     judged = f"The columns VLM and Judge are by {by}."
-    return f"\n{markdown(tables(rows))}{judged}\n{folder / 'table.md'}\n{folder / 'report.html'}"
+    text = markdown(tables(rows, counts))
+    return f"\n{text}{judged}\n{folder / 'table.md'}\n{folder / 'report.html'}"
 
 
-def finished_rows(path, made_with):
-    """The rows of an interrupted evaluation. Raises ValueError if it was another evaluation."""
+def finished_rows(path, made_with, resume):
+    """The rows of an interrupted evaluation; none for a new one.
+
+    Raises ValueError if there is another evaluation to resume, or an unfinished one in the way.
+    """
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
         rows = [Row(**row) for row in results["rows"]]
         same = all(results[key] == value for key, value in made_with.items())
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if not resume:
+            return []
         raise ValueError(f"{path}: cannot be resumed ({error}); start without --resume") from None
-    if not same:
+    if not resume and not any(row.name.startswith("best of") for row in rows):
+        raise ValueError(f"{path}: is unfinished; add --resume, or --out with another folder")
+    if resume and not same:
         raise ValueError(f"{path}: is of another config; start without --resume, or set --out")
-    return rows
+    return rows if resume else []
 
 
 def main():
@@ -347,6 +381,7 @@ def main():
     parser.add_argument("--resume", action="store_true", help="keep finished rows")
     parser.add_argument("--out", default="runs/eval", help="folder for table.md and results.json")
     arguments = parser.parse_intermixed_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         say(run(arguments))
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:

@@ -20,7 +20,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm
 
 from config import LoopConfig, load_config
-from eval import FlowMeter, bootstrap, first_images, systems
+from eval import Meter, bootstrap, first_images, systems
 from loop import build
 from sgiou import load_graphs
 from tiny.world import exact_scores
@@ -37,18 +37,18 @@ def scores(trajectories):
     return [score["sg_iou"] for score in exact_scores(images, [t.graph for t in trajectories])]
 
 
-def measure(loop, graphs, seed):
+def measure(loop, graphs, settings):
     """{curve: [{"tokens": per prompt, "scores": one per prompt}, ...]}"""
-    with FlowMeter(loop) as generation:
-        first = loop.start(graphs, [seed + number for number in range(len(graphs))])
-    start = {"tokens": generation.tokens / len(graphs), "scores": scores(first)}
+    with Meter(loop) as generation:
+        first = loop.start(graphs, [settings.seed + number for number in range(len(graphs))])
+    start = {"tokens": generation.flow_tokens / len(graphs), "scores": scores(first)}
     curves = {}
-    for name, system in systems(loop):
+    for name, system in systems(loop, settings.untrained_temperature):
         trajectories, curve = first_images(first), [start]
         for _ in tqdm(range(ROUNDS), desc=name):
-            with FlowMeter(loop) as meter:
+            with Meter(loop) as meter:
                 system.advance(trajectories)
-            tokens = curve[-1]["tokens"] + meter.tokens / len(graphs)
+            tokens = curve[-1]["tokens"] + meter.flow_tokens / len(graphs)
             curve.append({"tokens": tokens, "scores": scores(trajectories)})
         curves[name] = curve
     trajectories, curve = first_images(first), [start]
@@ -57,12 +57,12 @@ def measure(loop, graphs, seed):
         active = [t for t in trajectories if not t.best.reflection.satisfied]
         if not active or curve[-1]["tokens"] > most:
             break
-        with FlowMeter(loop) as meter:
+        with Meter(loop) as meter:
             seeds = [t.seed + 1_000_003 * number for t in active]
             more = loop.start([t.graph for t in active], seeds)
         for trajectory, made in zip(active, more):
             trajectory.steps += made.steps
-        tokens = curve[-1]["tokens"] + meter.tokens / len(graphs)
+        tokens = curve[-1]["tokens"] + meter.flow_tokens / len(graphs)
         curve.append({"tokens": tokens, "scores": scores(trajectories)})
     return {"best of N": curve} | curves
 
@@ -134,7 +134,7 @@ def main():
     numbers = Path(f"{arguments.out}.json")
     if not arguments.draw:
         graphs = load_graphs(config.evaluation.data, config.relations)
-        curves = measure(build(config), graphs, config.evaluation.seed)
+        curves = measure(build(config), graphs, config.evaluation)
         relations = [len(graph.triples) for graph in graphs]
         numbers.parent.mkdir(parents=True, exist_ok=True)
         numbers.write_text(json.dumps({"curves": curves, "relations": relations}))
