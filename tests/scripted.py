@@ -3,6 +3,7 @@
 import copy
 from types import SimpleNamespace
 
+import torch
 from PIL import Image
 
 from checker import reflect
@@ -35,6 +36,7 @@ class Script:
         self.scores = scores
         self.instructions = instructions or {}
         self.pipeline = SimpleNamespace(transformer=transformer)
+        self.model, self.temperature = torch.nn.Identity(), 1.0
         self.has_adapter = False
         self.calls = []  # (name, arguments by name)
 
@@ -77,8 +79,6 @@ class Script:
 
     def pass_through_model(self, batch, image_tokens, text_tokens):
         if self.pipeline.transformer and batch:
-            import torch
-
             self.pipeline.transformer(
                 hidden_states=torch.zeros(batch, image_tokens, 4),
                 encoder_hidden_states=torch.zeros(batch, text_tokens, 4),

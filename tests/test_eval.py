@@ -18,11 +18,11 @@ from loop import Step, Trajectory
 from sgiou import SceneGraph
 from tiny.world import Thing, kept_share, laion_entry, render
 
-SETTINGS = SimpleNamespace(seed=10, exact=True)
+SETTINGS = SimpleNamespace(seed=10, exact=True, untrained_temperature=None)
 
 
 class Flow(torch.nn.Module):
-    """A flow model: what `FlowMeter` counts."""
+    """A flow model: what `Meter` counts."""
 
     def forward(self, hidden_states, encoder_hidden_states=None):
         return hidden_states
@@ -78,9 +78,11 @@ def test_rows():
 def test_best_of_n_costs_at_least_what_the_loop_costs_and_one_image_less_costs_less():
     """A generated image takes 36 tokens in the scripted flow model, an edit 42."""
     rows, _ = evaluated()
-    assert rows["Diffuser"].tokens == 36
-    assert rows["loop"].tokens == (4 * 36 + 4 * 42) / 4 == 78
-    assert rows["best of 3"].tokens == (4 * 36 + 2 * 3 * 36) / 4 == 90  # prompt 12 is satisfied
+    assert rows["Diffuser"].flow_tokens == 36
+    assert rows["loop"].flow_tokens == (4 * 36 + 4 * 42) / 4 == 78
+    assert (
+        rows["best of 3"].flow_tokens == (4 * 36 + 2 * 3 * 36) / 4 == 90
+    )  # prompt 12 is satisfied
     assert rows["loop"].seconds > rows["Diffuser"].seconds > 0
 
 
@@ -116,6 +118,16 @@ def test_every_adapter_adds_a_row(actor_has, editor_has, names):
     assert edited == ["2" in name for name in names for _ in "12"]
 
 
+def test_the_untrained_actor_has_its_own_temperature(monkeypatch):
+    actor = Script(SCORES, transformer=Flow())
+    actor.has_adapter = True
+    loop = eval.Loop(actor, actor, actor, actor)
+    temperatures = {name: system.actor.temperature for name, system in eval.systems(loop, 0.5)}
+    assert temperatures["loop"] == 0.5 and temperatures["loop + phase 1"] == 1.0
+    temperatures = {name: system.actor.temperature for name, system in eval.systems(loop)}
+    assert set(temperatures.values()) == {1.0}
+
+
 def test_finished_rows_are_not_run_again():
     whole, _ = evaluated()
     for count in (1, 2, 3):
@@ -135,27 +147,38 @@ def parts(diffuser, editor):
     pipelines = [
         SimpleNamespace(pipeline=SimpleNamespace(transformer=m)) for m in (diffuser, editor)
     ]
-    return SimpleNamespace(diffuser=pipelines[0], editor=pipelines[1])
+    vlm = SimpleNamespace(model=torch.nn.Identity())
+    return SimpleNamespace(diffuser=pipelines[0], editor=pipelines[1], checker=vlm, actor=vlm)
 
 
-def test_flow_meter_counts_tokens():
+def test_meter_counts_tokens():
     flow = Flow()
-    with eval.FlowMeter(parts(flow, flow)) as meter:  # one model in both parts is counted once
+    with eval.Meter(parts(flow, flow)) as meter:  # one model in both parts is counted once
         flow(torch.zeros(3, 16, 8), encoder_hidden_states=torch.zeros(3, 20, 8))
         flow(hidden_states=torch.zeros(2, 32, 8), encoder_hidden_states=torch.zeros(2, 10, 8))
         flow(torch.zeros(5, 4, 6, 7))  # latents that are not packed, without text
-    assert meter.tokens == 3 * 36 + 2 * 42 + 5 * 42
+    assert meter.flow_tokens == 3 * 36 + 2 * 42 + 5 * 42
     flow(torch.zeros(1, 16, 8))
-    assert meter.tokens == 3 * 36 + 2 * 42 + 5 * 42 and not flow._forward_pre_hooks
+    assert meter.flow_tokens == 3 * 36 + 2 * 42 + 5 * 42 and not flow._forward_pre_hooks
 
 
-def test_flow_meter_counts_two_models_and_lets_go_after_an_error():
+def test_meter_counts_vlm_tokens_padding_included():
+    loop = parts(Flow(), Flow())
+    vlm = loop.checker.model = loop.actor.model = Flow()
+    vlm.forward = lambda input_ids: input_ids
+    with eval.Meter(loop) as meter:
+        vlm(input_ids=torch.zeros(3, 50))
+        vlm(input_ids=torch.zeros(3, 1))
+    assert meter.vlm_tokens == 153 and meter.flow_tokens == 0
+
+
+def test_meter_counts_two_models_and_lets_go_after_an_error():
     first, second = Flow(), Flow()
-    with pytest.raises(KeyError), eval.FlowMeter(parts(first, second)) as meter:
+    with pytest.raises(KeyError), eval.Meter(parts(first, second)) as meter:
         first(torch.zeros(1, 16, 8))
         second(torch.zeros(1, 32, 8))
         raise KeyError
-    assert meter.tokens == 48
+    assert meter.flow_tokens == 48
     assert not first._forward_pre_hooks and not second._forward_pre_hooks
 
 
@@ -199,7 +222,7 @@ def drawn():
     images, graphs = [], []
     while len(graphs) < 12:
         things = random_scene(rng, 3, "val")
-        if triples := random_triples(rng, things):
+        if triples := random_triples(rng, things, 2):
             names = [name for a, _, b in triples for name in (a, b)]
             graphs.append(SceneGraph(dict.fromkeys(names), triples))
             images.append(Image.fromarray(render(things)))
@@ -281,16 +304,16 @@ def test_bootstrap_leaves_out_what_has_no_value():
 
 def test_tables():
     nan = math.nan
-    base = eval.Row("Diffuser", {"vlm_sg_iou": [0.25] * 4, "kept": [nan] * 4}, 288, 1)
+    base = eval.Row("Diffuser", {"vlm_sg_iou": [0.25] * 4, "kept": [nan] * 4}, 288, 90, 1)
     values = {"vlm_sg_iou": [0.75] * 4, "kept": [nan, 0.5, 1, nan]}
-    better = eval.Row("loop", values, 1600, 2.5)
-    best = eval.Row("best of 3", {"vlm_sg_iou": [1.0] * 4, "kept": [None] * 4}, 864, 3)
-    means, gains = eval.tables([base, better, best])
+    better = eval.Row("loop", values, 1600, 2000, 2.5)
+    best = eval.Row("best of 3", {"vlm_sg_iou": [1.0] * 4, "kept": [None] * 4}, 864, 300, 3)
+    means, gains, complexity = eval.tables([base, better, best], [3, 3, 4, 4])
     assert means["cells"] == [  # the loops come last
-        ["", "SG-IoU (VLM)", "Kept", "Flow tokens", "Seconds"],
-        ["Diffuser", "0.250", "–", "288", "1.00"],
-        ["best of 3", "1.000", "–", "864", "3.00"],
-        ["loop", "0.750", "0.750", "1,600", "2.50"],
+        ["", "SG-IoU (VLM)", "Kept", "Flow tokens", "VLM tokens", "Seconds"],
+        ["Diffuser", "0.250", "–", "288", "90", "1.00"],
+        ["best of 3", "1.000", "–", "864", "300", "3.00"],
+        ["loop", "0.750", "0.750", "1,600", "2,000", "2.50"],
     ]
     gain, loss = "+0.500 [+0.500, +0.500]", "-0.250 [-0.250, -0.250]"
     assert gains["cells"][1] == [
@@ -301,16 +324,27 @@ def test_tables():
         "–",
     ]
     assert gains["cells"][3] == ["loop", "0.750 [0.750, 0.750]", gain, loss, gain]
+    assert complexity["cells"] == [
+        ["", "3 (2 prompts)", "4 (2 prompts)"],
+        ["Diffuser", "0.250", "0.250"],
+        ["best of 3", "1.000", "1.000"],
+        ["loop", "0.750", "0.750"],
+        ["loop against best of 3", loss, loss],
+    ]
     lines = eval.markdown([means, gains]).splitlines()
     assert lines[:2] == [
-        "|  | SG-IoU (VLM) | Kept | Flow tokens | Seconds |",
-        "|---|---|---|---|---|",
+        "|  | SG-IoU (VLM) | Kept | Flow tokens | VLM tokens | Seconds |",
+        "|---|---|---|---|---|---|",
     ]
     assert lines[6].startswith("SG-IoU (VLM), with 95% intervals")
-    _, gains = eval.tables([base])  # after the first row
+    _, gains, _ = eval.tables([base], [3] * 4)  # after the first row
     assert gains["cells"][1] == ["Diffuser", "0.250 [0.250, 0.250]", "–", "–", "–"]
-    trained = eval.Row("loop + phase 1", {"vlm_sg_iou": [0.5] * 4, "kept": [nan] * 4}, 1600, 2.5)
-    _, gains = eval.tables([base, better, trained])  # adds to the loop, and there is no best of N
+    trained = eval.Row(
+        "loop + phase 1", {"vlm_sg_iou": [0.5] * 4, "kept": [nan] * 4}, 1600, 2000, 2.5
+    )
+    _, gains, _ = eval.tables(
+        [base, better, trained], [3] * 4
+    )  # adds to the loop, and there is no best of N
     gain, loss = "+0.250 [+0.250, +0.250]", "-0.250 [-0.250, -0.250]"
     assert gains["cells"][-1] == ["loop + phase 1", "0.500 [0.500, 0.500]", gain, "–", loss]
 
@@ -386,6 +420,8 @@ def test_an_interrupted_evaluation_keeps_its_rows_and_can_be_resumed(program, mo
 
     monkeypatch.setattr(eval, "measure", interrupted)
     with pytest.raises(SystemExit, match="stopped"):
+        program()
+    with pytest.raises(SystemExit, match="is unfinished; add --resume"):  # not overwritten
         program()
     out = program("--resume")
     assert [row["name"] for row in results(out)["rows"]] == ["Diffuser", "loop", "best of 3"]
