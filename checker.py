@@ -5,8 +5,10 @@ question per object and one per triple, and the answer is read from the logits o
 token, never from sampled text:
 
     P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)    over all spellings of both
-    score  = 1/2 mean_objects P(yes) + 1/2 mean_triples P(yes)          in [0, 1]
-             (without triples, the mean over the objects alone)
+    score  = mean P(yes) over all triples and the objects that no triple names        in [0, 1]
+
+A triple's question asks for its two objects too, so these are not counted a second time: a missing
+object, put in the wrong place, would then raise the score, and the metric would fall.
 
 The paper leaves the form of the answer open. A probability carries more signal than a sampled yes:
 the rewards of a group are rarely all the same.
@@ -64,7 +66,8 @@ def reflect(graph, probs, mass=1.0):
     probs = tuple(float(prob) for prob in probs)
     objects = list(zip(graph.labels(), probs))
     triples = list(zip(graph.triples, probs[len(objects) :]))
-    means = [sum(p for _, p in part) / len(part) for part in (objects, triples) if part]
+    related = {name for subject, _, object in graph.triples for name in (subject, object)}
+    required = [p for _, p in triples] + [p for name, p in objects if name not in related]
     missing = [name for name, p in objects if p < 0.5]
     wrong = [" ".join(triple) for triple, p in triples if p < 0.5]
     feedback = []
@@ -72,7 +75,7 @@ def reflect(graph, probs, mass=1.0):
         feedback.append("missing: " + ", ".join(missing))
     if wrong:
         feedback.append("wrong: " + "; ".join(wrong))
-    return Reflection(probs, sum(means) / len(means), ". ".join(feedback), float(mass))
+    return Reflection(probs, sum(required) / len(required), ". ".join(feedback), float(mass))
 
 
 # Also in editor.py, so that both files work alone.
