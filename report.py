@@ -251,7 +251,8 @@ b { float: right; margin-left: .5rem }
 table { display: block; overflow-x: auto; white-space: nowrap; border-spacing: 0; margin: 2rem 0 }
 td { text-align: right; padding: .35rem .55rem; border-bottom: 1px solid #8886 }
 caption, td:first-child { text-align: left }
-figure { display: inline-block; vertical-align: top; width: min(100%, 16.7rem); margin: 0 1.5rem 2rem 0 }
+figure { display: inline-block; vertical-align: top; width: min(100%, 16.7rem);
+  margin: 0 1.5rem 2rem 0 }
 svg { display: block; overflow: visible; margin: .5rem 0; border-bottom: 1px solid #8886 }
 path { stroke: light-dark(#1f6fd0, #77aef5); stroke-width: 1.75; fill: none }
 ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 1.5rem 1rem;
