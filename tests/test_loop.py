@@ -18,6 +18,7 @@ from loop import build, sha256_sums
 from report import story
 from sgiou import load_graphs
 
+PARTS = ("diffuser", "checker", "actor", "editor")
 WITHOUT = ["actor.adapter=", "editor.adapter="]
 
 
@@ -143,17 +144,14 @@ def test_an_actor_that_insists_edits_nothing():
 def program(monkeypatch, tmp_path):
     """Runs loop.py with a script in place of the models; returns the output folder."""
     config = tmp_path / "config.yaml"
-    parts = [
-        f"{part}: {{model: {tmp_path}}}" for part in ("diffuser", "checker", "actor", "editor")
-    ]
+    parts = [f"{part}: {{model: {tmp_path}}}" for part in PARTS]
     config.write_text("\n".join([*parts, "relations: [left of, above]", "rounds: 2"]))
     out = tmp_path / "out"
 
     def run_program(script, *arguments):
+        command = ["loop.py", *arguments, "--config", str(config), "--out", str(out)]
         monkeypatch.setattr(loop, "build", lambda config: script.loop(config.rounds))
-        monkeypatch.setattr(
-            sys, "argv", ["loop.py", *arguments, "--config", str(config), "--out", str(out)]
-        )
+        monkeypatch.setattr(sys, "argv", command)
         loop.main()
         return out
 
@@ -214,12 +212,11 @@ def test_neither_or_more_than_one_prompt(program, words):
 
 
 def test_ctrl_c_during_the_imports_shows_no_traceback(tmp_path):
-    """A config that imports forever stands for the libraries."""
+    """A config.py that takes forever stands for the libraries."""
     shutil.copy(ROOT / "loop.py", tmp_path)
     (tmp_path / "config.py").write_text("print(flush=True)\nwhile True: pass\n")
-    process = subprocess.Popen(
-        [sys.executable, "loop.py", "sun"], cwd=tmp_path, stdout=-1, stderr=-1
-    )
+    command = [sys.executable, "loop.py", "sun"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=-1, stderr=-1)
     process.stdout.readline()
     process.send_signal(signal.SIGINT)
     assert process.communicate(timeout=60) == (b"", b"")
@@ -241,22 +238,19 @@ def test_parts_with_equal_settings_share_their_model(monkeypatch):
     loop = build(load_config("eval.yaml", LoopConfig, WITHOUT))
     assert loop.checker.model is loop.actor.model
     assert loop.diffuser.pipeline is loop.editor.pipeline
-    loop = build(
-        load_config(
-            "eval.yaml", LoopConfig, [*WITHOUT, "actor.attention=eager", "editor.dtype=bfloat16"]
-        )
-    )
+    others = ["actor.attention=eager", "editor.dtype=bfloat16"]
+    loop = build(load_config("eval.yaml", LoopConfig, WITHOUT + others))
     assert loop.actor.model.config._attn_implementation == "eager"
     assert loop.checker.model.config._attn_implementation != "eager"
     assert loop.editor.pipeline.dtype == torch.bfloat16
     assert loop.diffuser.pipeline.dtype == torch.float32
 
 
-@pytest.mark.parametrize("part", ["diffuser", "checker", "actor", "editor"])
+@pytest.mark.parametrize("part", PARTS)
 def test_a_device_that_is_not_there_is_named(part, monkeypatch):
     monkeypatch.chdir(ROOT)
-    config = load_config("eval.yaml", LoopConfig, [*WITHOUT, f"{part}.device=cuda:7"])
-    with pytest.raises(ValueError, match=f"^key '{part}.device': cannot load 'cuda:7': "):
+    config = load_config("eval.yaml", LoopConfig, [*WITHOUT, f"{part}.device=cuda:99"])
+    with pytest.raises(ValueError, match=f"^key '{part}.device': cannot load 'cuda:99': "):
         build(config)
 
 
