@@ -47,10 +47,10 @@ class Step:
     reflection: object  # the Checker's `Reflection` on it
     source: int | None = None  # index of the step whose image was edited; None: it was generated
     thought: str = ""
-    # "none" means that the Actor wanted no edit, None that its completion was malformed. Both leave
-    # the image as it was.
+    # "none" (the Actor wants no edit) and None (its completion is malformed) leave the image as it
+    # was, and so does a repeated instruction: it was tried on this image before.
     instruction: str | None = None
-    repeated: bool = False  # the instruction was tried on this image before: nothing was edited
+    repeated: bool = False
 
     @property
     def edited(self):
@@ -171,7 +171,7 @@ def build(config):
 
     Raises ValueError, naming the key, for anything that cannot be loaded.
     """
-    # Without it transformers warns at every import that there is no torchvision.
+    # Without torchvision, transformers would warn at every import.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import diffusers
     import torch
@@ -251,7 +251,7 @@ def naming(config, key):
     except Exception as error:  # of any kind: it comes from the depths of three libraries
         value = functools.reduce(getattr, key.split("."), config)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if key.endswith(".adapter"):
+        if key.endswith(".adapter") and not isinstance(error, ValueError):
             reason += "; the Actor takes adapters of phase 1, the Editor those of phase 2"
         raise ValueError(f"key '{key}': cannot load {value!r}: {reason}") from None
 
@@ -276,9 +276,9 @@ def sha256_sums(folder):
 
 
 def once_per_place():
-    """A filter for logging: one message per line of code that logs, and none about truncation.
+    """A filter for logging: one message per line of code that logs.
 
-    `Diffuser.problem` finds prompts that are too long, and the pipelines report it for others too.
+    None about truncated prompts, which `Diffuser.problem` finds with fewer false alarms.
     """
     seen = set()
 
