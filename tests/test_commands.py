@@ -98,9 +98,7 @@ FILES += [("data.json", text) for text in (BROKEN, "{", "[]")]
 
 
 @pytest.mark.parametrize(("name", "content"), FILES)
-@pytest.mark.parametrize(
-    "command", [("loop.py", "--prompts={}"), ("eval.py", "evaluation.data={}")]
-)
+@pytest.mark.parametrize("command", ["loop.py --prompts=", "eval.py evaluation.data="])
 def test_broken_files_of_prompts(run, tmp_path, name, content, command):
     script, argument = command.split()
     command = (script, "--config", "config.yaml", f"{argument}{name}")
