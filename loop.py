@@ -291,8 +291,7 @@ def once_per_place():
 
 def main():
     parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, images out.")
-    words = '"red circle left of blue square; ...", key=value'
-    parser.add_argument("prompt", nargs="*", help=words)
+    parser.add_argument("prompt", nargs="*", help='"red circle left of ...", key=value')
     parser.add_argument("--prompts", help="a file of prompts instead, see sgiou.load_graphs")
     parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt")
@@ -304,7 +303,7 @@ def main():
         parser.error("give either a prompt or --prompts FILE")
     try:
         if not 0 <= arguments.seed < 2**31:
-            raise ValueError("--seed: make it at least 0 and below 2**31")
+            raise ValueError("--seed: make it 0 or more and below 2**31")
         # "evaluation=": the test prompts of the config are not needed here, so may be missing.
         config = load_config(arguments.config, LoopConfig, [*overrides, "evaluation="])
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
@@ -312,10 +311,11 @@ def main():
         loop = build(config)
         if arguments.prompts:
             graphs = loop.diffuser.readable(graphs, arguments.prompts)
+        seeds = [arguments.seed + number for number in range(len(graphs))]
         out, trajectories = Path(arguments.out), []
         for first in range(0, len(graphs), PROMPTS_PER_BATCH):
-            part = graphs[first : first + PROMPTS_PER_BATCH]
-            made = loop.run(part, [arguments.seed + first + number for number in range(len(part))])
+            part = slice(first, first + PROMPTS_PER_BATCH)
+            made = loop.run(graphs[part], seeds[part])
             if first == 0:
                 remove_images(out)  # of an earlier run
             for trajectory in made:

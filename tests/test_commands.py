@@ -170,14 +170,3 @@ def test_random_command_lines_end_in_one_line(without_models, script, arguments)
     asked = any(argument.startswith(("-h", "--h")) for argument in arguments)
     assert code not in (0, None) or asked
     assert not isinstance(code, str) or len(code.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_all_random_tests_with_ten_more_seeds():
-    """Random texts, figures, files and command lines, in all test files."""
-    chosen = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "any or random"]
-    for seed in range(10):
-        process = subprocess.run(
-            [*chosen, f"--hypothesis-seed={seed}"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert process.returncode == 0, process.stdout
