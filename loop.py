@@ -14,21 +14,25 @@
     python loop.py "red circle left of blue square; green triangle above red circle" --seed 3
 """
 
+import os
+import signal
+
+if __name__ == "__main__":  # Ctrl-C ends it at once, without a traceback even during the imports
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
+
 import argparse
 import functools
 import hashlib
 import logging
-import os
 import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
-
 from config import LoopConfig, load_config
-from report import record, save_images, say, story
+from report import record, remove_images, save_images, say, story
 from sgiou import SceneGraph, load_graphs, parse_prompt
 
 PROMPTS_PER_BATCH = 32  # of a file of prompts; images are written after each batch
@@ -43,10 +47,10 @@ class Step:
     reflection: object  # the Checker's `Reflection` on it
     source: int | None = None  # index of the step whose image was edited; None: it was generated
     thought: str = ""
-    # "none" means that the Actor wanted no edit, None that its completion was malformed. Both leave
-    # the image as it was.
+    # "none" (the Actor wants no edit) and None (its completion is malformed) leave the image as it
+    # was, and so does a repeated instruction: it was tried on this image before.
     instruction: str | None = None
-    repeated: bool = False  # the instruction was tried on this image before: nothing was edited
+    repeated: bool = False
 
     @property
     def edited(self):
@@ -83,18 +87,24 @@ class Trajectory:
         return self.seed + 1_000_003 * len(self.steps)
 
 
+@dataclass
 class Loop:
-    """The four parts, composed. rounds: maximum number of edits of a trajectory."""
+    """The four parts, composed."""
 
-    def __init__(self, diffuser, checker, actor, editor, rounds=3):
-        self.diffuser = diffuser
-        self.checker = checker
-        self.actor = actor
-        self.editor = editor
-        self.rounds = rounds
+    diffuser: object
+    checker: object
+    actor: object
+    editor: object
+    rounds: int = 3  # most edits of a trajectory
 
     def run(self, graphs, seeds):
-        """Generate, then reflect and edit. Args: `SceneGraph`s and a seed each. -> Trajectories."""
+        """Generate, then reflect and edit. Args: `SceneGraph`s and a seed each. -> Trajectories.
+
+        Raises ValueError for a prompt that the Diffuser cannot read.
+        """
+        for prompt in (graph.prompt() for graph in graphs):
+            if problem := self.diffuser.problem(prompt):
+                raise ValueError(f"prompt {prompt!r}: {problem}")
         trajectories = self.start(graphs, seeds)
         for _ in range(self.rounds):
             self.advance(trajectories)
@@ -114,23 +124,21 @@ class Loop:
         active = [t for t in trajectories if not t.best.reflection.satisfied]
         if not active:
             return
-        edited = []
+        edits = []  # (trajectory, step) of those whose image changes
         for t, (thought, instruction) in zip(active, self.propose(active)):
-            repeated = instruction in t.tried
-            step = Step(
-                t.best.image, t.best.reflection, t.best_index, thought, instruction, repeated
-            )
+            best, repeated = t.best, instruction in t.tried
+            step = Step(best.image, best.reflection, t.best_index, thought, instruction, repeated)
             if step.edited:
-                edited.append((t, step))
+                edits.append((t, step))
             else:
                 t.steps.append(step)
         images = self.editor.edit(
-            [step.image for _, step in edited],
-            [step.instruction for _, step in edited],
-            [t.step_seed for t, _ in edited],
+            [step.image for _, step in edits],
+            [step.instruction for _, step in edits],
+            [t.step_seed for t, _ in edits],
         )
-        reflections = self.checker.check(images, [t.graph for t, _ in edited])
-        for (t, step), image, reflection in zip(edited, images, reflections):
+        reflections = self.checker.check(images, [t.graph for t, _ in edits])
+        for (t, step), image, reflection in zip(edits, images, reflections):
             step.image, step.reflection = image, reflection
             t.steps.append(step)
 
@@ -159,13 +167,12 @@ class Loop:
 
 
 def build(config):
-    """Load the four parts of a `LoopConfig`; parts with the same model share its weights.
+    """Load the four parts of a `LoopConfig`. Parts with equal settings share one model.
 
     Raises ValueError, naming the key, for anything that cannot be loaded.
     """
-    # Without torchvision transformers would warn at every import that it falls back to PIL.
+    # Without torchvision, transformers would warn at every import.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     import diffusers
     import torch
     import transformers
@@ -181,75 +188,97 @@ def build(config):
     transformers.utils.logging.disable_progress_bar()
     if config.offload and not torch.cuda.is_available():
         raise ValueError("key 'offload': there is no CUDA GPU; leave it out")
-    # Fail early, before loading weights: a pipeline may not work as the Editor, and a processor may
-    # need torchvision.
     with naming(config, "editor.model"):
-        Editor.check(config.editor.model)
-    for name in ("checker", "actor"):
+        Editor.check(config.editor.model)  # fail early, before loading weights
+
+    @functools.cache  # equal arguments give the same model again
+    def load_once(kind, model, device, dtype, *attention):
+        if kind is Diffuser and config.offload:
+            device = "cpu"  # its models wait in main memory for their turn on the GPU
+        return kind.load(model, device, dtype, *attention)
+
+    def load(name, kind, *attention):
+        with naming(config, f"{name}.device"):
+            place = device_and_dtype(getattr(config, name))
         with naming(config, f"{name}.model"):
-            model = getattr(config, name).model
-            transformers.AutoProcessor.from_pretrained(model, trust_remote_code=False)
+            return load_once(kind, getattr(config, name).model, *place, *attention)
 
-    def load_pipeline(name):
-        part = getattr(config, name)
-        device, dtype = device_and_dtype(part)
-        if config.offload:  # its models wait in main memory for their turn on the GPU
-            device = "cpu"
-        with naming(config, f"{name}.model"):
-            return Diffuser.load(part.model, device, dtype).pipeline
-
-    def load_vlm(name):
-        part = getattr(config, name)
-        with naming(config, f"{name}.model"):
-            return VLM.load(part.model, *device_and_dtype(part), part.attention)
-
-    pipeline = load_pipeline("diffuser")
-    diffuser = Diffuser(pipeline, config.diffuser.call, config.diffuser.batch_size)
-    check_call("diffuser.call", type(pipeline), diffuser.call)
-
-    if not same_weights(config.editor, config.diffuser):
-        pipeline = load_pipeline("editor")
-    settings = config.editor
-    editor = Editor(pipeline, settings.call, settings.batch_size, settings.template)
-    check_call("editor.call", type(pipeline), editor.call)
-
-    vlm = load_vlm("checker")
+    vlm = load("checker", VLM, config.checker.attention)
     with naming(config, "checker.model"):
         checker = Checker(vlm.model, vlm.processor, config.checker.batch_size)
         checker.probe()
 
-    if not same_weights(config.actor, config.checker):
-        vlm = load_vlm("actor")
+    own = config.actor
+    vlm = load("actor", VLM, own.attention)
     with naming(config, "actor.model"):
-        actor = Actor(
-            vlm.model,
-            vlm.processor,
-            config.actor.batch_size,
-            config.actor.max_new_tokens,
-            config.actor.temperature,
-            config.actor.checkpointing,
-        )
-        actor.inputs(SYSTEM, [Image.new("RGB", (64, 64))], ["hello"])  # the template works
+        sampling = own.batch_size, own.max_new_tokens, own.temperature, own.checkpointing
+        actor = Actor(vlm.model, vlm.processor, *sampling)
+        actor.inputs(SYSTEM, [Image.new("RGB", (64, 64))], ["hello"])  # its chat template works
+
+    own = config.diffuser
+    pipeline = load("diffuser", Diffuser).pipeline
+    diffuser = Diffuser(pipeline, own.call, own.batch_size)
+    check_call("diffuser.call", type(pipeline), diffuser.call)
+
+    own = config.editor
+    pipeline = load("editor", Diffuser).pipeline
+    editor = Editor(pipeline, own.call, own.batch_size, own.template)
+    check_call("editor.call", type(pipeline), editor.call)
+
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
             with naming(config, f"{name}.adapter"):
-                check_sums(folder)
+                sums = Path(folder) / "SHA256SUMS"  # train.py writes it
+                if sums.exists() and sums.read_text() != sha256_sums(folder):
+                    raise ValueError(f"{sums} does not match: a file is damaged or was changed")
                 part.load_adapter(folder)
     if config.editor.checkpointing:
-        editor.pipeline.transformer.enable_gradient_checkpointing()
+        pipeline.transformer.enable_gradient_checkpointing()
     if config.offload:
-        for pipeline in {diffuser.pipeline, editor.pipeline}:
-            pipeline.enable_model_cpu_offload()  # text encoders, transformer and VAE take turns
+        for part, settings in ((diffuser, config.diffuser), (editor, config.editor)):
+            part.pipeline.enable_model_cpu_offload(device=device_and_dtype(settings)[0])
     # From here on diffusers may say, once, that it ignores an argument of a call.
     diffusers.utils.logging.set_verbosity_warning()
     logging.getLogger("diffusers").handlers[0].addFilter(once_per_place())
     return Loop(diffuser, checker, actor, editor, config.rounds)
 
 
-def once_per_place():
-    """A filter for logging: one message per line of code that logs, and none about truncation.
+@contextmanager
+def naming(config, key):
+    """Put the config key and its value into the message of whatever goes wrong inside."""
+    try:
+        yield
+    except Exception as error:  # of any kind: it comes from the depths of three libraries
+        value = functools.reduce(getattr, key.split("."), config)
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if key.endswith(".adapter") and not isinstance(error, ValueError):
+            reason += "; the Actor takes adapters of phase 1, the Editor those of phase 2"
+        raise ValueError(f"key '{key}': cannot load {value!r}: {reason}") from None
 
-    `Diffuser.problem` finds prompts that are too long, and the pipelines report it for others too.
+
+def device_and_dtype(part):
+    """Device and dtype of a part by name. Raises what torch raises if there is no such device."""
+    import torch
+
+    device, dtype = part.device, part.dtype
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype == "auto":
+        dtype = "bfloat16" if device.startswith("cuda") else "float32"
+    torch.empty(1, device=device)
+    return device, dtype
+
+
+def sha256_sums(folder):
+    """The files of an adapter folder with their sha256, in the format of the sha256sum program."""
+    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
+    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files)
+
+
+def once_per_place():
+    """A filter for logging: one message per line of code that logs.
+
+    None about truncated prompts, which `Diffuser.problem` finds with fewer false alarms.
     """
     seen = set()
 
@@ -260,54 +289,12 @@ def once_per_place():
     return passes
 
 
-def sha256_sums(folder):
-    """The files of an adapter folder with their sha256, in the format of the sha256sum program."""
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
-    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files)
-
-
-def check_sums(folder):
-    """Raise ValueError if files have changed since train.py wrote them; others' folders pass."""
-    path = Path(folder) / "SHA256SUMS"
-    if path.exists() and path.read_text() != sha256_sums(folder):
-        raise ValueError(f"{path} does not match the files; one of them is damaged or was changed")
-
-
-def device_and_dtype(part):
-    """The names that "auto" stands for: CUDA in bfloat16 if there is a GPU, else CPU in float32."""
-    import torch
-
-    device, dtype = part.device, part.dtype
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if dtype == "auto":
-        dtype = "bfloat16" if device.startswith("cuda") else "float32"
-    return device, dtype
-
-
-def same_weights(one, other):
-    return (one.model, device_and_dtype(one)) == (other.model, device_and_dtype(other))
-
-
-@contextmanager
-def naming(config, key):
-    """Put the config key and its value into the message of whatever goes wrong inside."""
-    try:
-        yield
-    except Exception as error:  # of any kind: it comes from the depths of three libraries
-        value = functools.reduce(getattr, key.split("."), config)
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"key '{key}': cannot load {value!r}: {reason}") from None
-
-
 def main():
     parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, images out.")
-    parser.add_argument(
-        "prompt", nargs="*", help='"red circle left of blue square; ...", key=value'
-    )
+    parser.add_argument("prompt", nargs="*", help='"red circle left of ...", key=value')
     parser.add_argument("--prompts", help="a file of prompts instead, see sgiou.load_graphs")
     parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first prompt")
     parser.add_argument("--out", default="out", help="folder for images and report")
     arguments = parser.parse_intermixed_args()
     overrides = [word for word in arguments.prompt if re.match(r"[\w.]+=", word)]
@@ -316,29 +303,30 @@ def main():
         parser.error("give either a prompt or --prompts FILE")
     try:
         if not 0 <= arguments.seed < 2**31:
-            raise ValueError("--seed: make it at least 0 and below 2**31")
+            raise ValueError("--seed: make it 0 or more and below 2**31")
         # "evaluation=": the test prompts of the config are not needed here, so may be missing.
         config = load_config(arguments.config, LoopConfig, [*overrides, "evaluation="])
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
         graphs = graphs or load_graphs(arguments.prompts, config.relations)
         loop = build(config)
-        for graph in graphs:
-            if problem := loop.diffuser.problem(graph.prompt()):
-                raise ValueError(f"prompt {graph.prompt()!r}: {problem}")
-        out = Path(arguments.out)
-        trajectories = []
+        if arguments.prompts:
+            graphs = loop.diffuser.readable(graphs, arguments.prompts)
+        seeds = [arguments.seed + number for number in range(len(graphs))]
+        out, trajectories = Path(arguments.out), []
         for first in range(0, len(graphs), PROMPTS_PER_BATCH):
-            part = graphs[first : first + PROMPTS_PER_BATCH]
-            seeds = [arguments.seed + first + number for number in range(len(part))]
-            for trajectory in loop.run(part, seeds):
+            part = slice(first, first + PROMPTS_PER_BATCH)
+            made = loop.run(graphs[part], seeds[part])
+            if first == 0:
+                remove_images(out)  # of an earlier run
+            for trajectory in made:
                 folder = out / f"{len(trajectories):04d}" if len(graphs) > 1 else out
                 save_images(trajectory, folder)
                 say(f"{story(trajectory)}\n\n  {folder / 'strip.png'}\n")
                 trajectories.append(trajectory)
             page = record(out, trajectories)
             say(f"  {len(trajectories)} of {len(graphs)} prompts: {page}")
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        sys.exit(" ".join(f"loop.py: {str(error) or 'stopped'}".split()))
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(" ".join(f"loop.py: {error}".split()))
 
 
 if __name__ == "__main__":

