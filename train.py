@@ -1,14 +1,13 @@
 """Reflection-GRPO (RL-RIG, arXiv 2602.19974): trains the Actor (phase 1) or the Editor (phase 2).
 
-Read `phase1`, then `phase2`, then the functions they call; from `Run` on, all is about files.
+Read `phase1`, then `phase2`, then the functions that they call. From `Run` on, all is about files.
 Both phases repeat the same seven steps in every iteration:
 
     1 states      images of training prompts that the Checker is not satisfied with
     2 sample      a group of G samples per state
-    3 reward      the Checker's score of the edited image against the prompt's scene graph; in
-                  phase 1 of the better of the two images, the one that the loop keeps
+    3 reward      the Checker's score of the edited image against the prompt's scene graph
     4 advantages  each sample compared with the other samples of its group
-    5 reference   log-probs or means of the base model, for the KL
+    5 reference   what the base model says of the same actions, for the KL
     6 replay      log-probs of the recorded actions again, now with gradient
     7 update      clipped loss + KL, then an optimizer step; steps 6 and 7 run `updates` times
 
@@ -20,7 +19,7 @@ Both phases repeat the same seven steps in every iteration:
     shares         edits: instructions are compared,  latents and all steps before the window: the
                    not the Editor's luck              noise in the window is compared
 
-Steps 2-4 run `rounds` times: a later round starts from what the one before made, as in the loop.
+Steps 2-5 run `rounds` times: a later round starts from what the one before made, as in the loop.
 All randomness is drawn from the seed, the iteration and the round, so a resumed run ends with the
 same adapter, on a CPU bit for bit. What a `config.` key means stands at its field in config.py.
 
@@ -91,7 +90,7 @@ def phase1(loop, config, resume=False):
         # 1. States: new images that do not satisfy the Checker.
         states, satisfied = unsatisfied_images(loop, run.graphs, config, iteration)
         run.lap("generate")
-        batches = []  # (proposals, rows, advantages (R, 1), mask (R, T))
+        batches = []  # (proposals, rows, advantages (R, 1), mask (R, T), reference (R, T))
         figures = defaultdict(list)  # one value per sample, to be averaged
         for round in range(config.rounds):
             if not states:
@@ -137,12 +136,18 @@ def phase1(loop, config, resume=False):
             # 4. Advantages within each group.
             advantages, kept = compare(rewards, config)  # (N, 1) each
 
-            # Micro-batches of R completions. Padding and flat groups are masked out.
+            # 5. Reference, by micro-batches of R completions: outside `adapter()` the Actor is the
+            # base model. Padding and flat groups are masked out.
             for first in range(0, len(rewards), config.micro_batch):
                 rows = slice(first, first + config.micro_batch)
                 mask = proposals.mask[rows] & kept[rows].to(proposals.mask.device)
-                if mask.any():
-                    batches.append((proposals, rows, advantages[rows].to(mask.device), mask))
+                if not mask.any():
+                    continue
+                with torch.no_grad():
+                    reference = actor.log_probs(proposals, rows) if config.kl > 0 else None
+                signal = advantages[rows].to(mask.device)
+                batches.append((proposals, rows, signal, mask, reference))
+            run.lap("update")
 
             note(figures, before, after, rewards, kept)
             figures["malformed"] += [text is None for text in proposals.instructions]
@@ -150,35 +155,27 @@ def phase1(loop, config, resume=False):
             figures["truncated"] += proposals.truncated
             figures["length"] += proposals.mask.sum(1).tolist()  # tokens
             states = next_states(before, after, proposals.instructions, G, rng)
-        count = sum(mask.sum().item() for *_, mask in batches)  # trained tokens of the iteration
-
-        # 5. Reference. Outside `adapter()` the Actor is the base model.
-        references = []  # (R, T) each, the same for all updates
-        if config.kl > 0:
-            with torch.no_grad():
-                references = [actor.log_probs(proposals, rows) for proposals, rows, *_ in batches]
-
         metrics = averages(figures, satisfied, config)
+        count = sum(batch[3].sum().item() for batch in batches)  # trained tokens
         for update in range(config.updates if batches else 0):  # no kept group: no step
             optimizer.zero_grad()
             stats = []  # of each micro-batch
-            for index, (proposals, rows, advantages, mask) in enumerate(batches):
-                old_log_probs = proposals.log_probs[rows]  # (R, T)
+            for proposals, rows, advantages, mask, reference in batches:
+                old = proposals.log_probs[rows]  # of the policy that sampled, (R, T)
                 with actor.adapter():  # `backward` has to be inside, too
                     # 6. Replay. In the first update the policy is still the one that sampled, so
-                    # these must be the recorded log-probs.
+                    # the log-probs must be the recorded ones.
                     log_probs = actor.log_probs(proposals, rows)  # (R, T)
                     if update == 0:
-                        check_on_policy(log_probs, old_log_probs, mask, count, config, metrics)
+                        check_on_policy(log_probs, old, mask, count, config, metrics)
 
                     # 7. Update. Dividing by the count of the whole iteration makes the gradients
                     # of the micro-batches add up to that of one large batch.
-                    bounds = config.clip_low, config.clip_high
                     loss, found = clipped_loss(
-                        log_probs, old_log_probs, advantages, mask, count, *bounds
+                        log_probs, old, advantages, mask, count, config.clip_low, config.clip_high
                     )
                     if config.kl > 0:
-                        kl = torch.where(mask, k3_kl(log_probs, references[index]), 0).sum()
+                        kl = torch.where(mask, k3_kl(log_probs, reference), 0).sum()
                         loss = loss + config.kl * kl / count
                         found["kl"] = kl.item() / count
                     loss.backward()
@@ -202,7 +199,7 @@ def phase2(loop, config, resume=False):
         # 1. States: new images that do not satisfy the Checker.
         states, satisfied = unsatisfied_images(loop, run.graphs, config, iteration)
         run.lap("generate")
-        batches = []  # (recorded step, advantages (R, 1), mask (R, 1))
+        batches = []  # (recorded step, advantages (R, 1), mask (R, 1), reference's mean)
         figures = defaultdict(list)  # one value per sample, to be averaged
         asked = 0  # states for which the Actor was asked for an instruction
         for round in range(config.rounds):
@@ -260,49 +257,46 @@ def phase2(loop, config, resume=False):
             # 4. Advantages within each group.
             advantages, kept = compare(rewards, config)  # (N, 1) each
 
-            # Micro-batches: one recorded step of the R edits of a call. Flat groups are masked out.
+            # 5. Reference, by micro-batches: one recorded step of the R edits of a call. Outside
+            # `adapter()` the Editor is the base model. Flat groups are masked out.
             for first, rollout in zip(range(0, len(before), chunk), rollouts):
                 rows = slice(first, first + chunk)
-                if kept[rows].any():
-                    device = rollout.steps[0].log_prob.device
+                if not kept[rows].any():
+                    continue
+                for step in rollout.steps:
+                    with torch.no_grad():
+                        reference = editor.log_probs(step)[1] if config.kl > 0 else None
+                    device = step.log_prob.device
                     signal, mask = advantages[rows].to(device), kept[rows].to(device)
-                    batches += [(step, signal, mask) for step in rollout.steps]
+                    batches.append((step, signal, mask, reference))
+            run.lap("update")
 
             note(figures, before, after, rewards, kept)
             states = next_states(before, after, instructions, G, rng)
-        count = sum(mask.sum().item() for *_, mask in batches)  # trained steps of the iteration
-
-        # 5. Reference. Outside `adapter()` the Editor is the base model.
-        references = []  # means of the base model's steps, (R, tokens, channels) each
-        if config.kl > 0:
-            with torch.no_grad():
-                references = [editor.log_probs(step)[1] for step, *_ in batches]
-
         metrics = averages(figures, satisfied, config)
+        count = sum(batch[2].sum().item() for batch in batches)  # trained steps
         metrics["unedited"] = (asked - metrics["groups"]) / max(asked, 1)
         for update in range(config.updates if batches else 0):  # no kept group: no step
             optimizer.zero_grad()
             stats = []  # of each micro-batch
-            for index, (step, advantages, mask) in enumerate(batches):
-                old_log_probs = step.log_prob[:, None]  # (R, 1)
+            for step, advantages, mask, reference in batches:
+                old = step.log_prob[:, None]  # of the policy that sampled, (R, 1)
                 with editor.adapter():  # `backward` has to be inside, too
-                    # 6. Replay. In the first update the policy is still the one that sampled, so
-                    # these must be the recorded log-probs.
+                    # 6. Replay, as in phase 1.
                     log_prob, mean, std = editor.log_probs(step)  # (R,), (R, tokens, channels)
                     log_probs = log_prob[:, None]  # (R, 1)
                     if update == 0:
-                        check_on_policy(log_probs, old_log_probs, mask, count, config, metrics)
+                        check_on_policy(log_probs, old, mask, count, config, metrics)
 
                     # 7. Update, as in phase 1. But log rho averages to -KL(old, new), not to 0,
                     # even for an unbiased change. Over thousands of dimensions that is more than
                     # the clip range, so the KL is added back (GRPO-Guard, arXiv 2510.22319).
                     log_probs = log_probs + gaussian_kl(mean, step.mean, std)[:, None]
-                    bounds = config.clip_low, config.clip_high
                     loss, found = clipped_loss(
-                        log_probs, old_log_probs, advantages, mask, count, *bounds
+                        log_probs, old, advantages, mask, count, config.clip_low, config.clip_high
                     )
                     if config.kl > 0:
-                        kl = gaussian_kl(mean, references[index], std)[:, None]  # (R, 1)
+                        kl = gaussian_kl(mean, reference, std)[:, None]  # (R, 1)
                         kl = torch.where(mask, kl, 0).sum()
                         loss = loss + config.kl * kl / count
                         found["kl"] = kl.item() / count
@@ -403,10 +397,9 @@ def optimizer_step(optimizer, parameters, iteration, config, stats, metrics):
     if not math.isfinite(norm):
         metrics["skipped"] += 1
         return
-    if config.offload:  # a resumed run has Adam's state in main memory, where the parameters were
-        for parameter, state in optimizer.state.items():
-            for name in ("exp_avg", "exp_avg_sq"):
-                state[name] = state[name].to(parameter.device)
+    for parameter, state in optimizer.state.items():  # a checkpoint's is in main memory
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].to(parameter.device)
     optimizer.step()
     for name in stats[0]:
         total = max if name == "ratio_error" else sum  # the others are shares of the step's
@@ -613,9 +606,11 @@ def save_checkpoint(path, parameters, optimizer, about):
 
     Raises OSError, naming the file, if it cannot be written.
     """
-    tensors = {f"parameter.{index}": value for index, value in enumerate(parameters)}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"{name}.{index}": value for name, value in state.items()}
+    tensors = {}
+    for index, parameter in enumerate(parameters):
+        tensors[f"{index} parameter"] = parameter
+        for name, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{index} {name}"] = value
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps(about)
     metadata = {"about": text, "checksum": checksum(text, tensors)}
@@ -643,14 +638,13 @@ def read_checkpoint(path):
 
 def restore(tensors, parameters, optimizer):
     """Put the tensors of a checkpoint back where `save_checkpoint` found them."""
-    state = {}  # of AdamW: {parameter index: {"step", "exp_avg", "exp_avg_sq"}}
-    for name, value in tensors.items():
-        kind, index = name.split(".")
-        if kind == "parameter":
-            parameters[int(index)].data.copy_(value)
+    for key, value in tensors.items():
+        index, name = key.split()
+        parameter = parameters[int(index)]
+        if name == "parameter":
+            parameter.data.copy_(value)
         else:
-            state.setdefault(int(index), {})[kind] = value
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+            optimizer.state[parameter][name] = value
 
 
 def checksum(text, tensors):
