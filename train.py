@@ -105,8 +105,7 @@ def phase1(loop, config, resume=False):
             run.lap("act")
 
             # Carry out the instructions. All edits of a group have one seed, so that their rewards
-            # differ only by the instruction; equal instructions of a group are edited only once,
-            # and those that were tried on this image before not at all.
+            # differ only by the instruction, and equal instructions are carried out only once.
             pairs = list(zip(groups, proposals.instructions))  # (N)
             edits = [pair for pair in dict.fromkeys(pairs) if is_new_edit(states[pair[0]], pair[1])]
             images = loop.editor.edit(
@@ -118,19 +117,17 @@ def phase1(loop, config, resume=False):
             reflections = loop.checker.check(images, [states[group].graph for group, _ in edits])
             run.lap("check")
 
-            # 3. Reward: the Checker's score of the better of the two images, because the loop keeps
-            # that one. An edit that makes things worse costs nothing then; if it did, the Actor
-            # would learn to write "none". That, malformed completions, and repeated instructions
-            # leave the image as it was; a malformed one also loses a penalty.
+            # 3. Reward: the Checker's score of the better of the two images, the one that the loop
+            # keeps. If an edit that makes things worse cost something, the Actor would learn to
+            # write "none". Without an edit the image stays; a malformed completion has a penalty.
             edited = {
                 pair: State(states[pair[0]].graph, image, reflection)
                 for pair, image, reflection in zip(edits, images, reflections)
             }
             after = [edited.get(pair, states[pair[0]]) for pair in pairs]  # (N)
             rewards = [
-                max(old.reflection.score, new.reflection.score)
-                - config.malformed * (instruction is None)
-                for old, new, instruction in zip(before, after, proposals.instructions)
+                max(old.reflection.score, new.reflection.score) - config.malformed * (text is None)
+                for old, new, text in zip(before, after, proposals.instructions)
             ]  # (N)
 
             # 4. Advantages within each group.
@@ -211,11 +208,8 @@ def phase2(loop, config, resume=False):
             # 2. One instruction per state. A state for which the Actor writes none, or one that was
             # tried, is dropped for this iteration.
             proposals = propose(loop.actor, states, seed)
-            edits = [
-                (state, instruction)
-                for state, instruction in zip(states, proposals.instructions)
-                if is_new_edit(state, instruction)
-            ]
+            pairs = zip(states, proposals.instructions)
+            edits = [(state, text) for state, text in pairs if is_new_edit(state, text)]
             asked += len(states)
             run.lap("act")
             if not edits:
@@ -224,26 +218,27 @@ def phase2(loop, config, resume=False):
             # Sample G edits per state. A group shares the instruction, the initial latents and all
             # steps before the window; its members differ only by the noise in the window.
             before = [state for state, _ in edits for _ in range(G)]  # (N)
-            instructions = [instruction for _, instruction in edits for _ in range(G)]  # (N)
-            groups = [group for group in range(len(edits)) for _ in range(G)]  # (N)
+            instructions = [text for _, text in edits for _ in range(G)]  # (N)
+            seeds = [seed + EDIT_SEEDS + group for group in range(len(edits)) for _ in range(G)]
             start = rng.randint(0, config.latest_window_start)
             window = range(start, start + config.window)
             # A call takes whole groups: as many as `micro_batch` allows but at least one, and just
             # one if the pipeline cannot edit different images together.
             chunk = G * (max(config.micro_batch // G, 1) if editor.batched else 1)
-            rollouts = []
-            for first in range(0, len(before), chunk):
-                rows = range(first, min(first + chunk, len(before)))
-                with torch.no_grad():
-                    rollout = editor.rollout(
-                        [before[row].image for row in rows],
-                        [instructions[row] for row in rows],
-                        [seed + EDIT_SEEDS + groups[row] for row in rows],
-                        [seed + NOISE_SEEDS + row for row in rows],
+            calls = [slice(first, first + chunk) for first in range(0, len(before), chunk)]
+            noise_seeds = range(seed + NOISE_SEEDS, seed + NOISE_SEEDS + len(before))
+            with torch.no_grad():
+                rollouts = [
+                    editor.rollout(
+                        [state.image for state in before[rows]],
+                        instructions[rows],
+                        seeds[rows],
+                        noise_seeds[rows],
                         window,
                         config.noise_level,
                     )
-                rollouts.append(rollout)
+                    for rows in calls
+                ]
             run.lap("edit")
 
             # 3. Reward: the Checker's score of the edited image.
@@ -259,8 +254,7 @@ def phase2(loop, config, resume=False):
 
             # 5. Reference, by micro-batches: one recorded step of the R edits of a call. Outside
             # `adapter()` the Editor is the base model. Flat groups are masked out.
-            for first, rollout in zip(range(0, len(before), chunk), rollouts):
-                rows = slice(first, first + chunk)
+            for rows, rollout in zip(calls, rollouts):
                 if not kept[rows].any():
                     continue
                 for step in rollout.steps:
@@ -367,37 +361,35 @@ def next_states(before, after, instructions, group_size, rng):
     return states
 
 
-def check_on_policy(log_probs, old_log_probs, mask, count, config, metrics):
+def check_on_policy(log_probs, old, mask, count, config, metrics):
     """Raise ValueError if an iteration's first replay does not give the recorded log-probs.
 
-    Then the update would train on something other than what was sampled. Never set old = new
-    instead: this check is where the bugs of a rollout show. What must stay within the tolerance is
-    the mean difference over all trained actions of the iteration (count), summed up over the
-    micro-batches: with a bf16 KV cache single tokens differ a lot although nothing is wrong.
+    Never set old = new instead: this check is where the bugs of a rollout show. It adds up the mean
+    difference over the trained actions of the iteration (count) from its micro-batches, because
+    with a bf16 KV cache single tokens differ a lot although nothing is wrong.
     """
-    error = (log_probs.detach() - old_log_probs).abs()[mask].sum().item() / count
+    error = (log_probs.detach() - old).abs()[mask].sum().item() / count
     metrics["replay_error"] = metrics.get("replay_error", 0.0) + error
     if not metrics["replay_error"] <= config.tolerance:  # `not <=` also catches NaN
         raise ValueError(
             f"replayed log-probs differ from the recorded ones by {metrics['replay_error']:.1e} on "
-            f"average, more than tolerance {config.tolerance:.0e}: the update does not see what "
-            "was sampled; look for dropout, other batch shapes or another dtype"
+            "average, more than 'tolerance': the update does not see what was sampled; look for "
+            "dropout, other batch shapes or another dtype"
         )
 
 
 def optimizer_step(optimizer, parameters, iteration, config, stats, metrics):
     """Clip the gradient and step, or skip a step whose gradient is not finite.
 
-    The learning rate rises linearly over the first `warmup` iterations. stats: of every
-    micro-batch; those of the whole step go to the metrics, where the last step's remain.
+    stats: one per micro-batch. Those of an iteration's last step stay in its metrics.
     """
-    warmth = min(1, (iteration + 1) / max(config.warmup, 1))
-    optimizer.param_groups[0]["lr"] = config.learning_rate * warmth
+    warm_up = min(1, (iteration + 1) / max(config.warmup, 1))
+    optimizer.param_groups[0]["lr"] = config.learning_rate * warm_up
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
     if not math.isfinite(norm):
         metrics["skipped"] += 1
         return
-    for parameter, state in optimizer.state.items():  # a checkpoint's is in main memory
+    for parameter, state in optimizer.state.items():  # that of a checkpoint is in main memory
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(parameter.device)
     optimizer.step()
@@ -424,16 +416,12 @@ def averages(figures, satisfied, config):
 
 
 def validate(loop, first, config):
-    """Run the loop on the validation prompts, always from the same generated images.
-
-    Returns the metrics and the trajectories. val_checker: the Checker's score of the best images.
-    val_sg_iou: their exact metric, which nothing is trained on; embedded world only.
-    """
+    """Run the loop from the images generated first. Returns metrics of the best images, and all."""
     trajectories = [Trajectory(t.graph, t.seed, list(t.steps)) for t in first]
     for _ in range(config.rounds):
         loop.advance(trajectories)
     metrics = {"val_checker": fmean(t.best.reflection.score for t in trajectories)}
-    if config.exact:
+    if config.exact:  # embedded world only; nothing is trained on this measure
         from tiny.world import exact_scores
 
         scores = exact_scores([t.best.image for t in trajectories], [t.graph for t in trajectories])
@@ -448,19 +436,13 @@ class Run:
         self.loop, self.config, self.trained = loop, config, trained
         self.parameters, self.optimizer = parameters, optimizer
         self.folder = Path(config.run)
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = open(self.folder / "lock", "a")
-        try:
-            # Released when this process exits for any reason. A notebook may lock it again.
-            fcntl.lockf(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"{self.folder}: another process is training in this folder") from None
-
+        (self.folder / "adapter").mkdir(parents=True, exist_ok=True)
+        self.lock = lock(self.folder)
         self.graphs = self.read(config.data, config.data_limit or None)
         held_out = self.read(config.validation, config.validation_limit)
         self.first_images = loop.start(held_out, list(range(len(held_out))))
         self.made_with = fingerprint(config)
-        self.rows = saved["metrics"] if saved else []  # by iteration, from 0 on
+        self.rows = saved["metrics"] if saved else []  # by iteration; row 0: before training
         lines = [json.dumps(row) + "\n" for row in self.rows]
         write(self.folder / "metrics.jsonl", "".join(lines))
         write(self.folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
@@ -469,8 +451,7 @@ class Run:
             restore(saved["tensors"], parameters, optimizer)
         else:
             self.finish(0, {})
-        self.first = len(self.rows) - 1  # row 0 is from before training
-        say(f"training {sum(parameter.numel() for parameter in parameters):,} parameters")
+        self.first = len(self.rows) - 1
 
     def read(self, path, limit):
         graphs = load_graphs(path, self.config.relations, limit)
@@ -493,9 +474,8 @@ class Run:
         self.rows.append({"iteration": done} | metrics)
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
-        names = "reward before kl malformed flat_groups replay_error ratio_error grad_norm"
-        names += " clipped_low clipped_high val_checker val_sg_iou"
-        shown = [f"{name} {metrics[name]:.3g}" for name in names.split() if name in metrics]
+        names = "reward before kl flat_groups malformed grad_norm val_checker val_sg_iou".split()
+        shown = [f"{name} {metrics[name]:.3g}" for name in names if name in metrics]
         say(f"{done:4d}  {'  '.join(shown)}  {sum(self.seconds.values()):.1f}s")
         recent = self.rows[1:][-5:]
         if len(recent) == 5 and not any("grad_norm" in row for row in recent):
@@ -508,39 +488,49 @@ class Run:
         if done > 0:  # before that there is nothing to resume
             with (folder / "seconds.jsonl").open("a") as file:
                 file.write(json.dumps({"iteration": done} | self.seconds) + "\n")
-            adapter = folder / "adapter"
-            adapter.mkdir(exist_ok=True)
-            self.trained.save_adapter(adapter)
-            write(adapter / "SHA256SUMS", sha256_sums(adapter))
+            self.trained.save_adapter(folder / "adapter")
+            write(folder / "adapter" / "SHA256SUMS", sha256_sums(folder / "adapter"))
             about = {"metrics": self.rows, "made with": self.made_with}
             save_checkpoint(folder / CHECKPOINT, self.parameters, self.optimizer, about)
         self.seconds, self.began = {}, time.perf_counter()
 
 
-def check_run(config, phase, resume):
-    """Raise ValueError if the run cannot start or go on. Comes before any model is loaded.
+def lock(folder):
+    """An open file that is locked until it is closed or this process ends for any reason.
 
-    Returns None for a new run, else the content of its checkpoint, as `read_checkpoint` does.
+    Raises ValueError if another process holds it. In one process (a notebook) it may be taken anew.
+    """
+    file = open(folder / "lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{folder}: another process is training in this folder") from None
+    return file
+
+
+def check_run(config, phase, resume):
+    """Raise ValueError if a run cannot start or go on. Needs no models, so comes before them.
+
+    Returns None for a new run, else what `read_checkpoint` returns.
     """
     if config.phase not in (None, phase):
         raise ValueError(f"the config is for phase {config.phase}; use --phase {config.phase}")
-    steps, end = config.editor.call.get("num_inference_steps"), config.latest_window_start
-    end += config.window
+    steps = config.editor.call.get("num_inference_steps")
+    end = config.latest_window_start + config.window
     if phase == 2 and (steps is None or end >= steps):
         raise ValueError(
             f"keys 'latest_window_start', 'window': the window may end at step {end}, and "
-            f"'editor.call.num_inference_steps' is {steps}; make it end before the last step, "
-            "which is the ODE's"
+            f"'editor.call.num_inference_steps' is {steps}; make it end before the last step"
         )
-    path = Path(config.run) / CHECKPOINT
-    if not resume and path.exists():
-        raise ValueError(
-            f"{config.run}: holds a run; continue it with --resume, or set run=another"
-        )
+    folder, path = Path(config.run), Path(config.run) / CHECKPOINT
+    if path.exists() and not resume:
+        raise ValueError(f"{folder}: holds a run; continue it with --resume, or set run=another")
+    if resume and not path.exists():
+        raise ValueError(f"{folder}: holds no checkpoint; start without --resume")
+    if folder.exists():
+        lock(folder).close()
     if not resume:
         return None
-    if not path.exists():
-        raise ValueError(f"{config.run}: holds no checkpoint; start without --resume")
     saved = read_checkpoint(path)
     then, now = saved["made with"], fingerprint(config)
     differences = [
@@ -550,12 +540,12 @@ def check_run(config, phase, resume):
     ]
     if differences:
         raise ValueError(
-            f"{config.run}: was started with a different config: {', '.join(differences)}; undo "
-            "that, or start a new run that continues from this adapter"
+            f"{folder}: was started with a different config: {', '.join(differences)}; undo that, "
+            "or start a new run that continues from this adapter"
         )
     done = len(saved["metrics"]) - 1
     if config.iterations < done:
-        raise ValueError(f"{config.run}: {done} iterations are done; set iterations={done} or more")
+        raise ValueError(f"{folder}: {done} iterations are done; set iterations={done} or more")
     return saved
 
 
@@ -602,10 +592,7 @@ def sample_hash(path):
 
 
 def save_checkpoint(path, parameters, optimizer, about):
-    """Write aside, then rename: a kill or a full disk leaves the previous checkpoint.
-
-    Raises OSError, naming the file, if it cannot be written.
-    """
+    """Write aside, then rename: a kill or a full disk (OSError) leaves the previous checkpoint."""
     tensors = {}
     for index, parameter in enumerate(parameters):
         tensors[f"{index} parameter"] = parameter
@@ -618,7 +605,7 @@ def save_checkpoint(path, parameters, optimizer, about):
     try:
         aside.write_bytes(save(tensors, metadata))  # `save_file` gives mode 0600
         os.replace(aside, path)
-    except OSError as error:  # of a full disk: it does not name the file
+    except OSError as error:  # it does not name the file
         aside.unlink(missing_ok=True)
         raise OSError(f"{path}: cannot be written ({error})") from None
 
@@ -632,7 +619,7 @@ def read_checkpoint(path):
         if metadata["checksum"] != checksum(metadata["about"], tensors):
             raise ValueError("its checksum does not match")
         return json.loads(metadata["about"]) | {"tensors": tensors}
-    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # a damaged file can raise anything
         raise ValueError(f"{path}: is damaged ({error}); start in another folder") from None
 
 
@@ -648,12 +635,8 @@ def restore(tensors, parameters, optimizer):
 
 
 def checksum(text, tensors):
-    """sha256. Disks and copies do flip bits, which safetensors does not notice."""
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
+    """sha256: disks and copies flip bits, which safetensors does not notice."""
+    return hashlib.sha256(text.encode() + save(tensors)).hexdigest()
 
 
 def main():
@@ -668,16 +651,14 @@ def main():
     def stop(*_):
         """End at once. Nothing is lost but this iteration: the checkpoint is complete."""
         begun = (Path(config.run) / CHECKPOINT).exists()
-        say("stopped; --resume continues" if begun else "stopped before the first checkpoint")
+        say("stopped; continue with --resume" if begun else "stopped before the first checkpoint")
         os._exit(1)
 
     try:
         config = load_config(path, TrainConfig, arguments.overrides)
         saved = check_run(config, phase, arguments.resume)
         if saved and len(saved["metrics"]) > config.iterations:
-            say(
-                f"{config.run}: finished, {config.iterations} iterations; to go on, set iterations="
-            )
+            say(f"{config.run}: is finished; to train longer, set more iterations")
             return
         loop = build(config)
         for number in (signal.SIGINT, signal.SIGTERM):
