@@ -19,7 +19,7 @@ Both phases repeat the same seven steps in every iteration:
     shares         edits: instructions are compared,  latents and all steps before the window: the
                    not the Editor's luck              noise in the window is compared
 
-Steps 2-5 run `rounds` times: a later round starts from what the one before made, as in the loop.
+Steps 2-4 run `rounds` times: a later round starts from what the one before made, as in the loop.
 All randomness is drawn from the seed, the iteration and the round, so a resumed run ends with the
 same adapter, on a CPU bit for bit. What a `config.` key means stands at its field in config.py.
 
@@ -90,7 +90,7 @@ def phase1(loop, config, resume=False):
         # 1. States: new images that do not satisfy the Checker.
         states, satisfied = unsatisfied_images(loop, run.graphs, config, iteration)
         run.lap("generate")
-        batches = []  # (proposals, rows, advantages (R, 1), mask (R, T), reference (R, T))
+        batches = []  # (proposals, rows, advantages (R, 1), mask (R, T))
         figures = defaultdict(list)  # one value per sample, to be averaged
         for round in range(config.rounds):
             if not states:
@@ -133,18 +133,12 @@ def phase1(loop, config, resume=False):
             # 4. Advantages within each group.
             advantages, kept = compare(rewards, config)  # (N, 1) each
 
-            # 5. Reference, by micro-batches of R completions: outside `adapter()` the Actor is the
-            # base model. Padding and flat groups are masked out.
+            # Micro-batches of R completions. Padding and flat groups are masked out.
             for first in range(0, len(rewards), config.micro_batch):
                 rows = slice(first, first + config.micro_batch)
                 mask = proposals.mask[rows] & kept[rows].to(proposals.mask.device)
-                if not mask.any():
-                    continue
-                with torch.no_grad():
-                    reference = actor.log_probs(proposals, rows) if config.kl > 0 else None
-                signal = advantages[rows].to(mask.device)
-                batches.append((proposals, rows, signal, mask, reference))
-            run.lap("update")
+                if mask.any():
+                    batches.append((proposals, rows, advantages[rows].to(mask.device), mask))
 
             note(figures, before, after, rewards, kept)
             figures["malformed"] += [text is None for text in proposals.instructions]
@@ -153,11 +147,18 @@ def phase1(loop, config, resume=False):
             figures["length"] += proposals.mask.sum(1).tolist()  # tokens
             states = next_states(before, after, proposals.instructions, G, rng)
         metrics = averages(figures, satisfied, config)
-        count = sum(batch[3].sum().item() for batch in batches)  # trained tokens
+        count = sum(mask.sum().item() for *_, mask in batches)  # trained tokens of the iteration
+
+        # 5. Reference. Outside `adapter()` the Actor is the base model.
+        references = [None] * len(batches)  # (R, T) each, the same for all updates
+        if config.kl > 0:
+            with torch.no_grad():
+                references = [actor.log_probs(proposals, rows) for proposals, rows, *_ in batches]
+
         for update in range(config.updates if batches else 0):  # no kept group: no step
             optimizer.zero_grad()
             stats = []  # of each micro-batch
-            for proposals, rows, advantages, mask, reference in batches:
+            for (proposals, rows, advantages, mask), reference in zip(batches, references):
                 old = proposals.log_probs[rows]  # of the policy that sampled, (R, T)
                 with actor.adapter():  # `backward` has to be inside, too
                     # 6. Replay. In the first update the policy is still the one that sampled, so
@@ -196,7 +197,7 @@ def phase2(loop, config, resume=False):
         # 1. States: new images that do not satisfy the Checker.
         states, satisfied = unsatisfied_images(loop, run.graphs, config, iteration)
         run.lap("generate")
-        batches = []  # (recorded step, advantages (R, 1), mask (R, 1), reference's mean)
+        batches = []  # (recorded step, advantages (R, 1), mask (R, 1))
         figures = defaultdict(list)  # one value per sample, to be averaged
         asked = 0  # states for which the Actor was asked for an instruction
         for round in range(config.rounds):
@@ -252,28 +253,29 @@ def phase2(loop, config, resume=False):
             # 4. Advantages within each group.
             advantages, kept = compare(rewards, config)  # (N, 1) each
 
-            # 5. Reference, by micro-batches: one recorded step of the R edits of a call. Outside
-            # `adapter()` the Editor is the base model. Flat groups are masked out.
+            # Micro-batches: one recorded step of the R edits of a call. Flat groups are masked out.
             for rows, rollout in zip(calls, rollouts):
-                if not kept[rows].any():
-                    continue
-                for step in rollout.steps:
-                    with torch.no_grad():
-                        reference = editor.log_probs(step)[1] if config.kl > 0 else None
-                    device = step.log_prob.device
-                    signal, mask = advantages[rows].to(device), kept[rows].to(device)
-                    batches.append((step, signal, mask, reference))
-            run.lap("update")
+                device = rollout.steps[0].log_prob.device
+                signal, mask = advantages[rows].to(device), kept[rows].to(device)
+                if mask.any():
+                    batches += [(step, signal, mask) for step in rollout.steps]
 
             note(figures, before, after, rewards, kept)
             states = next_states(before, after, instructions, G, rng)
         metrics = averages(figures, satisfied, config)
-        count = sum(batch[2].sum().item() for batch in batches)  # trained steps
         metrics["unedited"] = (asked - metrics["groups"]) / max(asked, 1)
+        count = sum(mask.sum().item() for *_, mask in batches)  # trained steps of the iteration
+
+        # 5. Reference. Outside `adapter()` the Editor is the base model.
+        references = [None] * len(batches)  # means of its steps, (R, tokens, channels) each
+        if config.kl > 0:
+            with torch.no_grad():
+                references = [editor.log_probs(step)[1] for step, *_ in batches]
+
         for update in range(config.updates if batches else 0):  # no kept group: no step
             optimizer.zero_grad()
             stats = []  # of each micro-batch
-            for step, advantages, mask, reference in batches:
+            for (step, advantages, mask), reference in zip(batches, references):
                 old = step.log_prob[:, None]  # of the policy that sampled, (R, 1)
                 with editor.adapter():  # `backward` has to be inside, too
                     # 6. Replay, as in phase 1.
