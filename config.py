@@ -22,7 +22,7 @@ import yaml
 
 
 def is_model(path):
-    """A folder or a Hub id. A wrong path into an existing folder is not mistaken for a Hub id."""
+    """A folder or a Hub id; not a wrong path into an existing folder, which looks like one."""
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path, re.ASCII)
     return isdir(path) or (hub_id and not exists(path.split("/")[0]))
 
@@ -85,9 +85,7 @@ class EvaluationConfig:
     limit: Count = 300  # the first prompts of the file; --full takes all
     seed: Seed = 0  # of the first prompt's image; the next prompts take the next seeds
     exact: bool = False  # also by the pixel parser: embedded world only
-    untrained_temperature: Positive | None = (
-        None  # Actor's without adapter; null: actor.temperature
-    )
+    untrained_temperature: Positive | None = None  # of the Actor without adapter; null: its own
     judge: ModelConfig | None = None  # VLM that extracts scene graphs and judges; null: the Checker
 
 
@@ -115,7 +113,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     exact: bool = False  # also validate by the pixel parser: embedded world only
     run: RunFolder = "runs/phase1"  # folder for adapter, checkpoint and metrics
     seed: Seed = 0  # of all randomness of the run
-    iterations: Natural = 50  # each of `rounds` rollouts and `updates` optimizer steps
+    iterations: Count = 50  # each of `rounds` rollouts and `updates` optimizer steps
     groups: Count = 8  # states of round 1 in an iteration; later rounds add to them
     group_size: GroupSize = 8  # G, samples of one state
     rank: Count = 16  # of the LoRA adapter
@@ -132,20 +130,18 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     malformed: NonNegative = 0.2  # what a malformed completion costs, in reward (phase 1)
     noise_level: Positive = 0.8  # a of the SDE (phase 2)
     window: Count = 3  # SDE steps of an edit (phase 2)
-    latest_window_start: Natural = (
-        2  # the window starts at a random step, at most this one (phase 2)
-    )
+    latest_window_start: Natural = 2  # the window's first step is drawn from 0 to this (phase 2)
     tolerance: NonNegative = 1e-4  # mean |log-prob replayed - recorded| of an iteration
 
 
 # Arguments of a pipeline's call. Sigmas would move the steps that the phase 2 window counts.
-REFUSED = "prompt prompt_2 prompt_3 image generator output_type return_dict".split()
-REFUSED += ["num_images_per_prompt", "sigmas"]
-COUNTS = ("num_inference_steps", "max_sequence_length", "max_area", "height", "width")
+REFUSED = "prompt prompt_2 prompt_3 image generator output_type return_dict sigmas".split()
+REFUSED += ["num_images_per_prompt"]
+COUNTS = "num_inference_steps max_sequence_length max_area height width".split()
 
 
 def load_config(path, schema, overrides=()):
-    """Reads a YAML file into the dataclass `schema`; `overrides` are "key.key=value" strings."""
+    """Reads a YAML file into the dataclass `schema`, with "key.key=value" overrides on top."""
     try:
         values = read_yaml(Path(path).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -195,11 +191,10 @@ def fill(schema, values, prefix, folder):
     if not isinstance(values, dict):
         raise ValueError(f"key '{prefix[:-1]}' is {values!r:.200}; make it 'key: value' lines")
     kinds = get_type_hints(schema, include_extras=True)
-    for key in values:
-        if key not in kinds:
-            near = difflib.get_close_matches(str(key), kinds, 1)
-            hint = f"did you mean '{prefix}{near[0]}'?" if near else f"known: {', '.join(kinds)}"
-            raise ValueError(f"key '{prefix}{key}' is unknown; {hint}")
+    for key in [key for key in values if key not in kinds]:
+        near = difflib.get_close_matches(str(key), kinds, 1)
+        hint = f"; did you mean '{prefix}{near[0]}'?" if near else ""
+        raise ValueError(f"key '{prefix}{key}' is unknown{hint}")
     for entry in fields(schema):
         if entry.name not in values and entry.default is entry.default_factory is MISSING:
             raise ValueError(f"key '{prefix}{entry.name}' is missing; add it")
@@ -230,10 +225,9 @@ def check(kind, value, key, folder):
     if type(value) is not python_type or not accepts(value):  # isinstance takes True for an int
         wanted = f"{python_type.__name__} ({wanted})" if wanted else python_type.__name__
         raise ValueError(f"key '{key}' is {value!r:.200}; make it {wanted}")
-    if kind is dict:  # the arguments of a pipeline's call
-        for name in value:
-            if name in REFUSED:
-                raise ValueError(f"key '{key}' holds {name!r}, which cannot be set; remove it")
-            if name in COUNTS:
-                check(Count, value[name], f"{key}.{name}", folder)
+    for name in value if kind is dict else ():  # the arguments of a pipeline's call
+        if name in REFUSED:
+            raise ValueError(f"key '{key}' holds {name!r}, which cannot be set; remove it")
+        if name in COUNTS:
+            check(Count, value[name], f"{key}.{name}", folder)
     return value

@@ -15,7 +15,6 @@ is one denoising step.
     its KL     |mean - mean_ref|^2 / (2 std^2)
 
 Symbols: r reward, A advantage, rho ratio, v velocity, x sample, x' next_sample, a noise_level.
-In phase 2, train.py adds KL(old, new) to the log-prob before the loss (GRPO-Guard, 2510.22319).
 Different from GRPO, like DAPO: two clip bounds, one division by the number of actions of the whole
 optimizer step, and groups without a spread in reward are left out. Like Flow-GRPO's code, the
 log-prob and the KL of a denoising step are means over the latent dimensions, not sums. Unlike that
@@ -39,9 +38,9 @@ def group_advantages(rewards, eps=1e-4, flat_range=0.02):
             differ by little more than noise from counting as much as the others.
         flat_range: a group with max - min <= flat_range is flat, it has nothing to learn from.
 
-    Returns (advantages (groups, G) fp32, kept (groups, 1) bool). In a flat group the advantages are
-    0 and kept is False: leave it out of the mask and the count of `clipped_loss`, and skip the
-    optimizer step if no group is kept, because Adam moves the parameters even on a zero gradient.
+    Returns (advantages (groups, G) fp32, kept (groups, 1) bool). kept is False for a flat group:
+    leave it out of mask and count of `clipped_loss`. If no group is kept, skip the optimizer step,
+    because Adam moves the parameters even on a zero gradient.
     Raises ValueError for a reward that is not finite and for groups of one sample.
     """
     if not rewards.isfinite().all():
@@ -56,10 +55,10 @@ def group_advantages(rewards, eps=1e-4, flat_range=0.02):
 
 
 def completion_mask(ids, eos_ids):
-    """The tokens to train on: True up to and including the first end-of-sequence token.
+    """True up to and including the first end-of-sequence token, which is an action too.
 
     Args: ids (B, T); eos_ids: list of end-of-sequence ids. Returns (B, T) bool.
-    The end token is an action too. `ids != pad` would lose it wherever pad and end share an id.
+    `ids != pad` would lose the end token wherever pad and end share an id.
     """
     is_end = torch.isin(ids, ids.new_tensor(eos_ids)).long()
     ends_before = is_end.cumsum(1) - is_end  # (B, T)
@@ -69,8 +68,7 @@ def completion_mask(ids, eos_ids):
 def token_log_probs(logits, ids, temperature=1.0):
     """log softmax(logits / temperature) at the sampled ids.
 
-    Args: logits (B, T, V), where logits[:, t] predict ids[:, t]; ids (B, T) in [0, V);
-    temperature > 0. Returns (B, T) fp32.
+    Args: logits (B, T, V), where logits[:, t] predict ids[:, t]; ids (B, T). Returns (B, T) fp32.
     `chunked_token_log_probs` at the end of this file gives the same numbers with less memory.
     """
     log_probs = (logits.float() / temperature).log_softmax(-1)  # (B, T, V)
@@ -91,7 +89,7 @@ def clipped_loss(log_probs, old_log_probs, advantages, mask, count, clip_low=0.2
     Returns (loss, stats). stats: floats that add up over micro-batches as the loss does: the mean
     ratio, and the shares of actions whose gradient the clip stops (clipped_low: A < 0,
     clipped_high: A > 0). Only for ratio_error, max |rho - 1|, take the maximum instead.
-    Raises ValueError for shapes that do not match, FloatingPointError if rho is not finite.
+    Raises ValueError for shapes that would broadcast, FloatingPointError if rho is not finite.
     """
     shapes = [tuple(x.shape) for x in (log_probs, old_log_probs, advantages, mask)]
     if {shapes[1], shapes[3]} != {shapes[0]} or len(shapes[2]) != len(shapes[0]) or count <= 0:
@@ -117,8 +115,7 @@ def k3_kl(log_probs, ref_log_probs, bound=20.0):
 
     Both arguments of one shape, at tokens sampled from pi; returns that shape in fp32.
     The value is unbiased (Schulman 2020; used in arXiv 2402.03300). Its gradient as a loss term is
-    that of KL(pi_ref || pi) instead, equal to first order. D is clamped at `bound` so that exp
-    stays finite. A strongly negative D needs no clamp: there the gradient tends to 1.
+    that of KL(pi_ref || pi) instead, equal to first order. `bound` of D keeps exp finite.
     """
     delta = (ref_log_probs.float() - log_probs.float()).clamp(max=bound)
     return delta.expm1() - delta  # expm1, because exp(D) - 1 loses its digits near 0
@@ -143,14 +140,14 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
         sigma, sigma_next: floats, 1 >= sigma > sigma_next >= 0.
         noise_level: a in the formula; 0 gives Euler's ODE step.
         next_sample: None to sample x', or the recorded x' to replay it.
-        generator: a torch.Generator, or a list of B of them. With a list the noise of a sample
-            does not depend on what else is in the batch.
+        generator: a torch.Generator, or a list of B of them, with which the noise of a sample does
+            not depend on what else is in the batch.
 
     Returns (next_sample, log_prob (B,), mean, std). log_prob is the MEAN over the D latent
     dimensions of log N(next_sample; mean, std^2), so rho is the D-th root of the true ratio and
     the clip range has to shrink like 1 / sqrt(D). An ODE step, which includes every step to
     sigma_next = 0 (its noise would stay in the image), has log_prob None and std 0.
-    Raises ValueError for sigmas out of order and for a list of generators of another length.
+    Raises ValueError for sigmas out of order.
     """
     if not 0 <= sigma_next < sigma <= 1:
         raise ValueError(f"sigma {sigma} to {sigma_next}: need 1 >= sigma > sigma_next >= 0")
@@ -184,7 +181,7 @@ def chunked_token_log_probs(logits, ids, temperature=1.0):
 
     log_softmax keeps fp32 copies of all logits for the backward pass, each of 5 GB for 32
     completions of 256 tokens at V = 151,936. Here they exist for one completion at a time and are
-    made again in the backward pass. Raises ValueError if the shapes do not match.
+    made again in the backward pass. Raises ValueError if logits and ids have different lengths.
     """
     if logits.shape[:2] != ids.shape:
         raise ValueError(f"logits {tuple(logits.shape)} for ids {tuple(ids.shape)}: align them")

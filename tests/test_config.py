@@ -129,75 +129,47 @@ def test_every_shipped_file_loads(tmp_path, monkeypatch, path):
         # unknown and missing keys
         ("rouns=1", "'rouns' is unknown; did you mean 'rounds'?"),
         ("checker.batchsize=1", "is unknown; did you mean 'checker.batch_size'?"),
-        ("evalution.limit=1", "'evalution' is unknown; did you mean 'evaluation'?"),
-        ("checker.xyzzy=1", "'checker.xyzzy' is unknown; known: model, device"),
         ("diffuser.attention=sdpa", "'diffuser.attention' is unknown"),  # VLMs only
-        ("sampled_reward=true", "'sampled_reward' is unknown"),
         ("evaluation={limit: 1}", "'evaluation.data' is missing; add it"),
         # types
         ("checker=3", "'checker' is 3; make it 'key: value' lines"),
         ("rounds=3.0", "'rounds' is 3.0; make it int"),
-        ("rounds=true", "'rounds' is True; make it int"),
         ("rounds=", "'rounds' is None; make it int"),
-        ("rounds.limit=2", "'rounds' is {'limit': 2}; make it int"),
-        ("kl=true", "'kl' is True; make it float"),
         ("kl='1e-6'", "'kl' is '1e-6'; make it float"),
         ("kl=1" + "0" * 400, "'kl' is 1000"),
         ("exact=1", "'exact' is 1; make it bool"),
-        ("relations=left of", "'relations' is 'left of'; make it list"),
         ("relations=[on, above]", "'relations' is [True, 'above']; make it list (of str; quote on"),
-        ("checker.attention=1", "'checker.attention' is 1; make it str"),
         # ranges
         ("rounds=0", "'rounds' is 0; make it int (1 or more)"),
+        ("iterations=0", "'iterations' is 0; make it int (1 or more)"),
         ("group_size=1", "'group_size' is 1; make it int (2 or more)"),
         ("phase=3", "'phase' is 3; make it int (1 or 2)"),
         ("seed=-1", "'seed' is -1; make it int (from 0 to 2**31 - 1)"),
-        ("evaluation.seed=2147483648", "'evaluation.seed' is 2147483648"),
         ("actor.temperature=0", "'actor.temperature' is 0.0; make it float (above 0)"),
         ("kl=.nan", "'kl' is nan"),
-        ("kl=1e999", "'kl' is inf"),
         ("checker.dtype=fp16", "'checker.dtype' is 'fp16'; make it str (auto|float32|"),
-        ("checker.device=gpu", "'checker.device' is 'gpu'"),
         ("editor.template=mend it", "'editor.template' is 'mend it'; make it str (with {}"),
         # paths
         ("actor.adapter=a/b", "'actor.adapter' is 'a/b'; make it str (an existing folder)"),
-        ("editor.adapter=prompts.json", "'editor.adapter' is 'prompts.json'"),
         ("data=gone.json", "'data' is 'gone.json'; make it str (an existing file; LAION-SG: see"),
-        ("validation=vlm", "'validation' is 'vlm'"),
-        ("evaluation.data=", "'evaluation.data' is ''"),
         ("run=", "'run' is ''; make it str (a folder; set all"),
-        ("run=' '", "'run' is ' '"),
         ("run=$NO_SUCH/run", "'run' is '$NO_SUCH/run'"),
-        ("run=~no-such-user/run", "'run' is '~no-such-user/run'"),
         # arguments of a pipeline's call
         ("diffuser.call.prompt=x", "'diffuser.call' holds 'prompt', which cannot be set"),
-        ("diffuser.call.num_images_per_prompt=2", "'num_images_per_prompt'"),
         ("editor.call.sigmas=[1.0, 0.5]", "'editor.call' holds 'sigmas', which cannot be set"),
-        ("diffuser.call.num_inference_steps=true", "'diffuser.call.num_inference_steps' is True"),
         ("diffuser.call.num_inference_steps=8.0", "'diffuser.call.num_inference_steps' is 8.0"),
-        ("diffuser.call.num_inference_steps=0", "'diffuser.call.num_inference_steps' is 0"),
         ("diffuser.call.height=0", "'diffuser.call.height' is 0; make it int (1 or more)"),
-        ("diffuser.call.width='32'", "'diffuser.call.width' is '32'"),
         ("diffuser.call.max_area=", "'diffuser.call.max_area' is None"),
         ("diffuser.call.self=&a {x: *a}", "not valid YAML (Circular reference detected)"),
-        ("editor.call=32", "'editor.call' is 32; make it dict"),
         # overrides themselves
         ("rounds", "override 'rounds': write it as key=value"),
         ("rounds=[1", "override 'rounds=[1': not valid YAML"),
         ("evaluation={limit: 1, limit: 2}", "key 'limit' appears twice"),
-        ("=2", "'' is unknown"),
         ("a\n\x85b=2", "'a b' is unknown"),
     ],
 )
 def test_a_wrong_value_is_refused(refusal, override, line):
     assert line in refusal(GOOD, override)
-
-
-def test_a_wrong_file_is_refused_like_a_wrong_override(refusal):
-    assert "'rouns' is unknown" in refusal(GOOD + "rouns: 1")
-    assert "'seed' is True; make it int" in refusal(GOOD + "seed: true")
-    assert "'relations' is missing" in refusal(GOOD.replace("relations", "#"))
-    assert "key 'relations' appears twice" in refusal(GOOD + "relations: []")
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import contextlib
 import copy
 import json
 import math
+import os
 import random
 import resource
-import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,6 +27,7 @@ from scripted import GRAPH
 import train
 from checker import reflect
 from config import TrainConfig, load_config
+from editor import Rollout
 from train import phase1, phase2
 
 SMALL = [
@@ -42,8 +44,12 @@ PHASES = pytest.mark.parametrize("phase", [phase1, phase2])
 def settings(phase, folder, *overrides):
     """A small config for toys."""
     path = ROOT / f"{phase.__name__}.yaml"
-    more = ["window=2", "clip_low=0.2", "clip_high=0.3"] if phase is phase2 else []
-    return load_config(path, TrainConfig, [*SMALL, *more, f"run={folder}", *overrides])
+    return load_config(path, TrainConfig, [*toy_words(phase), f"run={folder}", *overrides])
+
+
+def toy_words(phase, *overrides):
+    more = ["window=2", "clip_low=0.2", "clip_high=0.3", "editor.call.num_inference_steps=8"]
+    return [*SMALL, *(more if phase is phase2 else []), *overrides]
 
 
 def trained(loop, phase):
@@ -56,21 +62,31 @@ def metrics(folder):
 
 @pytest.fixture
 def watched(monkeypatch):
-    """Notes the rounds of every iteration, and weights and gradient before every step."""
-    seen = {"rounds": [], "weights": [], "gradients": []}
-    describe, optimizer_step = train.describe, train.optimizer_step
+    """Notes the samples of every round, and weights and gradient before every step."""
+    seen = SimpleNamespace(rounds=[[]], weights=[], gradients=[])  # rounds: a list per iteration
+    note, optimizer_step, finish = train.note, train.optimizer_step, train.Run.finish
+    toys.made.clear()
 
-    def note_rounds(rounds, *rest):
-        seen["rounds"].append(rounds)
-        return describe(rounds, *rest)
+    def note_samples(figures, before, after, rewards, kept):
+        rollouts = [made for made in toys.made if isinstance(made, Rollout)]
+        recorded = rollouts or toys.made[-1]  # `Proposals`
+        seen.rounds[-1].append(SimpleNamespace(**locals()))
+        toys.made.clear()
+        note(figures, before, after, rewards, kept)
 
     def note_gradient(optimizer, parameters, *rest):
-        seen["weights"].append(parameters[0].detach().clone())
-        seen["gradients"].append(parameters[0].grad.clone())
-        return optimizer_step(optimizer, parameters, *rest)
+        seen.weights.append(parameters[0].detach().clone())
+        seen.gradients.append(parameters[0].grad.clone())
+        optimizer_step(optimizer, parameters, *rest)
 
-    monkeypatch.setattr(train, "describe", note_rounds)
+    def note_iteration(run, done, metrics):
+        finish(run, done, metrics)
+        toys.made.clear()
+        seen.rounds += [[]] if done else []
+
+    monkeypatch.setattr(train, "note", note_samples)
     monkeypatch.setattr(train, "optimizer_step", note_gradient)
+    monkeypatch.setattr(train.Run, "finish", note_iteration)
     return seen
 
 
@@ -80,7 +96,7 @@ def watched(monkeypatch):
 def test_phase1_a_group_shares_state_and_edit_seed(tmp_path, watched):
     loop = toys.loop()
     phase1(loop, settings(phase1, tmp_path, "rounds=1"))
-    ((samples,),) = watched["rounds"]
+    samples = watched.rounds[0][0]
     instructions, states = samples.recorded.instructions, samples.before[::4]
     assert len(instructions) == 12 and len(set(map(id, states))) == 3
     assert samples.before == [state for state in states for _ in range(4)]
@@ -98,9 +114,9 @@ def test_phase1_a_group_shares_state_and_edit_seed(tmp_path, watched):
         assert rewards.setdefault((row // 4, instructions[row]), reward) == reward
 
 
-def test_phase1_none_and_malformed_leave_the_image_and_malformed_costs(tmp_path, watched):
+def test_phase1_rewards_the_better_image_and_malformed_costs(tmp_path, watched):
     phase1(toys.loop(), settings(phase1, tmp_path, "rounds=1", "groups=8", "malformed=0.2"))
-    ((samples,),) = watched["rounds"]
+    samples = watched.rounds[0][0]
     instructions = samples.recorded.instructions
     assert set(instructions) == {"good", "bad", "none", None}
     for before, after, reward, text in zip(
@@ -111,7 +127,7 @@ def test_phase1_none_and_malformed_leave_the_image_and_malformed_costs(tmp_path,
             assert reward == pytest.approx(before.reflection.score - 0.2 * (text is None))
         else:
             assert after.image is not before.image
-            assert reward == after.reflection.score == pytest.approx(after.image.score)
+            assert reward == max(before.reflection.score, after.reflection.score)
     row = metrics(tmp_path)[1]
     assert row["malformed"] == instructions.count(None) / 32
     assert row["none"] == instructions.count("none") / 32
@@ -121,7 +137,7 @@ def test_phase1_none_and_malformed_leave_the_image_and_malformed_costs(tmp_path,
 def test_phase2_a_group_shares_all_but_the_noise(tmp_path, watched):
     loop = toys.loop()
     phase2(loop, settings(phase2, tmp_path, "groups=6"))
-    for samples, call in zip(watched["rounds"][0], loop.editor.rollouts):
+    for samples, call in zip(watched.rounds[0], loop.editor.rollouts):
         images, instructions, seeds, noise_seeds, window = call
         assert len(window) == 2 and window.stop < 8
         for start in range(0, len(images), 4):
@@ -134,26 +150,16 @@ def test_phase2_a_group_shares_all_but_the_noise(tmp_path, watched):
         assert not {"none", None} & set(instructions)
 
 
-def test_phase2_leaves_out_states_without_an_instruction(tmp_path, watched, monkeypatch):
+@pytest.mark.parametrize("written", [["good", None, "none"], ["none"] * 3])
+def test_phase2_leaves_out_states_without_an_instruction(tmp_path, watched, written):
     loop = toys.loop()
-    propose = loop.actor.propose
-
-    def first_only(images, *rest, **more):
-        proposals = propose(images, *rest, **more)
-        proposals.instructions = ["good"] + [None, "none"] * len(images)
-        del proposals.instructions[len(images) :]
-        return proposals
-
-    monkeypatch.setattr(loop.actor, "propose", first_only)
-    phase2(loop, settings(phase2, tmp_path / "some", "rounds=1"))
-    ((samples,),) = watched["rounds"]
-    assert len(samples.rewards) == 4
-    assert metrics(tmp_path / "some")[1]["unedited"] == pytest.approx(2 / 3)
     loop.actor.propose = lambda images, *_, **__: SimpleNamespace(
-        thoughts=[""] * len(images), instructions=["none"] * len(images)
+        thoughts=[""] * len(images), instructions=written[: len(images)]
     )
-    phase2(loop, settings(phase2, tmp_path / "none"))
-    assert metrics(tmp_path / "none")[1]["unedited"] == 1
+    phase2(loop, settings(phase2, tmp_path, "rounds=1"))
+    edited = written.count("good")
+    assert [len(samples.rewards) for samples in watched.rounds[0]] == [4] * edited
+    assert metrics(tmp_path)[1]["unedited"] == pytest.approx(1 - edited / 3)
 
 
 def test_phase2_takes_one_group_per_call_where_the_pipeline_takes_one_image(tmp_path):
@@ -161,14 +167,6 @@ def test_phase2_takes_one_group_per_call_where_the_pipeline_takes_one_image(tmp_
     loop.editor.batched = False
     phase2(loop, settings(phase2, tmp_path))
     assert all(len(images) == 4 for images, *_ in loop.editor.rollouts)
-
-
-def test_phase2_refuses_a_window_that_may_reach_the_last_step(tmp_path):
-    for first, length in ((7, 1), (0, 8), (4, 4)):
-        overrides = [f"latest_window_start={first}", f"window={length}"]
-        with pytest.raises(ValueError, match="before the last step"):
-            phase2(toys.loop(), settings(phase2, tmp_path, *overrides))
-    phase2(toys.loop(), settings(phase2, tmp_path, "latest_window_start=0", "window=7"))
 
 
 def state(score, tried=()):
@@ -181,7 +179,7 @@ def next_state(before, after, instruction="good"):
     return states[0] if states else None
 
 
-def test_a_later_round_continues_from_a_sample_if_it_is_better():
+def test_a_later_round_continues_from_a_random_sample_if_it_is_better():
     before, better = state(0.2, tried=("bad",)), state(0.3)
     assert next_state(before, better) is better  # nothing was tried on the new image
     assert next_state(before, state(0.6)) is None  # it satisfies the Checker: done
@@ -190,12 +188,10 @@ def test_a_later_round_continues_from_a_sample_if_it_is_better():
     assert next_state(before, before, "bad") is before  # tried before: not carried out, not noted
     assert next_state(before, before, "none") is next_state(before, before, None) is before
 
-
-def test_a_later_round_has_one_state_per_group_from_a_random_sample():
-    before, better = [state(0.2)] * 8, [state(0.3)] + [state(0.1)] * 7
+    before, after = [state(0.2)] * 8, [state(0.3)] + [state(0.1)] * 7  # two groups
     for sample, score in ((0, 0.3), (1, 0.2)):
         rng = SimpleNamespace(randrange=lambda size, sample=sample: sample)
-        states = train.next_states(before, better, ["good"] * 8, 4, rng)
+        states = train.next_states(before, after, ["good"] * 8, 4, rng)
         assert [s.reflection.score for s in states] == pytest.approx([score, 0.2])
 
 
@@ -217,21 +213,6 @@ def test_the_actor_reads_what_was_tried_and_that_is_not_carried_out_again(tmp_pa
     if phase is phase1:
         assert told[1] == [["bad"]] * 3  # in the toy it always makes the image worse
         assert sum(len(images) == 3 for images, *_ in loop.editor.edits) == 1
-
-
-@PHASES
-def test_the_states_of_round_2_are_those_that_round_1_left(tmp_path, watched, monkeypatch, phase):
-    left, next_states = [], train.next_states
-    monkeypatch.setattr(
-        train, "next_states", lambda *given: left.append(next_states(*given)) or left[-1]
-    )
-    phase(toys.loop(), settings(phase, tmp_path, "groups=8"))
-    ((_, second),) = watched["rounds"]
-    states = second.before[::4]
-    assert second.before == [state for state in states for _ in range(4)] != []
-    # Phase 2 leaves out those for which the Actor writes no edit.
-    assert all(state in left[0] for state in states)
-    assert phase is phase2 or states == left[0]
 
 
 def test_the_states_of_round_1_do_not_satisfy_the_checker(tmp_path):
@@ -318,10 +299,10 @@ def test_every_gradient_is_that_of_the_loss_written_out(tmp_path, watched, phase
     """All rounds in one mean over the trained actions: no flat group, no padding, no prefix."""
     config = settings(phase, tmp_path, "iterations=3", "updates=3", f"kl={kl}", "learning_rate=0.1")
     phase(toys.loop(), config)
-    assert len(watched["gradients"]) == 9
-    steps = zip(watched["weights"], watched["gradients"])
+    assert len(watched.gradients) == 9
+    steps = zip(watched.weights, watched.gradients)
     for number, (weights, gradient) in enumerate(steps):
-        expected, _ = naive_gradient(phase, watched["rounds"][number // 3], config, weights)
+        expected, _ = naive_gradient(phase, watched.rounds[number // 3], config, weights)
         assert gradient == pytest.approx(expected, abs=2e-6)
         assert gradient.abs().max() > 1e-4
     rows = metrics(tmp_path)[1:]
@@ -335,31 +316,15 @@ def test_micro_batches_do_not_change_the_update(tmp_path, watched, phase):
         phase(
             toys.loop(), settings(phase, tmp_path / str(size), f"micro_batch={size}", "updates=1")
         )
-    first, *others = watched["gradients"]
+    first, *others = watched.gradients
     for other in others:
         assert other == pytest.approx(first, abs=1e-6)
 
 
 @PHASES
-def test_the_reference_is_the_base_model_evaluated_once_before_the_updates(tmp_path, phase):
-    loop = toys.loop()
-    part = trained(loop, phase)
-    log_probs, active = part.log_probs, []
-    part.log_probs = lambda *arguments: active.append(part.active) or log_probs(*arguments)
-    for kl in (0, 0.1):
-        active.clear()
-        overrides = ["rounds=1", "updates=3", f"kl={kl}", "micro_batch=64"]
-        phase(loop, settings(phase, tmp_path / str(kl), *overrides))
-        steps = 2 if phase is phase2 else 1  # of the window; phase 1 has one micro-batch
-        if phase is phase2:
-            active = active[steps:]  # the toy also calls it while sampling
-        assert active == [False] * (steps if kl else 0) + [True] * 3 * steps
-
-
-@PHASES
 def test_flat_groups_are_left_out_and_nothing_moves_if_all_are_flat(tmp_path, watched, phase):
     phase(toys.loop(), settings(phase, tmp_path, "flat_range=2"))
-    assert watched["gradients"] == []
+    assert watched.gradients == []
     row = metrics(tmp_path)[1]
     assert row["flat_groups"] == 1 and "grad_norm" not in row
     assert torch.equal(toys.saved(tmp_path), torch.zeros(4))
@@ -380,57 +345,47 @@ def test_training_raises_the_reward(tmp_path, phase):
         assert toys.saved(tmp_path).mean() > 0.2
 
 
-def test_learning_rate_warms_up():
-    optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))])
+def test_the_learning_rate_warms_up():
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.AdamW([parameter])
     config = settings(phase1, "x", "learning_rate=0.5", "warmup=4")
     rates = []
-    for iteration in range(6):
-        train.set_learning_rate(optimizer, config, iteration)
+    for iteration in range(5):
+        parameter.grad = torch.ones(1)
+        train.optimizer_step(optimizer, [parameter], iteration, config, [{}], {})
         rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == [0.125, 0.25, 0.375, 0.5, 0.5, 0.5]
+    assert rates == [0.125, 0.25, 0.375, 0.5, 0.5]
 
 
 # ---- the on-policy check and gradients that are not finite ----
 
 
-def off_by(part, error):
-    """Add errors, one per sample of a micro-batch, to what the part replays with gradient."""
+@PHASES
+@pytest.mark.parametrize(
+    ("samples", "error", "refused"),
+    [(64, 1e-3, True), (64, math.nan, True), (1, 3e-4, False), (1, 5e-2, True)],
+)
+def test_a_rollout_that_cannot_be_replayed_stops_the_run(tmp_path, phase, samples, error, refused):
+    """The mean over the iteration counts: with a bf16 cache, single tokens may differ more."""
+    loop = toys.loop()
+    part = trained(loop, phase)
     log_probs = part.log_probs
+    errors = torch.zeros((64, 1) if phase is phase1 else (64,))
+    errors[:samples] = error
 
     def wrong(*arguments):
         found = log_probs(*arguments)
         if not part.active or not torch.is_grad_enabled():
             return found
         if isinstance(found, tuple):
-            return found[0] + error[: len(found[0])], *found[1:]
-        return found + error[: len(found)]
+            return found[0] + errors[: len(found[0])], *found[1:]
+        return found + errors[: len(found)]
 
     part.log_probs = wrong
-
-
-@PHASES
-@pytest.mark.parametrize("error", [1e-3, -1e-3, math.nan, math.inf])
-def test_a_rollout_that_cannot_be_replayed_stops_the_run(tmp_path, phase, error):
-    loop = toys.loop()
-    errors = torch.full((64, 1) if phase is phase1 else (64,), error)
-    off_by(trained(loop, phase), errors)
-    with pytest.raises(ValueError, match="differ from the recorded ones by"):
-        phase(loop, settings(phase, tmp_path, "tolerance=1e-4"))
-    assert len(metrics(tmp_path)) == 1  # iteration 0
-
-
-@PHASES
-@pytest.mark.parametrize(("error", "refused"), [(3e-4, False), (5e-2, True)])
-def test_the_mean_over_the_iteration_counts_not_single_actions(tmp_path, phase, error, refused):
-    """With a bf16 cache, log-probs of single tokens differ although nothing is wrong."""
-    loop = toys.loop()
-    errors = torch.zeros((64, 1) if phase is phase1 else (64,))
-    errors[0] = error
-    off_by(trained(loop, phase), errors)
-    overrides = ["tolerance=1e-4", "rounds=1", "groups=16", "micro_batch=64", "flat_range=0"]
-    overrides += ["group_size=4", "updates=1"]
+    overrides = ["tolerance=1e-4", "rounds=1", "groups=16", "flat_range=0", "updates=1"]
     with pytest.raises(ValueError, match="differ from") if refused else contextlib.nullcontext():
         phase(loop, settings(phase, tmp_path, *overrides))
+    assert len(metrics(tmp_path)) == (1 if refused else 2)
 
 
 def with_infinite_gradient(part):
@@ -455,13 +410,6 @@ def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path, phase, 
     assert "nothing was learned in 5 iterations" in capsys.readouterr().out
 
 
-def test_five_iterations_with_nothing_to_learn_are_reported(tmp_path, capsys):
-    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=4", "flat_range=2"))
-    assert "nothing was learned" not in capsys.readouterr().out
-    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=5", "flat_range=2"), resume=True)
-    assert "nothing was learned in 5 iterations" in capsys.readouterr().out
-
-
 # ---- the folder of a run ----
 
 
@@ -476,29 +424,28 @@ def test_what_a_run_writes(tmp_path, phase, capsys):
     seconds = [json.loads(line) for line in (tmp_path / "seconds.jsonl").open()]
     assert [row["iteration"] for row in seconds] == [1, 2, 3]
     assert {"generate", "act", "edit", "check", "update"} <= set(seconds[0])
-    assert [path.name for path in sorted((tmp_path / "samples").iterdir())] == [
-        "0000.json",
-        "0002.json",
-        "0003.json",
-    ]
+    samples = [json.loads(path.read_text()) for path in sorted((tmp_path / "samples").iterdir())]
+    assert len(samples) == 3  # of iterations 0, 2 and 3: always from the same images
+    starts = [[sample["steps"][0]["image"] for sample in each] for each in samples]
+    assert starts[0] == starts[1] == starts[2]
     assert load_config(tmp_path / "config.yaml", TrainConfig) == config
     assert (tmp_path / "report.html").exists() and (tmp_path / "command.txt").exists()
-    assert torch.equal(toys.saved(tmp_path), trained_weights(tmp_path))
-    printed = capsys.readouterr().out
-    assert "training" in printed and "reward" in printed
+    with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
+        assert torch.equal(toys.saved(tmp_path), file.get_tensor("0 parameter"))
+    assert "reward" in capsys.readouterr().out
 
 
-def trained_weights(folder):
-    with safe_open(folder / "checkpoint.safetensors", "pt") as file:
-        return file.get_tensor("parameter.0")
-
-
-def test_validation_always_starts_from_the_same_images(tmp_path):
-    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=4", "validate_every=1"))
-    starts = []
-    for path in sorted((tmp_path / "samples").iterdir()):
-        starts.append([sample["steps"][0]["image"] for sample in json.loads(path.read_text())])
-    assert len(starts) == 5 and all(start == starts[0] for start in starts)
+def test_files_have_the_mode_of_the_umask(tmp_path, loop):
+    old = os.umask(0o022)
+    try:
+        phase1(toys.loop(), settings(phase1, tmp_path))
+        for part in (loop.actor, loop.editor):
+            part.add_adapter(2)
+            part.save_adapter(tmp_path / "adapter")
+    finally:
+        os.umask(old)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) > 10 and {path.stat().st_mode & 0o777 for path in files} == {0o644}
 
 
 @PHASES
@@ -539,15 +486,16 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path):
     assert len(metrics(tmp_path)) == 4
 
 
-def flip(content):
+def flip(content, at):
     content = bytearray(content)
-    content[8:60] = bytes(reversed(content[8:60]))
+    content[at] ^= 1
     return content
 
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda c, n=n: c[:n] for n in (0, 5, 100, 3000, -1)] + [flip, lambda c: b"x" * len(c)],
+    [lambda c, n=n: c[:n] for n in (0, 5, 100, 3000, -1)]
+    + [lambda c, n=n: flip(c, n) for n in (0, 20, 300, 3000, -1)],
 )
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     phase1(toys.loop(), settings(phase1, tmp_path))
@@ -558,55 +506,120 @@ def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     assert str(path) in str(caught.value)
 
 
-def test_a_changed_config_is_refused(tmp_path):
-    phase1(toys.loop(), settings(phase1, tmp_path))
-    with pytest.raises(ValueError, match=r"kl \(0.03 then, 0.5 now\)") as caught:
-        phase1(toys.loop(), settings(phase1, tmp_path, "kl=0.5", "iterations=2"), resume=True)
-    assert "iterations" not in str(caught.value)
-
-
-def test_changed_input_files_are_refused(tmp_path):
-    data = tmp_path / "data.json"
-    content = (ROOT / "tiny/data/val.json").read_text()
-    data.write_text(content)
-    config = settings(phase1, tmp_path / "run", f"data={data}")
-    phase1(toys.loop(), config)
-    data.write_text(content + " ")
-    with pytest.raises(ValueError, match=f"content of {data}"):
-        phase1(toys.loop(), config, resume=True)
-
-
 def test_metrics_are_restored_from_the_checkpoint(tmp_path):
     phase1(toys.loop(), settings(phase1, tmp_path))
     path = tmp_path / "metrics.jsonl"
     before = path.read_bytes()
-    for damaged in (b"", before[:-20], before * 2, b"garbage"):
+    for damaged in (before[:-20], before * 2):
         path.write_bytes(damaged)
         phase1(toys.loop(), settings(phase1, tmp_path), resume=True)
         assert path.read_bytes() == before
 
 
+# ---- what is refused, before any model is loaded ----
+
+
+def refusal(*words):
+    """The one line with which the command ends; it loads no models."""
+    words = ["train.py", *words]
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.chdir(ROOT)
+        patch.setattr(sys, "argv", words)
+        patch.setattr(train, "build", None)
+        train.main()
+    assert len(ended.value.code.splitlines()) == 1
+    return ended.value.code
+
+
+def command(folder, *overrides, phase=phase1):
+    return ["--phase", phase.__name__[-1], f"run={folder}", *toy_words(phase), *overrides]
+
+
 def test_a_folder_that_holds_a_run_is_protected(tmp_path):
     phase1(toys.loop(), settings(phase1, tmp_path))
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="holds a run; continue it with --resume"):
+    assert "holds a run; continue it with --resume" in refusal(*command(tmp_path))
+    with pytest.raises(ValueError, match="holds a run"):  # in a notebook
         phase1(toys.loop(), settings(phase1, tmp_path))
-    with pytest.raises(ValueError, match="holds no checkpoint; start without --resume"):
-        phase1(toys.loop(), settings(phase1, tmp_path / "new"), resume=True)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
+
+
+def test_there_must_be_a_run_to_resume(tmp_path):
+    line = refusal(*command(tmp_path / "new"), "--resume")
+    assert "holds no checkpoint; start without --resume" in line
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_finished_run_says_so_and_cannot_become_shorter(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2"))
+    monkeypatch.setattr(sys, "argv", ["train.py", *command(tmp_path, "iterations=2"), "--resume"])
+    monkeypatch.setattr(train, "build", None)
+    train.main()
+    assert "is finished; to train longer" in capsys.readouterr().out
+    line = refusal(*command(tmp_path, "iterations=1"), "--resume")
+    assert "2 iterations are done; set iterations=2 or more" in line
+
+
+def test_a_changed_config_is_refused_key_by_key(tmp_path):
+    phase1(toys.loop(), settings(phase1, tmp_path))
+    changed = ["actor.temperature=2", "kl=0.5", "editor.call.new=3", "iterations=2"]
+    line = refusal(*command(tmp_path, *changed), "--resume")
+    for difference in (
+        "actor.temperature (1.5 then, 2.0 now)",
+        "kl (0.03 then, 0.5 now)",
+        "editor.call.new (unset then, 3 now)",
+    ):
+        assert difference in line
+    assert "iterations" not in line and line.count(" then, ") == 3
+
+
+def test_changed_files_are_refused(tmp_path):
+    paths = {"data": tmp_path / "data.json", "checker.model": tmp_path / "vlm"}
+    shutil.copy(ROOT / "tiny/data/val.json", paths["data"])
+    shutil.copytree(ROOT / "tiny/models/vlm", paths["checker.model"])
+    words = [f"{key}={path}" for key, path in paths.items()]
+    phase1(toys.loop(), settings(phase1, tmp_path / "run", *words))
+    for path in (paths["data"], paths["checker.model"] / "model.safetensors"):
+        content = path.read_bytes()
+        path.write_bytes(flip(content, -2))
+        changed = path if path.suffix == ".json" else path.parent
+        line = refusal(*command(tmp_path / "run", *words), "--resume")
+        assert f"content of {changed} (" in line and line.count(" then, ") == 1
+        path.write_bytes(content)
+    phase1(toys.loop(), settings(phase1, tmp_path / "run", *words), resume=True)
+
+
+def test_large_files_are_hashed_by_samples(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    found = []
+    for first, size in ((b"a", 100 << 20), (b"b", 100 << 20), (b"a", (100 << 20) + 1)):
+        path.write_bytes(first + bytes(size - 1))
+        found.append(train.sample_hash(path))
+    assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize(("first", "length"), [(7, 1), (0, 8), (4, 4)])
+def test_a_window_that_may_reach_the_last_step(tmp_path, first, length):
+    words = [f"latest_window_start={first}", f"window={length}"]
+    assert "before the last step" in refusal(*command(tmp_path, *words, phase=phase2))
+
+
+def test_a_config_of_the_other_phase(tmp_path):
+    assert "is for phase 1; use --phase 1" in refusal("--phase", "2", "--config", "phase1.yaml")
+    with pytest.raises(ValueError, match="is for phase 2"):
+        phase1(toys.loop(), settings(phase2, tmp_path))
 
 
 # ---- processes that are stopped ----
 
 
 @contextlib.contextmanager
-def running(phase, folder, *overrides, script="tests/toys.py"):
+def running(folder, *words, script="tests/toys.py"):
     """train.py in another process, entered once its first checkpoint is there."""
-    number = phase.__name__[-1]
-    command = [sys.executable, script, "--phase", number, f"run={folder}", *overrides]
     threads = str(torch.get_num_threads())  # of this process: the number changes the last bits
     process = subprocess.Popen(
-        command,
+        [sys.executable, script, *words],
         cwd=ROOT,
         env={"TOY_SECONDS": "0.1", "OMP_NUM_THREADS": threads, "PATH": ""},
         stdout=subprocess.PIPE,
@@ -624,22 +637,18 @@ def running(phase, folder, *overrides, script="tests/toys.py"):
         process.communicate()
 
 
-def toy_words(phase, *overrides):
-    more = ["window=2", "clip_low=0.2", "clip_high=0.3"] if phase is phase2 else []
-    return [*SMALL, *more, *overrides]
-
-
 @PHASES
 def test_a_killed_run_resumes_as_if_nothing_had_happened(tmp_path, phase):
-    with running(phase, tmp_path / "parts", *toy_words(phase, "iterations=1000")) as process:
+    folder = tmp_path / "parts"
+    with running(folder, *command(folder, "iterations=1000", phase=phase)) as process:
         time.sleep(0.25)
         process.kill()
-    done = len(whole_lines(tmp_path / "parts"))
-    for folder in ("parts", "whole"):
-        config = settings(phase, tmp_path / folder, f"iterations={done + 2}")
-        phase(toys.loop(), config, resume=folder == "parts")
-    assert torch.equal(*(toys.saved(tmp_path / folder) for folder in ("parts", "whole")))
-    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    done = len(whole_lines(folder))
+    for name in ("parts", "whole"):
+        config = settings(phase, tmp_path / name, f"iterations={done + 2}")
+        phase(toys.loop(), config, resume=name == "parts")
+    assert torch.equal(toys.saved(folder), toys.saved(tmp_path / "whole"))
+    assert metrics(folder) == metrics(tmp_path / "whole")
 
 
 def whole_lines(folder):
@@ -647,27 +656,37 @@ def whole_lines(folder):
 
 
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
-    with running(phase1, tmp_path, *toy_words(phase1, "iterations=1000")) as process:
-        with pytest.raises(ValueError, match="another process is training") as caught:
-            phase1(toys.loop(), settings(phase1, tmp_path), resume=True)
-        assert str(tmp_path) in str(caught.value) and process.poll() is None
+    with running(tmp_path, *command(tmp_path, "iterations=1000")) as process:
+        line = refusal(*command(tmp_path, "iterations=1000"), "--resume")
+        assert f"{tmp_path}: another process is training" in line and process.poll() is None
     # In a notebook, a run that failed does not bar the next one.
-    with pytest.raises(ValueError, match="was saved with a different config"):
+    with pytest.raises(ValueError, match="was started with a different config"):
         phase1(toys.loop(), settings(phase1, tmp_path, "kl=0.5"), resume=True)
     done = len(whole_lines(tmp_path))
     phase1(toys.loop(), settings(phase1, tmp_path, f"iterations={done + 1}"), resume=True)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_stopped_run_says_how_to_resume(tmp_path, number):
-    folder = tmp_path / "a run"
-    with running(phase1, folder, *toy_words(phase1, "iterations=1000")) as process:
+def test_a_stopped_run_says_how_to_go_on(tmp_path, number):
+    with running(tmp_path, *command(tmp_path, "iterations=1000")) as process:
         process.send_signal(number)
         printed, errors = process.communicate(timeout=60)
     assert process.returncode not in (0, None) and errors == ""
-    line = printed.splitlines()[-1]
-    assert line.startswith("stopped; continue with: python ") and line.endswith(" --resume")
-    assert shlex.split(line.partition(": ")[2])[4] == f"run={folder}"
+    assert printed.splitlines()[-1] == "stopped; continue with --resume"
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.2, 1])
+def test_ctrl_c_at_the_start_prints_nothing(tmp_path, seconds):
+    """Before main() runs, Python imports torch for seconds."""
+    process = subprocess.Popen(
+        [sys.executable, "train.py", *command(tmp_path)],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=60)[1] == b"" and process.returncode != 0
 
 
 # ---- the shipped models ----
@@ -678,24 +697,23 @@ TINY = ["groups=2", "group_size=4", "rounds=1", "validation_limit=2", "iteration
 @PHASES
 def test_the_shipped_models_train_and_resume_bit_for_bit(tmp_path, phase, shipped):
     """Also between processes: one run is killed by signal 9 after its first iteration."""
-    with running(phase, tmp_path / "parts", *TINY, script="train.py") as process:
+    words = [*TINY, *(["latest_window_start=1"] if phase is phase2 else [])]
+    parts, whole = tmp_path / "parts", tmp_path / "whole"
+    start = ["--phase", phase.__name__[-1], f"run={parts}", *words]
+    with running(parts, *start, script="train.py") as process:
         process.kill()
-    for folder in ("whole", "parts"):
+    for folder in (whole, parts):
         path, loop = ROOT / f"{phase.__name__}.yaml", copy.deepcopy(shipped)
-        config = load_config(path, TrainConfig, [*TINY, f"run={tmp_path / folder}"])
+        config = load_config(path, TrainConfig, [*words, f"run={folder}"])
         loop.actor.temperature = config.actor.temperature
         if config.actor.adapter:
             loop.actor.load_adapter(config.actor.adapter)
-        phase(loop, config, resume=folder == "parts")
-    whole, parts = (tmp_path / name for name in ("whole", "parts"))
+        phase(loop, config, resume=folder == parts)
     assert metrics(whole) == metrics(parts)
     assert "val_sg_iou" in metrics(whole)[0] and "val_sg_iou" in metrics(whole)[2]
-    assert adapter(whole)[1] == adapter(parts)[1]
-    for name, tensor in adapter(whole)[0].items():
-        assert torch.equal(tensor, adapter(parts)[0][name])
+    assert adapter(whole) == adapter(parts)
 
 
 def adapter(folder):
-    """(tensors, metadata). Not the file's bytes: safetensors orders its metadata at random."""
-    with safe_open(next((folder / "adapter").glob("*.safetensors")), "pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()
+    (path,) = (folder / "adapter").glob("*.safetensors")
+    return path.read_bytes()

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -31,6 +31,7 @@ GAINS = {"good": 0.3, "bad": -0.1, "none": 0.0, None: 0.0}  # what an instructio
 WORDS = list(GAINS)
 LENGTH = 3  # tokens of a completion, of which the instruction's number + 1 are not padding
 STD = 0.5  # of the Editor's noise
+made = []  # all `Proposals` and `Rollout`s, in order; tests clear it
 
 
 def image(score):
@@ -69,7 +70,7 @@ class Policy:
         return [self.weights, self.ballast]
 
     def save_adapter(self, folder):
-        save_file({"weights": self.weights.data}, folder / "adapter.safetensors")
+        (folder / "adapter.safetensors").write_bytes(save({"weights": self.weights.data}))
 
     @contextmanager
     def adapter(self):
@@ -93,7 +94,7 @@ class Actor(Policy):
         ]
         ids = torch.cat(draws).view(count, LENGTH)
         instructions = [WORDS[first] for first in ids[:, 0].tolist()]
-        return SimpleNamespace(  # what train.py needs of `Proposals`
+        proposals = SimpleNamespace(  # what train.py needs of `Proposals`
             ids=ids,
             mask=torch.arange(LENGTH) <= ids[:, :1],
             log_probs=table[ids],
@@ -101,6 +102,8 @@ class Actor(Policy):
             instructions=instructions,
             truncated=[False] * count,
         )
+        made.append(proposals)
+        return proposals
 
     def log_probs(self, proposals, rows):
         return self.current().log_softmax(0)[proposals.ids[rows]]
@@ -136,7 +139,8 @@ class Editor(Policy):
             before.score + 0.2 * moved.item()
             for before, moved in zip(images, (x - steps[0].sample).mean(1))
         ]
-        return Rollout([image(min(max(score, 0.0), 1.0)) for score in scores], steps)
+        made.append(Rollout([image(min(max(score, 0.0), 1.0)) for score in scores], steps))
+        return made[-1]
 
     def log_probs(self, step):
         mean = step.sample + self.current()  # (B, 4)
