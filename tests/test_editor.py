@@ -5,39 +5,29 @@ Other pipelines are tested in test_pipeline_families.py.
 
 import inspect
 import json
-from pathlib import Path
+import os
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import actor
 import checker
 from config import LoopConfig, TrainConfig, load_config
 from editor import PIPELINES, Editor, normalize_image
 from grpo import clipped_loss, gaussian_kl, sde_step
-from loop import build
-from sgiou import parse_prompt
+from loop import build, sha256_sums
 
-ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "tiny/models/flow").is_dir(), reason="python tiny/make/pretrain.py makes the models"
-)
 PROMPTS = ["red circle left of blue square", "green triangle above red circle"]
 MOVE = "move the red circle left of the blue square"
 
 
 @pytest.fixture
-def loop(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    return build(load_config("phase1.yaml", TrainConfig))
-
-
-@pytest.fixture
 def images(loop):
+    loop.editor.call["num_inference_steps"] = 5
     return loop.diffuser.generate(PROMPTS, [0, 1])
 
 
@@ -94,12 +84,12 @@ def outside(image, kind):
             [(0, 0, 0, 0) if p == (255, 255, 255, 255) else p for p in clear.get_flattened_data()]
         )
         return clear
-    if kind == "4000 x 3000":
-        return image.resize((4000, 3000), Image.Resampling.NEAREST)
+    if kind == "2000 x 1500":
+        return image.resize((2000, 1500), Image.Resampling.NEAREST)
     return image.convert(kind)
 
 
-@pytest.mark.parametrize("kind", ["RGBA", "transparent", "EXIF", "4000 x 3000", "CMYK"])
+@pytest.mark.parametrize("kind", ["RGBA", "transparent", "EXIF", "2000 x 1500", "CMYK"])
 def test_images_from_outside_are_read_like_their_rgb_copy(loop, images, kind):
     image = images[0]
     if kind == "transparent":  # an image with white in it
@@ -107,14 +97,13 @@ def test_images_from_outside_are_read_like_their_rgb_copy(loop, images, kind):
         image.paste(images[0].crop((0, 0, 20, 20)), (4, 4))
     (expected,) = loop.editor.edit([image], [MOVE], [0])
     (got,) = loop.editor.edit([outside(image, kind)], [MOVE], [0])
-    assert difference(got, expected) <= 2
+    assert difference(got, expected) <= 4
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "I;16", "HSV", "RGBX"])
-def test_images_of_any_mode_can_be_edited(loop, images, mode):
-    image = Image.new(mode, (20, 10)) if mode in ("PA", "I;16", "RGBX") else images[0].convert(mode)
-    (edited,) = loop.editor.edit([image], [MOVE], [0])
-    assert edited.size == (32, 32) and edited.mode == "RGB"
+def test_images_of_any_mode_can_be_read(mode):
+    image = normalize_image(Image.new(mode, (20, 10)))
+    assert image.size == (20, 10) and image.mode == "RGB"
 
 
 def test_images_of_16_bits_are_not_clipped():
@@ -124,9 +113,7 @@ def test_images_of_16_bits_are_not_clipped():
 
 def test_the_normalization_of_images_is_the_same_everywhere():
     """It is repeated where images enter, so that every component works as a copied file."""
-    for module in (actor, checker):
-        if hasattr(module, "normalize_image"):
-            assert inspect.getsource(module.normalize_image) == inspect.getsource(normalize_image)
+    assert inspect.getsource(checker.normalize_image) == inspect.getsource(normalize_image)
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -145,6 +132,19 @@ def test_an_error_of_the_pipeline_is_one_line_that_names_the_key(loop, images):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_an_instruction_that_the_pipeline_cuts_is_told_once(loop, images, capsys):
+    loop.editor.edit(images, [MOVE, MOVE], [0, 1])
+    assert "reads only" not in capsys.readouterr().err
+    for _ in range(2):
+        loop.editor.edit(images, [MOVE, MOVE + " and remove the red circle"], [0, 1])
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "reads only" in x]
+    assert "only 8 tokens" in line and "editor.call.max_sequence_length" in line
+    del loop.editor.call["max_sequence_length"]  # then the pipeline's default counts
+    loop.editor.cut_reported = False
+    loop.editor.edit(images[:1], [100 * MOVE], [0])
+    assert "only 512 tokens" in capsys.readouterr().err
+
+
 # ---- which pipelines ----
 
 
@@ -152,13 +152,9 @@ def test_an_error_of_the_pipeline_is_one_line_that_names_the_key(loop, images):
     "name",
     [
         "FluxPipeline",  # takes no image
-        "FluxKontextInpaintPipeline",  # starts from a noised image
         "Flux2KleinKVPipeline",  # its steps share a cache
-        "LTXImageToVideoPipeline",
         "Kandinsky5I2IPipeline",
         "QwenImageLayeredPipeline",
-        "SanaImageToVideoPipeline",
-        "ZImageOmniPipeline",
         "LongCatImageEditPipeline",  # no LoRA
         "NoSuchPipeline",
     ],
@@ -191,7 +187,7 @@ def test_the_table_names_classes_of_diffusers_and_their_arguments():
 
     for name, kind in PIPELINES.items():
         takes = inspect.signature(getattr(diffusers, name).__call__).parameters
-        assert {kind.scale, *kind.call} <= set(takes)
+        assert {"true_cfg_scale", "guidance_scale"} & set(takes) and set(kind.call) <= set(takes)
 
 
 # ---- recording and replay ----
@@ -231,12 +227,8 @@ def test_a_group_shares_what_is_before_the_window(loop, images):
     assert not torch.allclose(first.sample[0], first.sample[3])
 
 
-@pytest.mark.parametrize("call", [{}, {"sigmas": [1.0, 0.9, 0.8, 0.6, 0.5, 0.4, 0.3, 0.1]}])
-def test_the_window_ends_before_the_last_step(loop, images, call):
-    loop.editor.call |= call  # 8 steps, by their number or by their sigmas
-    assert len(record(loop.editor, images, range(5, 7)).steps) == 2
-    with pytest.raises(ValueError, match="before the last step, 7"):
-        record(loop.editor, images, range(6, 8))
+def test_the_last_step_is_never_recorded(loop, images):
+    assert len(record(loop.editor, images, range(3, 5)).steps) == 1  # of steps 0 to 4
     assert "step" not in vars(loop.editor.pipeline.scheduler)  # diffusers' own again
 
 
@@ -348,46 +340,46 @@ def test_the_mean_drift_correction_makes_the_clip_symmetric():
 
 @pytest.fixture
 def adapter(loop, tmp_path):
-    """The folder of a trained adapter of rank 4, and its file."""
+    """The file of a trained adapter of rank 4."""
     disturb(loop.editor.add_adapter(4))
     loop.editor.save_adapter(tmp_path / "adapter")
     return tmp_path / "adapter" / "pytorch_lora_weights.safetensors"
 
 
+@pytest.fixture
 def fresh():
-    return build(load_config("phase1.yaml", TrainConfig)).editor
+    """Function that makes an Editor of the same models, without adapter."""
+    config = load_config(ROOT / "phase1.yaml", TrainConfig)
+    return lambda: build(config).editor
 
 
-def test_a_saved_adapter_loads_here_and_in_diffusers(loop, images, adapter):
-    edited = loop.editor.edit(images, [MOVE, MOVE], [1, 2])
+def bytes_of(images):
+    return [image.tobytes() for image in images]
+
+
+def test_a_saved_adapter_loads_here_and_in_diffusers(loop, images, adapter, fresh):
+    edits = images, [MOVE, MOVE], [1, 2]
+    loop.editor.call["num_inference_steps"] = 3
+    edited = loop.editor.edit(*edits)
     ours, theirs = fresh(), fresh()
-    untrained = ours.edit(images, [MOVE, MOVE], [1, 2])
+    untrained = ours.edit(*edits)
     assert max(map(difference, untrained, edited)) > 1
     ours.load_adapter(adapter.parent)
     theirs.pipeline.load_lora_weights(adapter.parent)
     for editor in (ours, theirs):
-        got = editor.edit(images, [MOVE, MOVE], [1, 2])
-        assert [image.tobytes() for image in got] == [image.tobytes() for image in edited]
-    got = ours.without_adapter().edit(images, [MOVE, MOVE], [1, 2])
-    assert [image.tobytes() for image in got] == [image.tobytes() for image in untrained]
+        assert bytes_of(editor.edit(*edits)) == bytes_of(edited)
+    assert bytes_of(ours.without_adapter().edit(*edits)) == bytes_of(untrained)
 
 
-def test_equal_adapters_are_equal_files(loop, adapter, tmp_path):
-    loop.editor.save_adapter(tmp_path / "again")
+def test_equal_adapters_are_equal_files(adapter, fresh, tmp_path):
     editor = fresh()
     editor.load_adapter(adapter.parent)
-    editor.save_adapter(tmp_path / "reloaded")
-    for name in ("again", "reloaded"):
-        assert (tmp_path / name / adapter.name).read_bytes() == adapter.read_bytes()
-    assert adapter.stat().st_mode & 0o444 == 0o444 & ~umask()
-
-
-def umask():
-    import os
-
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    before = os.umask(0o027)
+    editor.save_adapter(tmp_path / "again")
+    os.umask(before)
+    again = tmp_path / "again" / adapter.name
+    assert again.read_bytes() == adapter.read_bytes()
+    assert again.stat().st_mode & 0o777 == 0o640
 
 
 def rewrite(path, change, keep_metadata=False):
@@ -397,46 +389,69 @@ def rewrite(path, change, keep_metadata=False):
     save_file({k: v.contiguous() for k, v in change(load_file(path)).items()}, path, metadata)
 
 
-def without_one(tensors):
-    tensors.pop(next(name for name in tensors if "lora_B" in name))
-    return tensors
+def without(part):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
 
 
-def without_half(tensors):
-    return dict(list(tensors.items())[::2])
-
-
-def renamed(tensors):
-    return {name.replace("lora_A", "lora_C"): tensor for name, tensor in tensors.items()}
-
-
-def with_a_text_encoder(tensors):
-    return tensors | {"text_encoder.layers.0.q_proj.lora_A.weight": torch.zeros(4, 32)}
-
-
-def of_another_model(tensors):
-    return {name.replace("transformer_blocks.0", "blocks.0"): t for name, t in tensors.items()}
-
-
-def not_finite(tensors):
-    next(iter(tensors.values()))[0, 0] = torch.nan
-    return tensors
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
     "change",
-    [without_one, without_half, renamed, with_a_text_encoder, of_another_model, not_finite],
+    [
+        without("single_transformer_blocks.0.attn.to_k.lora_B"),
+        lambda tensors: dict(list(tensors.items())[::2]),
+        renamed("lora_A", "lora_C"),
+        renamed("transformer_blocks.0", "blocks.0"),
+        renamed("transformer.", "base_model.model."),
+        lambda tensors: tensors | {"text_encoder.q_proj.lora_A.weight": torch.zeros(4, 32)},
+        lambda tensors: {name: tensor[:3] for name, tensor in tensors.items()},
+        lambda tensors: {name: tensor * torch.nan for name, tensor in tensors.items()},
+    ],
 )
 @pytest.mark.parametrize("keep_metadata", [True, False])
-def test_a_damaged_adapter_is_refused(loop, adapter, change, keep_metadata, monkeypatch):
+def test_an_adapter_that_does_not_fit_is_refused(loop, adapter, change, keep_metadata):
+    intact = adapter.read_bytes()
     rewrite(adapter, change, keep_metadata)
-    config = load_config("phase1.yaml", TrainConfig, [f"editor.adapter={adapter.parent}"])
-    with pytest.raises(ValueError, match="key 'editor.adapter'"):
+    with pytest.raises(ValueError, match="no adapter of this Editor") as caught:
+        loop.editor.load_adapter(adapter.parent)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not loop.editor.has_adapter
+    adapter.write_bytes(intact)
+    loop.editor.load_adapter(adapter.parent)  # nothing is left behind
+
+
+def test_missing_layers_are_seen_by_the_config_in_the_file(loop, adapter):
+    """Without it, the file is a smaller LoRA, as good as any."""
+    rewrite(adapter, without("single_transformer_blocks"), keep_metadata=True)
+    with pytest.raises(ValueError, match="no adapter of this Editor .*inconsistency"):
+        loop.editor.load_adapter(adapter.parent)
+    rewrite(adapter, lambda tensors: tensors)
+    loop.editor.load_adapter(adapter.parent)
+
+
+def test_a_folder_without_an_adapter_of_the_editor_is_refused(loop):
+    with pytest.raises(ValueError, match="no adapter of this Editor"):
+        loop.editor.load_adapter(ROOT / "tests")
+
+
+def test_another_lora_alpha_is_seen_by_its_checksum(adapter, monkeypatch):
+    """A LoRA may have any alpha, so only the checksums that train.py writes can tell."""
+    monkeypatch.chdir(ROOT)
+    (adapter.parent / "SHA256SUMS").write_text(sha256_sums(adapter.parent))
+    config = load_config("eval.yaml", LoopConfig, [f"editor.adapter={adapter.parent}"])
+    data = adapter.read_bytes()
+    alpha = rb"lora_alpha\": 4"
+    assert alpha in data
+    adapter.write_bytes(data.replace(alpha, alpha[:-1] + b"9"))
+    with pytest.raises(ValueError, match="key 'editor.adapter'.*SHA256SUMS"):
         build(config)
 
 
-def test_adapters_of_other_programs(loop, images, adapter):
+def test_adapters_of_other_programs(loop, images, adapter, fresh):
     """Without metadata, and with a scale of 2 in `.alpha` tensors, as kohya's scripts write it."""
+    loop.editor.call["num_inference_steps"] = 3
     edited = loop.editor.edit(images, [MOVE, MOVE], [1, 2])
 
     def with_alpha(tensors):
@@ -454,7 +469,7 @@ def test_adapters_of_other_programs(loop, images, adapter):
     assert layer.scaling == {"editor": 2.0}
 
 
-def test_an_adapter_trained_in_fp32_loads_in_fp32(loop, adapter, monkeypatch):
+def test_an_adapter_trained_in_fp32_loads_in_fp32(adapter, fresh):
     editor = fresh()
     editor.pipeline.transformer.to(torch.bfloat16)
     editor.load_adapter(adapter.parent)
@@ -464,8 +479,9 @@ def test_an_adapter_trained_in_fp32_loads_in_fp32(loop, adapter, monkeypatch):
             assert torch.equal(parameter, tensors[f"transformer.{name.replace('.editor', '')}"])
 
 
-def test_training_goes_on_from_a_loaded_adapter(loop, images, adapter):
+def test_training_goes_on_from_a_loaded_adapter(images, adapter, fresh):
     editor = fresh()
+    editor.call["num_inference_steps"] = 5
     editor.load_adapter(adapter.parent)
     with pytest.raises(ValueError, match="rank 4; set rank=4"):
         editor.add_adapter(8)
@@ -492,11 +508,4 @@ def test_a_diffuser_with_the_same_pipeline_never_meets_the_adapter(loop, images)
         record(loop.editor, images)
     hook.remove()
     again = loop.diffuser.generate(PROMPTS, [0, 1])
-    assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
-
-
-def test_the_checker_sees_images_from_outside_as_the_editor_does(loop, images):
-    graphs = [parse_prompt(PROMPTS[0], ["left of"])]
-    (expected,) = loop.checker.check(images[:1], graphs)
-    (got,) = loop.checker.check([normalize_image(outside(images[0], "EXIF"))], graphs)
-    assert got.probs == pytest.approx(expected.probs, abs=1e-3)
+    assert bytes_of(again) == bytes_of(images)
