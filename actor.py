@@ -175,20 +175,16 @@ class Actor(VLM):
         """
         from peft import LoraConfig
 
-        if not self.has_adapter:
+        if ADAPTER not in getattr(self.model, "peft_config", {}):
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
             self.model.add_adapter(config, ADAPTER)
         found = self.model.peft_config[ADAPTER].r
         if found != rank:
             raise ValueError(f"the loaded adapter has rank {found}; set rank={found}")
-        return self._parameters()
-
-    def _parameters(self):
-        """The adapter's, in fp32 whatever the model's dtype. It is inactive from here on."""
         self.model.eval().disable_adapters()  # a new adapter comes active and in training mode
         parameters = [p for name, p in self.model.named_parameters() if f".{ADAPTER}." in name]
         for parameter in parameters:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.float()  # Adam needs fp32 even if the model is bf16
         self.has_adapter = True
         return parameters
 
@@ -202,13 +198,14 @@ class Actor(VLM):
         self.remove_adapter()
         try:
             tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
-            self.model.add_adapter(PeftConfig.from_pretrained(folder), ADAPTER)
-            parameters = self._parameters()
+            config = PeftConfig.from_pretrained(folder)
+            self.model.add_adapter(config, ADAPTER)
+            parameters = self.add_adapter(config.r)
             found = set_peft_model_state_dict(self.model, tensors, ADAPTER)
-            missing = [name for name in found.missing_keys if f".{ADAPTER}." in name]
-            unknown = [name for name in found.unexpected_keys if not name.endswith(".alpha")]
-            if missing or unknown:
-                raise ValueError(f"missing: {missing[:2]}, unknown: {unknown[:2]}")
+            wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
+            wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
+            if wrong:
+                raise ValueError(f"missing or unknown: {', '.join(wrong[:3])}")
             if not all(parameter.isfinite().all() for parameter in parameters):
                 raise ValueError("NaN or infinite numbers")
         except Exception as error:  # of any kind: it comes from the depths of peft

@@ -284,21 +284,17 @@ class Editor:
         """
         from peft import LoraConfig
 
-        if not self.has_adapter:
+        transformer = self.pipeline.transformer
+        if ADAPTER not in getattr(transformer, "peft_config", {}):
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
-            self.pipeline.transformer.add_adapter(config, ADAPTER)
-        found = self.pipeline.transformer.peft_config[ADAPTER].r
+            transformer.add_adapter(config, ADAPTER)
+        found = transformer.peft_config[ADAPTER].r
         if found != rank:
             raise ValueError(f"the loaded adapter has rank {found}; set rank={found}")
-        return self._parameters()
-
-    def _parameters(self):
-        """The adapter's, in fp32 whatever the model's dtype. It is inactive from here on."""
-        transformer = self.pipeline.transformer
         transformer.eval().disable_adapters()  # a new adapter comes active and in training mode
         parameters = [p for name, p in transformer.named_parameters() if f".{ADAPTER}." in name]
         for parameter in parameters:
-            parameter.data = parameter.data.float()
+            parameter.data = parameter.data.float()  # Adam needs fp32 even if the model is bf16
         self.has_adapter = True
         return parameters
 
@@ -309,22 +305,22 @@ class Editor:
         """
         from peft import set_peft_model_state_dict
 
+        transformer = self.pipeline.transformer
         self.remove_adapter()
         try:
-            with (
-                warnings.catch_warnings()
-            ):  # peft's: layers that the file's config names are missing
+            with warnings.catch_warnings():
+                # peft only warns of layers that the file's config names and its tensors lack.
                 warnings.simplefilter("error", RuntimeWarning)
                 self.pipeline.load_lora_weights(folder, adapter_name=ADAPTER, use_safetensors=True)
-            parameters = self._parameters()
+            parameters = self.add_adapter(transformer.peft_config[ADAPTER].r)
             # Again, because diffusers has rounded them to the model's dtype.
             tensors = self.pipeline.lora_state_dict(folder, use_safetensors=True)
             tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
-            found = set_peft_model_state_dict(self.pipeline.transformer, tensors, ADAPTER)
-            missing = [name for name in found.missing_keys if f".{ADAPTER}." in name]
-            unknown = [name for name in found.unexpected_keys if not name.endswith(".alpha")]
-            if missing or unknown:
-                raise ValueError(f"missing: {missing[:2]}, unknown: {unknown[:2]}")
+            found = set_peft_model_state_dict(transformer, tensors, ADAPTER)
+            wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
+            wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
+            if wrong:
+                raise ValueError(f"missing or unknown: {', '.join(wrong[:3])}")
             if not all(parameter.isfinite().all() for parameter in parameters):
                 raise ValueError("NaN or infinite numbers")
         except Exception as error:  # of any kind: it comes from the depths of diffusers
@@ -339,19 +335,19 @@ class Editor:
 
     def save_adapter(self, folder):
         """Write what `pipeline.load_lora_weights(folder)` reads, the LoRA alpha included."""
-        from peft.utils import get_peft_model_state_dict
+        from peft import get_peft_model_state_dict
 
         transformer = self.pipeline.transformer
         tensors = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
-        tensors = {f"transformer.{k}": v.detach().contiguous() for k, v in tensors.items()}
-        config = transformer.peft_config[ADAPTER].to_dict()
-        config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-        config = {f"transformer.{key}": value for key, value in config.items()}
-        # One entry only: safetensors writes several in random order.
-        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}
+        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+        config = transformer.peft_config[ADAPTER].to_dict().items()
+        config = {f"transformer.{key}": value for key, value in config}
+        # One entry only: safetensors writes several in random order. `sorted` is for the sets.
+        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True, default=sorted)}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder) / "pytorch_lora_weights.safetensors"
-        path.write_bytes(safetensors.torch.save(tensors, metadata))
+        # `safetensors.torch.save_file` would give the file mode 0600.
+        data = safetensors.torch.save(tensors, metadata)
+        (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(data)
 
     def without_adapter(self):
         """The untrained Editor: the same pipeline, but `edit` leaves the adapter off."""
