@@ -195,28 +195,20 @@ class Actor(VLM):
         """
         from peft import PeftConfig, set_peft_model_state_dict
 
-        self.remove_adapter()
         try:
             tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
             config = PeftConfig.from_pretrained(folder)
             self.model.add_adapter(config, ADAPTER)
-            parameters = self.add_adapter(config.r)
+            self.add_adapter(config.r)
             found = set_peft_model_state_dict(self.model, tensors, ADAPTER)
             wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
+            wrong += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
             if wrong:
-                raise ValueError(f"missing or unknown: {', '.join(wrong[:3])}")
-            if not all(parameter.isfinite().all() for parameter in parameters):
-                raise ValueError("NaN or infinite numbers")
+                raise ValueError(f"missing, unknown or not finite: {', '.join(wrong[:3])}")
         except Exception as error:  # of any kind: it comes from the depths of peft
-            self.remove_adapter()
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"{folder} is no adapter of this Actor ({reason})") from None
-
-    def remove_adapter(self):
-        self.has_adapter = False
-        if ADAPTER in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter(ADAPTER)
 
     def save_adapter(self, folder):
         """Write what `PeftModel.from_pretrained(model, folder)` reads."""

@@ -306,32 +306,24 @@ class Editor:
         from peft import set_peft_model_state_dict
 
         transformer = self.pipeline.transformer
-        self.remove_adapter()
         try:
             with warnings.catch_warnings():
                 # peft only warns of layers that the file's config names and its tensors lack.
                 warnings.simplefilter("error", RuntimeWarning)
                 self.pipeline.load_lora_weights(folder, adapter_name=ADAPTER, use_safetensors=True)
-            parameters = self.add_adapter(transformer.peft_config[ADAPTER].r)
+            self.add_adapter(transformer.peft_config[ADAPTER].r)
             # Again, because diffusers has rounded them to the model's dtype.
             tensors = self.pipeline.lora_state_dict(folder, use_safetensors=True)
             tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
             found = set_peft_model_state_dict(transformer, tensors, ADAPTER)
             wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
+            wrong += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
             if wrong:
-                raise ValueError(f"missing or unknown: {', '.join(wrong[:3])}")
-            if not all(parameter.isfinite().all() for parameter in parameters):
-                raise ValueError("NaN or infinite numbers")
+                raise ValueError(f"missing, unknown or not finite: {', '.join(wrong[:3])}")
         except Exception as error:  # of any kind: it comes from the depths of diffusers
-            self.remove_adapter()
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"{folder} is no adapter of this Editor ({reason})") from None
-
-    def remove_adapter(self):
-        self.has_adapter = False
-        if ADAPTER in getattr(self.pipeline.transformer, "peft_config", {}):
-            self.pipeline.transformer.delete_adapters(ADAPTER)
 
     def save_adapter(self, folder):
         """Write what `pipeline.load_lora_weights(folder)` reads, the LoRA alpha included."""

@@ -411,29 +411,23 @@ def renamed(old, new):
     ],
 )
 @pytest.mark.parametrize("keep_metadata", [True, False])
-def test_an_adapter_that_does_not_fit_is_refused(loop, adapter, change, keep_metadata):
-    intact = adapter.read_bytes()
+def test_an_adapter_that_does_not_fit_is_refused(adapter, fresh, change, keep_metadata):
     rewrite(adapter, change, keep_metadata)
     with pytest.raises(ValueError, match="no adapter of this Editor") as caught:
-        loop.editor.load_adapter(adapter.parent)
+        fresh().load_adapter(adapter.parent)
     assert len(str(caught.value).splitlines()) == 1
-    assert not loop.editor.has_adapter
-    adapter.write_bytes(intact)
-    loop.editor.load_adapter(adapter.parent)  # nothing is left behind
 
 
-def test_missing_layers_are_seen_by_the_config_in_the_file(loop, adapter):
-    """Without it, the file is a smaller LoRA, as good as any."""
+def test_missing_layers_are_seen_by_the_config_in_the_file(adapter, fresh):
+    """Without it, the file would be a smaller LoRA, as good as any."""
     rewrite(adapter, without("single_transformer_blocks"), keep_metadata=True)
     with pytest.raises(ValueError, match="no adapter of this Editor .*inconsistency"):
-        loop.editor.load_adapter(adapter.parent)
-    rewrite(adapter, lambda tensors: tensors)
-    loop.editor.load_adapter(adapter.parent)
+        fresh().load_adapter(adapter.parent)
 
 
-def test_a_folder_without_an_adapter_of_the_editor_is_refused(loop):
+def test_a_folder_without_an_adapter_of_the_editor_is_refused(fresh):
     with pytest.raises(ValueError, match="no adapter of this Editor"):
-        loop.editor.load_adapter(ROOT / "tests")
+        fresh().load_adapter(ROOT / "tests")
 
 
 def test_another_lora_alpha_is_seen_by_its_checksum(adapter, monkeypatch):
