@@ -118,10 +118,7 @@ class Editor:
         find_kind(index["_class_name"], (index.get("scheduler") or [None, None])[1])
 
     def edit(self, images, instructions, seeds):
-        """One edited PIL image per image, instruction and seed, whatever else is in the batch.
-
-        Raises ValueError if the pipeline fails or returns only black images.
-        """
+        """One edited PIL image per image, instruction and seed, whatever else is in the batch."""
         edited = []
         size = self.batch_size if self.batched else 1
         for start in range(0, len(images), size):
@@ -138,7 +135,6 @@ class Editor:
             noise_seeds: of the noise in the window, all different.
             window: range of step indices. The last step is an ODE step and never recorded.
             noise_level: a in `sde_step`.
-        Raises ValueError as `edit` does, and if a step cannot be replayed.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
         with self._recording(generators, window, noise_level) as steps:
@@ -150,14 +146,15 @@ class Editor:
         transformer = self.pipeline.transformer
         answers = [transformer(*given, **named)[0] for given, named in step.calls]
         velocity = self._velocity(answers, step.sample)
-        sigmas = step.sigma, step.sigma_next
-        return sde_step(velocity, step.sample, *sigmas, step.noise_level, step.next_sample)[1:]
+        return sde_step(
+            velocity, step.sample, step.sigma, step.sigma_next, step.noise_level, step.next_sample
+        )[1:]
 
     @contextmanager
     def _recording(self, generators, window, noise_level):
         """Inside this block the pipeline takes SDE steps in the window; yields the list of them.
 
-        A forward hook keeps the transformer's inputs and answers. The scheduler's `step` is
+        A hook keeps what goes into the transformer and comes out. The scheduler's `step` is
         replaced by `sde_step`, which is Euler's ODE step outside the window.
         """
         scheduler = self.pipeline.scheduler
@@ -171,7 +168,8 @@ class Editor:
 
         def step(velocity, timestep, sample, **_):
             nonlocal latents, index
-            latents = sample.float() if latents is None else latents
+            if latents is None:
+                latents = sample.float()
             sigma, sigma_next = scheduler.sigmas[index : index + 2].tolist()
             level = noise_level if index in window else 0.0
             velocity = velocity.float()
@@ -185,8 +183,10 @@ class Editor:
                 velocity, latents, sigma, sigma_next, level, generator=generators
             )
             if log_prob is not None:
-                move = (latents, next_latents, sigma, sigma_next, level, log_prob, mean)
-                steps.append(RecordedStep(list(calls), *move))
+                recorded = RecordedStep(
+                    list(calls), latents, next_latents, sigma, sigma_next, level, log_prob, mean
+                )
+                steps.append(recorded)
             calls.clear()
             answers.clear()
             latents = next_latents
@@ -232,7 +232,7 @@ class Editor:
         return velocity
 
     def _call(self, images, instructions, seeds):
-        """One pipeline call with the adapter active."""
+        """One pipeline call with the adapter active. Raises ValueError if it fails."""
         name, call = type(self.pipeline).__name__, dict(self.call)
         if all(image is images[0] for image in images) and len(set(instructions)) == 1:
             call["num_images_per_prompt"] = len(images)  # encode the image and the text once

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import checker
 from config import LoopConfig, TrainConfig, load_config
-from editor import PIPELINES, Editor, normalize_image
+from editor import Editor, normalize_image
 from grpo import clipped_loss, gaussian_kl, sde_step
 from loop import build, sha256_sums
 
@@ -72,48 +72,28 @@ def test_an_edit_depends_on_its_seed_alone(loop, images, monkeypatch):
     assert loop.editor.edit([], [], []) == []
 
 
-def outside(image, kind):
-    """The same image as it comes from outside, in another mode, size or orientation."""
-    if kind == "EXIF":
-        turned = image.transpose(Image.Transpose.ROTATE_90)
-        turned.getexif()[0x0112] = 6  # "rotate by 90 degrees clockwise to view"
-        return turned
-    if kind == "transparent":
-        clear = image.convert("RGBA")
-        clear.putdata(
-            [(0, 0, 0, 0) if p == (255, 255, 255, 255) else p for p in clear.get_flattened_data()]
-        )
-        return clear
-    if kind == "2000 x 1500":
-        return image.resize((2000, 1500), Image.Resampling.NEAREST)
-    return image.convert(kind)
-
-
-@pytest.mark.parametrize("kind", ["RGBA", "transparent", "EXIF", "2000 x 1500", "CMYK"])
-def test_images_from_outside_are_read_like_their_rgb_copy(loop, images, kind):
+def test_images_from_outside_are_read_upright_in_rgb_over_white(loop, images):
     image = images[0]
-    if kind == "transparent":  # an image with white in it
-        image = Image.new("RGB", (32, 32), "white")
-        image.paste(images[0].crop((0, 0, 20, 20)), (4, 4))
-    (expected,) = loop.editor.edit([image], [MOVE], [0])
-    (got,) = loop.editor.edit([outside(image, kind)], [MOVE], [0])
-    assert difference(got, expected) <= 4
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "I;16", "HSV", "RGBX"])
-def test_images_of_any_mode_can_be_read(mode):
-    image = normalize_image(Image.new(mode, (20, 10)))
-    assert image.size == (20, 10) and image.mode == "RGB"
-
-
-def test_images_of_16_bits_are_not_clipped():
-    gray = np.array([[0, 20000, 40000, 65535]], dtype=np.uint16)
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # "rotate by 90 degrees clockwise to view"
+    for same in (turned, image.convert("RGBA"), image.convert("CMYK")):
+        assert difference(normalize_image(same), image) == 0
+    assert not difference(
+        normalize_image(Image.new("RGBA", (2, 2))), Image.new("RGB", (2, 2), "white")
+    )
+    gray = np.array([[0, 20000, 40000, 65535]], dtype=np.uint16)  # of 16 bits, not to be clipped
     assert np.asarray(normalize_image(Image.fromarray(gray)))[0, :, 0].tolist() == [0, 78, 156, 255]
-
-
-def test_the_normalization_of_images_is_the_same_everywhere():
-    """It is repeated where images enter, so that every component works as a copied file."""
+    for mode in ("1", "L", "LA", "P", "PA", "I;16", "HSV", "RGBX"):
+        assert normalize_image(Image.new(mode, (20, 10))).mode == "RGB"
+    # The function is repeated where images enter, so that every component works as a copied file.
     assert inspect.getsource(checker.normalize_image) == inspect.getsource(normalize_image)
+
+
+def test_images_from_outside_are_edited_like_their_rgb_copy(loop, images):
+    image = images[0]
+    large = image.convert("RGBA").resize((2000, 1500), Image.Resampling.NEAREST)
+    (expected,), (got,) = (loop.editor.edit([x], [MOVE], [0]) for x in (image, large))
+    assert difference(got, expected) <= 4
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -156,7 +136,6 @@ def test_an_instruction_that_the_pipeline_cuts_is_told_once(loop, images, capsys
         "Kandinsky5I2IPipeline",
         "QwenImageLayeredPipeline",
         "LongCatImageEditPipeline",  # no LoRA
-        "NoSuchPipeline",
     ],
 )
 def test_other_pipelines_are_refused_by_name_before_weights_are_read(name, tmp_path, monkeypatch):
@@ -170,24 +149,12 @@ def test_other_pipelines_are_refused_by_name_before_weights_are_read(name, tmp_p
         build(config)
 
 
-def test_another_scheduler_is_refused(loop, tmp_path):
+def test_another_scheduler_is_refused(loop):
     from diffusers import UniPCMultistepScheduler
 
-    index = {"_class_name": "FluxKontextPipeline", "scheduler": ["diffusers", "UniPC"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="FluxKontextPipeline with UniPC cannot be trained"):
-        Editor.check(tmp_path)
     loop.editor.pipeline.scheduler = UniPCMultistepScheduler()
-    with pytest.raises(ValueError, match="with UniPCMultistepScheduler"):
+    with pytest.raises(ValueError, match="FluxKontextPipeline with UniPCMultistepScheduler cannot"):
         Editor(loop.editor.pipeline)
-
-
-def test_the_table_names_classes_of_diffusers_and_their_arguments():
-    import diffusers
-
-    for name, kind in PIPELINES.items():
-        takes = inspect.signature(getattr(diffusers, name).__call__).parameters
-        assert {"true_cfg_scale", "guidance_scale"} & set(takes) and set(kind.call) <= set(takes)
 
 
 # ---- recording and replay ----
@@ -220,10 +187,9 @@ def test_a_rollout_without_window_is_an_edit(loop, images):
 def test_a_group_shares_what_is_before_the_window(loop, images):
     first = record(loop.editor, images).steps[0]
     for group in (slice(0, 3), slice(3, 6)):
-        assert (first.sample[group] - first.sample[group][0]).abs().max() < 1e-6
-        assert (first.next_sample[group][1:] - first.next_sample[group][0]).abs().min(0)[
-            0
-        ].max() > 0
+        before, after = first.sample[group], first.next_sample[group]
+        assert (before - before[0]).abs().max() < 1e-6
+        assert not torch.allclose(after[1:], after[:2])
     assert not torch.allclose(first.sample[0], first.sample[3])
 
 
@@ -267,14 +233,11 @@ def test_offloaded_models_are_recorded_and_replayed_alike(loop, images):
     loop.editor.pipeline.enable_model_cpu_offload(device="cpu")
     step = record(loop.editor, images).steps[0]
     assert torch.equal(step.next_sample, expected.next_sample)
-    assert hasattr(loop.editor.pipeline.transformer, "_hf_hook")
     with loop.editor.adapter():
         log_prob, _, _ = loop.editor.log_probs(step)
         log_prob.sum().backward()
     assert torch.equal(log_prob, expected.log_prob)
     assert all(p.grad is not None for p in parameters)
-    names = dict(loop.editor.pipeline.transformer.named_parameters())
-    assert {id(p) for p in parameters} <= set(map(id, names.values()))  # still the same objects
 
 
 def test_guidance(loop):
