@@ -19,8 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+import safetensors.torch
 import torch
-from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from checker import VLM
 from grpo import chunked_token_log_probs, completion_mask, token_log_probs
@@ -39,10 +40,7 @@ TARGETS = r".*(language|text)_model\..*((q|k|v|o|gate|up|down|out)_proj|in_proj\
 
 
 def request(prompt, feedback, tried=()):
-    """The user message: the prompt, what the Checker found missing or wrong, and what was tried.
-
-    tried: instructions that were carried out on this very image and did not make it better.
-    """
+    """The user message. tried: instructions that did not make this very image better."""
     text = f"Prompt: {prompt}. {feedback or 'nothing is wrong'}."
     return f"{text} Tried without success: {'; '.join(tried)}." if tried else text
 
@@ -58,7 +56,7 @@ def parse_completion(text):
 
 @dataclass
 class Proposals:
-    """N sampled completions; the n of one image are neighbors."""
+    """N sampled completions; those of one image are neighbors."""
 
     images: list  # (N) PIL images
     requests: list[str]  # (N) user messages, as `request` makes them
@@ -74,8 +72,8 @@ class Actor(VLM):
     """A VLM that writes edit instructions.
 
     Args:
-        model, processor, batch_size: see `VLM`; model and processor may be the Checker's. Of the
-            model's generation config only the end tokens stay.
+        model, processor, batch_size: see `VLM`. Of the model's generation config only the end
+            tokens stay.
         max_new_tokens: longest completion.
         temperature: of sampling, above 0. Log-probs are of the distribution at this temperature.
         checkpointing: recompute activations in `log_probs`: less memory, a third more time.
@@ -95,11 +93,14 @@ class Actor(VLM):
         super().__init__(model, processor, batch_size)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
+        self.has_adapter = False
+        self.checkpointing = checkpointing
+        if checkpointing:
+            self.model.activation_checkpointing_enable()
+            self.model.disable_input_require_grads()  # for the reentrant kind only
         ends = self.model.generation_config.eos_token_id
         if ends is None:
-            raise ValueError(
-                "generation_config.json names no eos_token_id; no completion would end"
-            )
+            raise ValueError("generation_config.json names no eos_token_id: nothing would end")
         ends = ends if isinstance(ends, list) else [ends]
         # Drop the folder's sampling defaults, such as a repetition penalty: they would change the
         # distribution whose log-probs we record.
@@ -108,26 +109,19 @@ class Actor(VLM):
         visual = {getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")}
         self.visual_ids = list(visual - {None})
         self.end_ids = [*ends, *self.visual_ids]
-        self.has_adapter = False
-        self.checkpointing = checkpointing
-        if checkpointing:
-            self.model.activation_checkpointing_enable()
-            self.model.disable_input_require_grads()  # for the reentrant kind only
 
     def propose(self, images, prompts, feedback, seeds, n=1, tried=None):
-        """Sample n completions for each of B images.
+        """Sample n completions for each of B images: `Proposals` of N = B * n.
 
-        Args: images: B PIL images; prompts: B strings; feedback: B strings, as in
-        `Reflection.feedback`; seeds: B ints; tried: B lists of instructions, see `request`.
+        Args: B PIL images; B prompts; B `Reflection.feedback`; B ints; tried: B lists of strings.
         Completion k of an image depends on its seed and on k, not on what else is in the batch.
-        Returns `Proposals` of N = B * n completions.
         """
         tried = tried or [()] * len(images)
         requests = [request(*texts) for texts in zip(prompts, feedback, tried, strict=True)]
         # `top_k` would be 50. The sampler below leaves one token to choose from anyway.
         settings = {"do_sample": True, "top_k": 0, "num_return_sequences": n}
         settings |= {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.end_ids}
-        ids, log_probs = [], []  # per batch: (rows, T_batch)
+        ids, log_probs = [], []  # per completion, as long as its batch: (T_batch,)
         with self.adapter(), torch.no_grad(), torch.random.fork_rng():
             for start in range(0, len(images), self.batch_size):
                 part = slice(start, start + self.batch_size)
@@ -135,12 +129,9 @@ class Actor(VLM):
                 random_numbers = [Random(f"{seed} {k}") for seed in seeds[part] for k in range(n)]
                 sampler = _Sampler(random_numbers, self.temperature)
                 output = self.model.generate(**inputs, **settings, logits_processor=[sampler])
-                ids.append(output[:, inputs["input_ids"].shape[1] :])
-                log_probs.append(torch.cat(sampler.log_probs, 1))
-        longest = max(part.shape[1] for part in ids)  # T
-        missing = [(0, longest - part.shape[1]) for part in ids]
-        ids = torch.cat([pad(*row, value=self.end_ids[0]) for row in zip(ids, missing)])  # (N, T)
-        log_probs = torch.cat([pad(*row) for row in zip(log_probs, missing)])  # (N, T)
+                ids += output[:, inputs["input_ids"].shape[1] :]
+                log_probs += torch.cat(sampler.log_probs, 1)
+        ids = pad_sequence(ids, batch_first=True, padding_value=self.end_ids[0])  # (N, T)
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
         # A template for thinking may give the opening tag itself.
         given = "<think>" if self.chat(SYSTEM, "").rstrip().endswith("<think>") else ""
@@ -150,7 +141,7 @@ class Actor(VLM):
             requests=[text for text in requests for _ in range(n)],
             ids=ids,
             mask=completion_mask(ids, self.end_ids),
-            log_probs=log_probs,
+            log_probs=pad_sequence(log_probs, batch_first=True),
             thoughts=[thought for thought, _ in parsed],
             instructions=[instruction for _, instruction in parsed],
             truncated=(~torch.isin(ids, ids.new_tensor(self.end_ids)).any(1)).tolist(),
@@ -169,12 +160,13 @@ class Actor(VLM):
                 inputs[name] = torch.cat([value, added.to(value)], 1)  # (R, prompt tokens + T)
         if not hasattr(self.model.model, "get_rope_index"):  # Qwen-VL makes its own 3-D positions
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        # transformers recomputes activations in training mode only. Dropout would show in the
-        # on-policy check.
+        # transformers recomputes activations in training mode only.
         self.model.train(self.checkpointing)
         logits = self.model(**inputs, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits
         self.model.eval()
         return chunked_token_log_probs(logits[:, :-1], ids, self.temperature)
+
+    # ---- the adapter ----
 
     def add_adapter(self, rank):
         """The parameters of the adapter that is loaded, or of a new one, which changes nothing yet.
@@ -185,54 +177,49 @@ class Actor(VLM):
 
         if ADAPTER not in getattr(self.model, "peft_config", {}):
             config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
-            self.model.add_adapter(config, adapter_name=ADAPTER)
+            self.model.add_adapter(config, ADAPTER)
         found = self.model.peft_config[ADAPTER].r
-        if rank not in (None, found):
+        if found != rank:
             raise ValueError(f"the loaded adapter has rank {found}; set rank={found}")
-        self.has_adapter = True
-        parameters = [p for n, p in self.model.named_parameters() if f".{ADAPTER}." in n]
+        self.model.eval().disable_adapters()  # a new adapter comes active and in training mode
+        parameters = [p for name, p in self.model.named_parameters() if f".{ADAPTER}." in name]
         for parameter in parameters:
             parameter.data = parameter.data.float()  # Adam needs fp32 even if the model is bf16
-        self.model.disable_adapters()
+        self.has_adapter = True
         return parameters
 
     def load_adapter(self, folder):
-        """Load a folder that `save_adapter` or peft wrote.
+        """Load a folder that `save_adapter` or peft wrote, in fp32.
 
-        Raises ValueError if its tensors are not those of this model, or not finite.
+        Raises ValueError if it is damaged or of another model.
         """
-        from safetensors.torch import load_file
+        from peft import PeftConfig, set_peft_model_state_dict
 
-        path = Path(folder) / "adapter_model.safetensors"
-        tensors = load_file(path)
-        for name, tensor in tensors.items():
-            if not tensor.isfinite().all():
-                raise ValueError(f"{path} holds NaN or infinite numbers in {name}")
-        if ADAPTER in getattr(self.model, "peft_config", {}):
-            self.model.delete_adapter(ADAPTER)
-        found = self.model.load_adapter(str(folder), adapter_name=ADAPTER)
-        unknown = [n for n in found.unexpected_keys if not n.endswith((".alpha", ".dora_scale"))]
-        if found.missing_keys or unknown:
-            self.model.delete_adapter(ADAPTER)
-            raise ValueError(
-                f"{path} is of another model: it lacks {sorted(found.missing_keys)[:2]} and has "
-                f"{sorted(unknown)[:2]}, which do not belong to this one"
-            )
-        self.model.eval()  # new LoRA layers come in training mode
-        self.add_adapter(rank=None)
-        for name, parameter in self.model.named_parameters():
-            key = f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}"
-            if key in tensors:  # again, in fp32: a bf16 model has rounded them
-                parameter.data.copy_(tensors[key])
+        try:
+            tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
+            config = PeftConfig.from_pretrained(folder)
+            self.model.add_adapter(config, ADAPTER)
+            self.add_adapter(config.r)
+            found = set_peft_model_state_dict(self.model, tensors, ADAPTER)
+            wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
+            wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
+            wrong += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+            if wrong:
+                raise ValueError(f"missing, unknown or not finite: {', '.join(wrong[:3])}")
+        except Exception as error:  # of any kind: it comes from the depths of peft
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ValueError(f"{folder} is no adapter of this Actor ({reason})") from None
 
     def save_adapter(self, folder):
         """Write what `PeftModel.from_pretrained(model, folder)` reads."""
-        with self.adapter():
-            self.model.save_pretrained(folder)
-        path = Path(folder) / "adapter_model.safetensors"
-        data = path.read_bytes()  # write it anew: safetensors gives its files mode 0600
-        path.unlink()
-        path.write_bytes(data)
+        from peft import get_peft_model_state_dict
+
+        tensors = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
+        tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
+        self.model.peft_config[ADAPTER].save_pretrained(folder)
+        # `safetensors.torch.save_file` would give the file mode 0600.
+        data = safetensors.torch.save(tensors, {"format": "pt"})
+        (Path(folder) / "adapter_model.safetensors").write_bytes(data)
 
     def without_adapter(self):
         """The untrained Actor: the same model, but `propose` leaves the adapter off."""
@@ -258,8 +245,8 @@ class Actor(VLM):
 class _Sampler:
     """A logits processor that samples every token itself and leaves `generate` no other choice.
 
-    Each of N rows has random numbers of its own, one per token. The token is found where the
-    number falls in the cumulative distribution (inverse CDF sampling).
+    Each row has random numbers of its own, one per token. The token is the one whose part of the
+    cumulative distribution the number falls in (inverse CDF sampling).
     """
 
     def __init__(self, random_numbers, temperature):

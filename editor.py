@@ -1,7 +1,7 @@
 """Editor: the model that carries out an instruction on an image and keeps the rest of it.
 
-RL-RIG (arXiv 2602.19974) calls it the Inverse Diffuser. It is an instruction-editing pipeline of
-diffusers with flow matching. Phase 2 trains a LoRA adapter of its transformer.
+RL-RIG (arXiv 2602.19974) calls it the Inverse Diffuser. It is an instruction-editing flow-matching
+pipeline of diffusers. Phase 2 trains a LoRA adapter of its transformer.
 
 `edit` is an ordinary pipeline call, which integrates the flow's ODE. `rollout` makes the same call,
 but a window of its denoising steps becomes stochastic (`sde_step` in grpo.py) and is recorded:
@@ -9,8 +9,7 @@ but a window of its denoising steps becomes stochastic (`sde_step` in grpo.py) a
     recorded step = what the transformer was called with, x, x', sigma, sigma_next, log-prob, mean
 
 `log_probs` calls the transformer again with just that, now with gradient. No pipeline code is
-copied, so every replayed step is the step that was run. Stochastic steps are those of Flow-GRPO
-(arXiv 2505.05470), the window that of MixGRPO (arXiv 2507.21802).
+copied. Stochastic steps: Flow-GRPO (arXiv 2505.05470); the window: MixGRPO (arXiv 2507.21802).
 
 The adapter is active only inside `edit`, `rollout` and `adapter()`. A Diffuser that shares the
 pipeline never sees it.
@@ -19,6 +18,8 @@ pipeline never sees it.
 import copy
 import inspect
 import json
+import sys
+import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,17 +31,16 @@ import torch
 from grpo import sde_step
 
 ADAPTER = "editor"
-TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj")
-TARGETS += ("to_qkv_mlp_proj",)  # FLUX.2's single blocks have q, k and v in one matrix
+TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"]
+TARGETS += ["to_qkv_mlp_proj"]  # FLUX.2's single blocks have q, k and v in one matrix
 SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 
 
 class Kind(NamedTuple):
     """What differs between the pipelines that can be the Editor."""
 
-    scale: str  # the argument of its call that is the guidance scale
-    rescaled: bool = False  # guidance keeps the length of the conditional answer, per token
     batched: bool = False  # edits different images in one call; to the others they are references
+    rescaled: bool = False  # guidance keeps the length of the conditional answer, per token
     last: bool = False  # the latents' tokens come after those of the image that is edited
     call: dict = {}  # arguments of its call that are always set
 
@@ -48,15 +48,15 @@ class Kind(NamedTuple):
 # Recorded, replayed and checked against finite differences in tests/test_pipeline_families.py. Add
 # a pipeline here only together with that test: a wrong gradient shows nowhere else.
 PIPELINES = {
-    "FluxKontextPipeline": Kind("true_cfg_scale", batched=True),
-    "Flux2KleinPipeline": Kind("guidance_scale"),
-    "QwenImageEditPipeline": Kind("true_cfg_scale", rescaled=True),
-    "QwenImageEditPlusPipeline": Kind("true_cfg_scale", rescaled=True),
+    "FluxKontextPipeline": Kind(batched=True),
+    "Flux2KleinPipeline": Kind(),
+    "QwenImageEditPipeline": Kind(rescaled=True),
+    "QwenImageEditPlusPipeline": Kind(rescaled=True),
     # By default its later steps read keys and values that the first one cached. A replay would read
     # them too, and the gradient through the cached tokens would be missing.
-    "QwenImage21Pipeline": Kind("true_cfg_scale", last=True, call={"use_kv_cache": False}),
-    "BriaFiboEditPipeline": Kind("guidance_scale"),
-    "BriaFibo2Pipeline": Kind("guidance_scale"),
+    "QwenImage21Pipeline": Kind(last=True, call={"use_kv_cache": False}),
+    "BriaFiboEditPipeline": Kind(),
+    "BriaFibo2Pipeline": Kind(),
 }
 
 
@@ -86,8 +86,7 @@ class Editor:
     """An instruction-editing pipeline.
 
     Args:
-        pipeline: a loaded pipeline of a class in PIPELINES; may be the Diffuser's. Its transformer
-            is frozen here.
+        pipeline: of a class in PIPELINES; may be the Diffuser's. Its transformer is frozen here.
         call: keyword arguments of every pipeline call.
         batch_size: images per call.
         template: what the pipeline reads; {} stands for the instruction.
@@ -103,9 +102,12 @@ class Editor:
         for name, value in self.kind.call.items():
             if self.call[name] != value:
                 raise ValueError(f"key 'editor.call.{name}' has to be {value}; leave it out")
+        parameters = inspect.signature(pipeline.__call__).parameters
+        self.defaults = {name: parameter.default for name, parameter in parameters.items()}
         self.batch_size = batch_size
         self.template = template
         self.has_adapter = False
+        self.cut_reported = False
 
     @staticmethod
     def check(path):
@@ -116,12 +118,7 @@ class Editor:
         find_kind(index["_class_name"], (index.get("scheduler") or [None, None])[1])
 
     def edit(self, images, instructions, seeds):
-        """One edited PIL image per image, instruction and seed, whatever else is in the batch.
-
-        Images of any mode are read upright and over white. Where `call` has height and width, an
-        image of another size is stretched to that size first.
-        Raises ValueError if the pipeline fails or returns only black images.
-        """
+        """One edited PIL image per image, instruction and seed, whatever else is in the batch."""
         edited = []
         size = self.batch_size if self.batched else 1
         for start in range(0, len(images), size):
@@ -136,9 +133,8 @@ class Editor:
             seeds: of the initial latents. Samples of a group have the same seed, so they also
                 share all steps before the window.
             noise_seeds: of the noise in the window, all different.
-            window: range of step indices, without the last step.
+            window: range of step indices. The last step is an ODE step and never recorded.
             noise_level: a in `sde_step`.
-        Raises ValueError as `edit` does, and if a step cannot be replayed.
         """
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
         with self._recording(generators, window, noise_level) as steps:
@@ -148,73 +144,38 @@ class Editor:
     def log_probs(self, step):
         """Replay a `RecordedStep` with gradient: (log_prob (B,), mean (B, tokens, C), std)."""
         transformer = self.pipeline.transformer
-        predictions = [transformer(*given, **named)[0] for given, named in step.calls]
-        velocity = self._velocity(predictions, step.sample)
-        sigmas = step.sigma, step.sigma_next
-        return sde_step(velocity, step.sample, *sigmas, step.noise_level, step.next_sample)[1:]
-
-    def _call(self, images, instructions, seeds):
-        """One pipeline call with the adapter active."""
-        name, call = type(self.pipeline).__name__, dict(self.call)
-        if all(image is images[0] for image in images) and len(set(instructions)) == 1:
-            call["num_images_per_prompt"] = len(images)  # encode the image and the text once
-            images, instructions = images[:1], instructions[:1]
-        elif not self.batched:
-            raise ValueError(f"{name} takes one image and one instruction per call")
-        images = [normalize_image(image) for image in images]
-        asked = call.get("width"), call.get("height")
-        if all(asked):
-            images = [image if image.size == asked else image.resize(asked) for image in images]
-        if isinstance(call.get("negative_prompt"), str):  # some pipelines want one per prompt
-            call["negative_prompt"] = [call["negative_prompt"]] * len(instructions)
-        # A template may be JSON, where a quotation mark would end the string.
-        prompts = [self.template.replace("{}", text.replace('"', "'")) for text in instructions]
-        call["image"] = images if len(images) > 1 else images[0]
-        # Noise drawn on the CPU is the same on every device.
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        try:
-            with self.adapter():
-                made = self.pipeline(prompt=prompts, generator=generators, **call).images
-        except Exception as error:  # of any kind: it comes from the depths of the pipeline
-            reason = " ".join(str(error).split())[:300]
-            raise ValueError(f"{name} fails with this 'editor.call': {reason}") from error
-        if all(image.getbbox() is None for image in made):  # NaN becomes black, too
-            reason = (
-                "numbers overflow (set 'editor.dtype' to bfloat16 or float32) or weights are bad"
-            )
-            raise ValueError(f"{name} returns only black images: {reason}")
-        return made
-
-    # ---- recording ----
+        answers = [transformer(*given, **named)[0] for given, named in step.calls]
+        velocity = self._velocity(answers, step.sample)
+        return sde_step(
+            velocity, step.sample, step.sigma, step.sigma_next, step.noise_level, step.next_sample
+        )[1:]
 
     @contextmanager
     def _recording(self, generators, window, noise_level):
         """Inside this block the pipeline takes SDE steps in the window; yields the list of them.
 
-        A forward hook keeps the transformer's inputs and answers. The scheduler's `step` is
+        A hook keeps what goes into the transformer and comes out. The scheduler's `step` is
         replaced by `sde_step`, which is Euler's ODE step outside the window.
         """
         scheduler = self.pipeline.scheduler
-        calls, predictions, steps = [], [], []
+        calls, answers, steps = [], [], []
         latents = None  # kept in fp32, whatever the pipeline's dtype
         index = 0  # of the denoising step
 
         def keep(_, positional, keywords, output):
             calls.append((positional, keywords))
-            predictions.append(output[0])
+            answers.append(output[0])
 
         def step(velocity, timestep, sample, **_):
             nonlocal latents, index
-            latents = sample.float() if latents is None else latents
-            last = len(scheduler.sigmas) - 2
-            if window and window[-1] >= last:
-                raise ValueError(f"window {window} has to end before the last step, {last}")
+            if latents is None:
+                latents = sample.float()
             sigma, sigma_next = scheduler.sigmas[index : index + 2].tolist()
             level = noise_level if index in window else 0.0
             velocity = velocity.float()
             if level > 0:  # use what a replay will compute, which has to be the same
-                replayed = self._velocity(predictions, velocity)
-                tolerance = max(1e-4, 2 * torch.finfo(predictions[0].dtype).eps)
+                replayed = self._velocity(answers, velocity)
+                tolerance = max(1e-4, 2 * torch.finfo(answers[0].dtype).eps)
                 if not (replayed - velocity).norm() <= tolerance * velocity.norm():  # or NaN
                     raise ValueError("its guidance cannot be replayed; turn it off")
                 velocity = replayed
@@ -222,10 +183,12 @@ class Editor:
                 velocity, latents, sigma, sigma_next, level, generator=generators
             )
             if log_prob is not None:
-                move = (latents, next_latents, sigma, sigma_next, level, log_prob, mean)
-                steps.append(RecordedStep(list(calls), *move))
+                recorded = RecordedStep(
+                    list(calls), latents, next_latents, sigma, sigma_next, level, log_prob, mean
+                )
+                steps.append(recorded)
             calls.clear()
-            predictions.clear()
+            answers.clear()
             latents = next_latents
             index += 1
             return (next_latents.to(sample.dtype),)
@@ -238,14 +201,14 @@ class Editor:
             hook.remove()
             del scheduler.step
 
-    def _velocity(self, predictions, sample):
+    def _velocity(self, answers, sample):
         """What the transformer answered to the velocity of B latents: (B, tokens, channels) fp32.
 
         The other tokens belong to the image that is edited. One answer per image is the velocity.
         """
         tokens = sample.shape[1]
         part = slice(-tokens, None) if self.kind.last else slice(tokens)
-        answers = [prediction[:, part].float() for prediction in predictions]
+        answers = [answer[:, part].float() for answer in answers]
         if len(answers) == 1 and len(answers[0]) == len(sample):
             return answers[0]
         return self._guided_velocity(answers)
@@ -260,13 +223,57 @@ class Editor:
             unconditional, conditional = answers[0].chunk(2)
         else:
             conditional, unconditional = answers
-        default = inspect.signature(self.pipeline.__call__).parameters[self.kind.scale].default
-        scale = self.call.get(self.kind.scale, default)
+        name = "true_cfg_scale" if "true_cfg_scale" in self.defaults else "guidance_scale"
+        scale = (self.defaults | self.call)[name]
         velocity = unconditional + scale * (conditional - unconditional)
         if self.kind.rescaled:
             length = velocity.norm(dim=-1, keepdim=True)
             velocity = velocity * (conditional.norm(dim=-1, keepdim=True) / length)
         return velocity
+
+    def _call(self, images, instructions, seeds):
+        """One pipeline call with the adapter active. Raises ValueError if it fails."""
+        name, call = type(self.pipeline).__name__, dict(self.call)
+        if all(image is images[0] for image in images) and len(set(instructions)) == 1:
+            call["num_images_per_prompt"] = len(images)  # encode the image and the text once
+            images, instructions = images[:1], instructions[:1]
+        elif not self.batched:
+            raise ValueError(f"{name} takes one image and one instruction per call")
+        images = [normalize_image(image) for image in images]
+        size = call.get("width"), call.get("height")
+        if all(size):
+            images = [image if image.size == size else image.resize(size) for image in images]
+        call["image"] = images if len(images) > 1 else images[0]
+        # A template may be JSON, where a quotation mark would end the string.
+        prompts = [self.template.replace("{}", text.replace('"', "'")) for text in instructions]
+        self._report_cut(prompts)
+        if isinstance(call.get("negative_prompt"), str):  # some pipelines want one per prompt
+            call["negative_prompt"] = [call["negative_prompt"]] * len(prompts)
+        # Noise drawn on the CPU is the same on every device.
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        try:
+            with self.adapter():
+                made = self.pipeline(prompt=prompts, generator=generators, **call).images
+        except Exception as error:  # of any kind: it comes from the depths of the pipeline
+            reason = " ".join(str(error).split())[:300]
+            raise ValueError(f"{name} fails with this 'editor.call': {reason}") from error
+        if all(image.getbbox() is None for image in made):  # NaN becomes black, too
+            raise ValueError(f"{name} returns only black images; try another 'editor.dtype'")
+        return made
+
+    def _report_cut(self, prompts):
+        """Say once that an instruction is too long. Pipelines silently cut it."""
+        parts = self.pipeline.components
+        tokenizer = parts.get("tokenizer_2") or parts.get("tokenizer")
+        limit = (self.defaults | self.call).get("max_sequence_length")
+        if self.cut_reported or not tokenizer or not limit:
+            return
+        for prompt in prompts:
+            if len(tokenizer(prompt).input_ids) > limit:
+                reason = f"the Editor reads only {limit} tokens of the instruction {prompt!r}"
+                print(f"{reason}; raise 'editor.call.max_sequence_length'", file=sys.stderr)
+                self.cut_reported = True
+                return
 
     # ---- the adapter ----
 
@@ -278,58 +285,61 @@ class Editor:
         from peft import LoraConfig
 
         transformer = self.pipeline.transformer
-        if not self.has_adapter:
-            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS))
-            transformer.add_adapter(config, adapter_name=ADAPTER)
+        if ADAPTER not in getattr(transformer, "peft_config", {}):
+            config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS)
+            transformer.add_adapter(config, ADAPTER)
         found = transformer.peft_config[ADAPTER].r
         if found != rank:
             raise ValueError(f"the loaded adapter has rank {found}; set rank={found}")
-        parameters = [p for n, p in transformer.named_parameters() if f".{ADAPTER}." in n]
+        transformer.eval().disable_adapters()  # a new adapter comes active and in training mode
+        parameters = [p for name, p in transformer.named_parameters() if f".{ADAPTER}." in name]
         for parameter in parameters:
             parameter.data = parameter.data.float()  # Adam needs fp32 even if the model is bf16
-        transformer.disable_adapters()
         self.has_adapter = True
         return parameters
 
     def load_adapter(self, folder):
         """Load a folder that `save_adapter` wrote, or any LoRA that diffusers reads, in fp32.
 
-        Raises ValueError if a tensor is missing, unknown or not finite.
+        Raises ValueError if it is damaged or of another model.
         """
-        tensors = self.pipeline.lora_state_dict(folder, use_safetensors=True)
+        from peft import set_peft_model_state_dict
+
         transformer = self.pipeline.transformer
-        self.pipeline.load_lora_weights(folder, adapter_name=ADAPTER, use_safetensors=True)
-        transformer.eval()  # new LoRA layers come in training mode
-        for name, parameter in transformer.named_parameters():
-            if f".{ADAPTER}." not in name:
-                continue
-            key = f"transformer.{name.replace(f'.{ADAPTER}.', '.')}"
-            if key not in tensors:
-                raise ValueError(f"{folder} lacks {key}; it is damaged or of another model")
-            # Again, because diffusers has rounded it to the model's dtype.
-            parameter.data = tensors.pop(key).to(parameter.device, torch.float32)
-            if not parameter.isfinite().all():
-                raise ValueError(f"{folder}: {key} holds NaN or infinity")
-        if unknown := [key for key in tensors if "alpha" not in key]:
-            raise ValueError(f"{folder} holds {unknown[0]}, which the Editor does not know")
-        transformer.disable_adapters()
-        self.has_adapter = True
+        try:
+            with warnings.catch_warnings():
+                # peft only warns of layers that the file's config names and its tensors lack.
+                warnings.simplefilter("error", RuntimeWarning)
+                self.pipeline.load_lora_weights(folder, adapter_name=ADAPTER, use_safetensors=True)
+            self.add_adapter(transformer.peft_config[ADAPTER].r)
+            # Again, because diffusers has rounded them to the model's dtype.
+            tensors = self.pipeline.lora_state_dict(folder, use_safetensors=True)
+            tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+            found = set_peft_model_state_dict(transformer, tensors, ADAPTER)
+            wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
+            wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
+            wrong += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+            if wrong:
+                raise ValueError(f"missing, unknown or not finite: {', '.join(wrong[:3])}")
+        except Exception as error:  # of any kind: it comes from the depths of diffusers
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+            raise ValueError(f"{folder} is no adapter of this Editor ({reason})") from None
 
     def save_adapter(self, folder):
         """Write what `pipeline.load_lora_weights(folder)` reads, the LoRA alpha included."""
-        from peft.utils import get_peft_model_state_dict
+        from peft import get_peft_model_state_dict
 
         transformer = self.pipeline.transformer
         tensors = get_peft_model_state_dict(transformer, adapter_name=ADAPTER)
-        tensors = {f"transformer.{k}": v.detach().contiguous() for k, v in tensors.items()}
-        config = transformer.peft_config[ADAPTER].to_dict()
-        config = {k: sorted(v) if isinstance(v, set) else v for k, v in config.items()}
-        config = {f"transformer.{key}": value for key, value in config.items()}
-        # One entry only: safetensors writes several in random order.
-        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True)}
+        tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
+        config = transformer.peft_config[ADAPTER].to_dict().items()
+        config = {f"transformer.{key}": value for key, value in config}
+        # One entry only: safetensors writes several in random order. `sorted` is for the sets.
+        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True, default=sorted)}
         Path(folder).mkdir(parents=True, exist_ok=True)
-        path = Path(folder) / "pytorch_lora_weights.safetensors"
-        path.write_bytes(safetensors.torch.save(tensors, metadata))
+        # `safetensors.torch.save_file` would give the file mode 0600.
+        data = safetensors.torch.save(tensors, metadata)
+        (Path(folder) / "pytorch_lora_weights.safetensors").write_bytes(data)
 
     def without_adapter(self):
         """The untrained Editor: the same pipeline, but `edit` leaves the adapter off."""
@@ -352,14 +362,14 @@ class Editor:
                 self.pipeline.transformer.disable_adapters()
 
 
-def find_kind(pipeline, scheduler):
-    """The `Kind` of a pipeline, by its name. Raises ValueError if it cannot be the Editor."""
-    if pipeline not in PIPELINES:
+def find_kind(name, scheduler):
+    """The `Kind` of a pipeline, by class names. Raises ValueError if it cannot be the Editor."""
+    if name not in PIPELINES:
         names = ", ".join(PIPELINES)
-        raise ValueError(f"{pipeline} cannot be trained as the Editor; use one of {names}")
+        raise ValueError(f"{name} cannot be trained as the Editor; use one of {names}")
     if scheduler != SCHEDULER:
-        raise ValueError(f"{pipeline} with {scheduler} cannot be trained; give it a {SCHEDULER}")
-    return PIPELINES[pipeline]
+        raise ValueError(f"{name} with {scheduler} cannot be trained; give it a {SCHEDULER}")
+    return PIPELINES[name]
 
 
 # Also in checker.py, so that both files work alone.

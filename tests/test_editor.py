@@ -5,39 +5,29 @@ Other pipelines are tested in test_pipeline_families.py.
 
 import inspect
 import json
-from pathlib import Path
+import os
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import actor
 import checker
 from config import LoopConfig, TrainConfig, load_config
-from editor import PIPELINES, Editor, normalize_image
+from editor import Editor, normalize_image
 from grpo import clipped_loss, gaussian_kl, sde_step
-from loop import build
-from sgiou import parse_prompt
+from loop import build, sha256_sums
 
-ROOT = Path(__file__).resolve().parent.parent
-pytestmark = pytest.mark.skipif(
-    not (ROOT / "tiny/models/flow").is_dir(), reason="python tiny/make/pretrain.py makes the models"
-)
 PROMPTS = ["red circle left of blue square", "green triangle above red circle"]
 MOVE = "move the red circle left of the blue square"
 
 
 @pytest.fixture
-def loop(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    return build(load_config("phase1.yaml", TrainConfig))
-
-
-@pytest.fixture
 def images(loop):
+    loop.editor.call["num_inference_steps"] = 5
     return loop.diffuser.generate(PROMPTS, [0, 1])
 
 
@@ -82,51 +72,28 @@ def test_an_edit_depends_on_its_seed_alone(loop, images, monkeypatch):
     assert loop.editor.edit([], [], []) == []
 
 
-def outside(image, kind):
-    """The same image as it comes from outside, in another mode, size or orientation."""
-    if kind == "EXIF":
-        turned = image.transpose(Image.Transpose.ROTATE_90)
-        turned.getexif()[0x0112] = 6  # "rotate by 90 degrees clockwise to view"
-        return turned
-    if kind == "transparent":
-        clear = image.convert("RGBA")
-        clear.putdata(
-            [(0, 0, 0, 0) if p == (255, 255, 255, 255) else p for p in clear.get_flattened_data()]
-        )
-        return clear
-    if kind == "4000 x 3000":
-        return image.resize((4000, 3000), Image.Resampling.NEAREST)
-    return image.convert(kind)
-
-
-@pytest.mark.parametrize("kind", ["RGBA", "transparent", "EXIF", "4000 x 3000", "CMYK"])
-def test_images_from_outside_are_read_like_their_rgb_copy(loop, images, kind):
+def test_images_from_outside_are_read_upright_in_rgb_over_white(loop, images):
     image = images[0]
-    if kind == "transparent":  # an image with white in it
-        image = Image.new("RGB", (32, 32), "white")
-        image.paste(images[0].crop((0, 0, 20, 20)), (4, 4))
-    (expected,) = loop.editor.edit([image], [MOVE], [0])
-    (got,) = loop.editor.edit([outside(image, kind)], [MOVE], [0])
-    assert difference(got, expected) <= 2
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "PA", "I;16", "HSV", "RGBX"])
-def test_images_of_any_mode_can_be_edited(loop, images, mode):
-    image = Image.new(mode, (20, 10)) if mode in ("PA", "I;16", "RGBX") else images[0].convert(mode)
-    (edited,) = loop.editor.edit([image], [MOVE], [0])
-    assert edited.size == (32, 32) and edited.mode == "RGB"
-
-
-def test_images_of_16_bits_are_not_clipped():
-    gray = np.array([[0, 20000, 40000, 65535]], dtype=np.uint16)
+    turned = image.transpose(Image.Transpose.ROTATE_90)
+    turned.getexif()[0x0112] = 6  # "rotate by 90 degrees clockwise to view"
+    for same in (turned, image.convert("RGBA"), image.convert("CMYK")):
+        assert difference(normalize_image(same), image) == 0
+    assert not difference(
+        normalize_image(Image.new("RGBA", (2, 2))), Image.new("RGB", (2, 2), "white")
+    )
+    gray = np.array([[0, 20000, 40000, 65535]], dtype=np.uint16)  # of 16 bits, not to be clipped
     assert np.asarray(normalize_image(Image.fromarray(gray)))[0, :, 0].tolist() == [0, 78, 156, 255]
+    for mode in ("1", "L", "LA", "P", "PA", "I;16", "HSV", "RGBX"):
+        assert normalize_image(Image.new(mode, (20, 10))).mode == "RGB"
+    # The function is repeated where images enter, so that every component works as a copied file.
+    assert inspect.getsource(checker.normalize_image) == inspect.getsource(normalize_image)
 
 
-def test_the_normalization_of_images_is_the_same_everywhere():
-    """It is repeated where images enter, so that every component works as a copied file."""
-    for module in (actor, checker):
-        if hasattr(module, "normalize_image"):
-            assert inspect.getsource(module.normalize_image) == inspect.getsource(normalize_image)
+def test_images_from_outside_are_edited_like_their_rgb_copy(loop, images):
+    image = images[0]
+    large = image.convert("RGBA").resize((2000, 1500), Image.Resampling.NEAREST)
+    (expected,), (got,) = (loop.editor.edit([x], [MOVE], [0]) for x in (image, large))
+    assert difference(got, expected) <= 4
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
@@ -145,6 +112,19 @@ def test_an_error_of_the_pipeline_is_one_line_that_names_the_key(loop, images):
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_an_instruction_that_the_pipeline_cuts_is_told_once(loop, images, capsys):
+    loop.editor.edit(images, [MOVE, MOVE], [0, 1])
+    assert "reads only" not in capsys.readouterr().err
+    for _ in range(2):
+        loop.editor.edit(images, [MOVE, MOVE + " and remove the red circle"], [0, 1])
+    (line,) = [x for x in capsys.readouterr().err.splitlines() if "reads only" in x]
+    assert "only 8 tokens" in line and "editor.call.max_sequence_length" in line
+    del loop.editor.call["max_sequence_length"]  # then the pipeline's default counts
+    loop.editor.cut_reported = False
+    loop.editor.edit(images[:1], [100 * MOVE], [0])
+    assert "only 512 tokens" in capsys.readouterr().err
+
+
 # ---- which pipelines ----
 
 
@@ -152,15 +132,10 @@ def test_an_error_of_the_pipeline_is_one_line_that_names_the_key(loop, images):
     "name",
     [
         "FluxPipeline",  # takes no image
-        "FluxKontextInpaintPipeline",  # starts from a noised image
         "Flux2KleinKVPipeline",  # its steps share a cache
-        "LTXImageToVideoPipeline",
         "Kandinsky5I2IPipeline",
         "QwenImageLayeredPipeline",
-        "SanaImageToVideoPipeline",
-        "ZImageOmniPipeline",
         "LongCatImageEditPipeline",  # no LoRA
-        "NoSuchPipeline",
     ],
 )
 def test_other_pipelines_are_refused_by_name_before_weights_are_read(name, tmp_path, monkeypatch):
@@ -174,24 +149,12 @@ def test_other_pipelines_are_refused_by_name_before_weights_are_read(name, tmp_p
         build(config)
 
 
-def test_another_scheduler_is_refused(loop, tmp_path):
+def test_another_scheduler_is_refused(loop):
     from diffusers import UniPCMultistepScheduler
 
-    index = {"_class_name": "FluxKontextPipeline", "scheduler": ["diffusers", "UniPC"]}
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(ValueError, match="FluxKontextPipeline with UniPC cannot be trained"):
-        Editor.check(tmp_path)
     loop.editor.pipeline.scheduler = UniPCMultistepScheduler()
-    with pytest.raises(ValueError, match="with UniPCMultistepScheduler"):
+    with pytest.raises(ValueError, match="FluxKontextPipeline with UniPCMultistepScheduler cannot"):
         Editor(loop.editor.pipeline)
-
-
-def test_the_table_names_classes_of_diffusers_and_their_arguments():
-    import diffusers
-
-    for name, kind in PIPELINES.items():
-        takes = inspect.signature(getattr(diffusers, name).__call__).parameters
-        assert {kind.scale, *kind.call} <= set(takes)
 
 
 # ---- recording and replay ----
@@ -224,19 +187,14 @@ def test_a_rollout_without_window_is_an_edit(loop, images):
 def test_a_group_shares_what_is_before_the_window(loop, images):
     first = record(loop.editor, images).steps[0]
     for group in (slice(0, 3), slice(3, 6)):
-        assert (first.sample[group] - first.sample[group][0]).abs().max() < 1e-6
-        assert (first.next_sample[group][1:] - first.next_sample[group][0]).abs().min(0)[
-            0
-        ].max() > 0
+        before, after = first.sample[group], first.next_sample[group]
+        assert (before - before[0]).abs().max() < 1e-6
+        assert not torch.allclose(after[1:], after[:2])
     assert not torch.allclose(first.sample[0], first.sample[3])
 
 
-@pytest.mark.parametrize("call", [{}, {"sigmas": [1.0, 0.9, 0.8, 0.6, 0.5, 0.4, 0.3, 0.1]}])
-def test_the_window_ends_before_the_last_step(loop, images, call):
-    loop.editor.call |= call  # 8 steps, by their number or by their sigmas
-    assert len(record(loop.editor, images, range(5, 7)).steps) == 2
-    with pytest.raises(ValueError, match="before the last step, 7"):
-        record(loop.editor, images, range(6, 8))
+def test_the_last_step_is_never_recorded(loop, images):
+    assert len(record(loop.editor, images, range(3, 5)).steps) == 1  # of steps 0 to 4
     assert "step" not in vars(loop.editor.pipeline.scheduler)  # diffusers' own again
 
 
@@ -275,14 +233,11 @@ def test_offloaded_models_are_recorded_and_replayed_alike(loop, images):
     loop.editor.pipeline.enable_model_cpu_offload(device="cpu")
     step = record(loop.editor, images).steps[0]
     assert torch.equal(step.next_sample, expected.next_sample)
-    assert hasattr(loop.editor.pipeline.transformer, "_hf_hook")
     with loop.editor.adapter():
         log_prob, _, _ = loop.editor.log_probs(step)
         log_prob.sum().backward()
     assert torch.equal(log_prob, expected.log_prob)
     assert all(p.grad is not None for p in parameters)
-    names = dict(loop.editor.pipeline.transformer.named_parameters())
-    assert {id(p) for p in parameters} <= set(map(id, names.values()))  # still the same objects
 
 
 def test_guidance(loop):
@@ -316,19 +271,17 @@ def test_guidance_that_cannot_be_replayed_is_refused(loop, images):
 def test_the_mean_drift_correction_makes_the_clip_symmetric():
     """The line of phase 2 after GRPO-Guard (arXiv 2510.22319), simulated with 65,536 dimensions.
 
-    An update moves the mean of a step, by 0.021 std per dimension here. The log-ratio has the
-    expectation -KL(old, new), so nearly every ratio falls below the clip range, whatever the sample
-    was worth. Without correction 91% are clipped low and none high; with it 8% to 9% on each side.
+    Without it 91% of the samples are clipped low and none high; with it 8% to 9% on each side.
     """
     generator = torch.Generator().manual_seed(0)
-    B, D = 400, 65_536
+    B, D = 200, 65_536
     zeros = torch.zeros(1, D).expand(B, D)
     step = {"sigma": 0.7, "sigma_next": 0.6, "noise_level": 0.8}
     next_sample, old, old_mean, std = sde_step(zeros, zeros, **step, generator=generator)
     update = 0.161 * std * torch.randn(1, D, generator=generator)  # of the velocity
     _, new, mean, _ = sde_step(zeros + update, zeros, **step, next_sample=next_sample)
     drift = ((mean - old_mean) / std).square().mean().sqrt().item()
-    assert drift == pytest.approx(0.021, abs=0.001)
+    assert drift == pytest.approx(0.021, abs=0.001)  # in std per dimension
     bound = 1.37 * drift / D**0.5
 
     def clipped(log_probs, advantage):
@@ -348,46 +301,46 @@ def test_the_mean_drift_correction_makes_the_clip_symmetric():
 
 @pytest.fixture
 def adapter(loop, tmp_path):
-    """The folder of a trained adapter of rank 4, and its file."""
+    """The file of a trained adapter of rank 4."""
     disturb(loop.editor.add_adapter(4))
     loop.editor.save_adapter(tmp_path / "adapter")
     return tmp_path / "adapter" / "pytorch_lora_weights.safetensors"
 
 
+@pytest.fixture
 def fresh():
-    return build(load_config("phase1.yaml", TrainConfig)).editor
+    """Function that makes an Editor of the same models, without adapter."""
+    config = load_config(ROOT / "phase1.yaml", TrainConfig)
+    return lambda: build(config).editor
 
 
-def test_a_saved_adapter_loads_here_and_in_diffusers(loop, images, adapter):
-    edited = loop.editor.edit(images, [MOVE, MOVE], [1, 2])
+def bytes_of(images):
+    return [image.tobytes() for image in images]
+
+
+def test_a_saved_adapter_loads_here_and_in_diffusers(loop, images, adapter, fresh):
+    edits = images, [MOVE, MOVE], [1, 2]
+    loop.editor.call["num_inference_steps"] = 3
+    edited = loop.editor.edit(*edits)
     ours, theirs = fresh(), fresh()
-    untrained = ours.edit(images, [MOVE, MOVE], [1, 2])
+    untrained = ours.edit(*edits)
     assert max(map(difference, untrained, edited)) > 1
     ours.load_adapter(adapter.parent)
     theirs.pipeline.load_lora_weights(adapter.parent)
     for editor in (ours, theirs):
-        got = editor.edit(images, [MOVE, MOVE], [1, 2])
-        assert [image.tobytes() for image in got] == [image.tobytes() for image in edited]
-    got = ours.without_adapter().edit(images, [MOVE, MOVE], [1, 2])
-    assert [image.tobytes() for image in got] == [image.tobytes() for image in untrained]
+        assert bytes_of(editor.edit(*edits)) == bytes_of(edited)
+    assert bytes_of(ours.without_adapter().edit(*edits)) == bytes_of(untrained)
 
 
-def test_equal_adapters_are_equal_files(loop, adapter, tmp_path):
-    loop.editor.save_adapter(tmp_path / "again")
+def test_equal_adapters_are_equal_files(adapter, fresh, tmp_path):
     editor = fresh()
     editor.load_adapter(adapter.parent)
-    editor.save_adapter(tmp_path / "reloaded")
-    for name in ("again", "reloaded"):
-        assert (tmp_path / name / adapter.name).read_bytes() == adapter.read_bytes()
-    assert adapter.stat().st_mode & 0o444 == 0o444 & ~umask()
-
-
-def umask():
-    import os
-
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    before = os.umask(0o027)
+    editor.save_adapter(tmp_path / "again")
+    os.umask(before)
+    again = tmp_path / "again" / adapter.name
+    assert again.read_bytes() == adapter.read_bytes()
+    assert again.stat().st_mode & 0o777 == 0o640
 
 
 def rewrite(path, change, keep_metadata=False):
@@ -397,46 +350,63 @@ def rewrite(path, change, keep_metadata=False):
     save_file({k: v.contiguous() for k, v in change(load_file(path)).items()}, path, metadata)
 
 
-def without_one(tensors):
-    tensors.pop(next(name for name in tensors if "lora_B" in name))
-    return tensors
+def without(part):
+    return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
 
 
-def without_half(tensors):
-    return dict(list(tensors.items())[::2])
-
-
-def renamed(tensors):
-    return {name.replace("lora_A", "lora_C"): tensor for name, tensor in tensors.items()}
-
-
-def with_a_text_encoder(tensors):
-    return tensors | {"text_encoder.layers.0.q_proj.lora_A.weight": torch.zeros(4, 32)}
-
-
-def of_another_model(tensors):
-    return {name.replace("transformer_blocks.0", "blocks.0"): t for name, t in tensors.items()}
-
-
-def not_finite(tensors):
-    next(iter(tensors.values()))[0, 0] = torch.nan
-    return tensors
+def renamed(old, new):
+    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
     "change",
-    [without_one, without_half, renamed, with_a_text_encoder, of_another_model, not_finite],
+    [
+        without("single_transformer_blocks.0.attn.to_k.lora_B"),
+        lambda tensors: dict(list(tensors.items())[::2]),
+        renamed("lora_A", "lora_C"),
+        renamed("transformer_blocks.0", "blocks.0"),
+        renamed("transformer.", "base_model.model."),
+        lambda tensors: tensors | {"text_encoder.q_proj.lora_A.weight": torch.zeros(4, 32)},
+        lambda tensors: {name: tensor[:3] for name, tensor in tensors.items()},
+        lambda tensors: {name: tensor * torch.nan for name, tensor in tensors.items()},
+    ],
 )
 @pytest.mark.parametrize("keep_metadata", [True, False])
-def test_a_damaged_adapter_is_refused(loop, adapter, change, keep_metadata, monkeypatch):
+def test_an_adapter_that_does_not_fit_is_refused(adapter, fresh, change, keep_metadata):
     rewrite(adapter, change, keep_metadata)
-    config = load_config("phase1.yaml", TrainConfig, [f"editor.adapter={adapter.parent}"])
-    with pytest.raises(ValueError, match="key 'editor.adapter'"):
+    with pytest.raises(ValueError, match="no adapter of this Editor") as caught:
+        fresh().load_adapter(adapter.parent)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_missing_layers_are_seen_by_the_config_in_the_file(adapter, fresh):
+    """Without it, the file would be a smaller LoRA, as good as any."""
+    rewrite(adapter, without("single_transformer_blocks"), keep_metadata=True)
+    with pytest.raises(ValueError, match="no adapter of this Editor .*inconsistency"):
+        fresh().load_adapter(adapter.parent)
+
+
+def test_a_folder_without_an_adapter_of_the_editor_is_refused(fresh):
+    with pytest.raises(ValueError, match="no adapter of this Editor"):
+        fresh().load_adapter(ROOT / "tests")
+
+
+def test_another_lora_alpha_is_seen_by_its_checksum(adapter, monkeypatch):
+    """A LoRA may have any alpha, so only the checksums that train.py writes can tell."""
+    monkeypatch.chdir(ROOT)
+    (adapter.parent / "SHA256SUMS").write_text(sha256_sums(adapter.parent))
+    config = load_config("eval.yaml", LoopConfig, [f"editor.adapter={adapter.parent}"])
+    data = adapter.read_bytes()
+    alpha = rb"lora_alpha\": 4"
+    assert alpha in data
+    adapter.write_bytes(data.replace(alpha, alpha[:-1] + b"9"))
+    with pytest.raises(ValueError, match="key 'editor.adapter'.*SHA256SUMS"):
         build(config)
 
 
-def test_adapters_of_other_programs(loop, images, adapter):
+def test_adapters_of_other_programs(loop, images, adapter, fresh):
     """Without metadata, and with a scale of 2 in `.alpha` tensors, as kohya's scripts write it."""
+    loop.editor.call["num_inference_steps"] = 3
     edited = loop.editor.edit(images, [MOVE, MOVE], [1, 2])
 
     def with_alpha(tensors):
@@ -454,7 +424,7 @@ def test_adapters_of_other_programs(loop, images, adapter):
     assert layer.scaling == {"editor": 2.0}
 
 
-def test_an_adapter_trained_in_fp32_loads_in_fp32(loop, adapter, monkeypatch):
+def test_an_adapter_trained_in_fp32_loads_in_fp32(adapter, fresh):
     editor = fresh()
     editor.pipeline.transformer.to(torch.bfloat16)
     editor.load_adapter(adapter.parent)
@@ -464,8 +434,9 @@ def test_an_adapter_trained_in_fp32_loads_in_fp32(loop, adapter, monkeypatch):
             assert torch.equal(parameter, tensors[f"transformer.{name.replace('.editor', '')}"])
 
 
-def test_training_goes_on_from_a_loaded_adapter(loop, images, adapter):
+def test_training_goes_on_from_a_loaded_adapter(images, adapter, fresh):
     editor = fresh()
+    editor.call["num_inference_steps"] = 5
     editor.load_adapter(adapter.parent)
     with pytest.raises(ValueError, match="rank 4; set rank=4"):
         editor.add_adapter(8)
@@ -492,11 +463,4 @@ def test_a_diffuser_with_the_same_pipeline_never_meets_the_adapter(loop, images)
         record(loop.editor, images)
     hook.remove()
     again = loop.diffuser.generate(PROMPTS, [0, 1])
-    assert [image.tobytes() for image in again] == [image.tobytes() for image in images]
-
-
-def test_the_checker_sees_images_from_outside_as_the_editor_does(loop, images):
-    graphs = [parse_prompt(PROMPTS[0], ["left of"])]
-    (expected,) = loop.checker.check(images[:1], graphs)
-    (got,) = loop.checker.check([normalize_image(outside(images[0], "EXIF"))], graphs)
-    assert got.probs == pytest.approx(expected.probs, abs=1e-3)
+    assert bytes_of(again) == bytes_of(images)
