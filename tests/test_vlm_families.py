@@ -30,10 +30,10 @@ if not TORCHVISION:
 SMALL = architectures.SIZES["tiny"]["Qwen3ForCausalLM"]  # any language model
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 VISION |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-GRAPHS = [  # of different numbers and lengths of questions
-    SceneGraph(["red circle", "blue square"], [("red circle", "left of", "blue square")]),
-    SceneGraph(["red circle"], []),
-    SceneGraph(["blue circle", "red", "circle"], [("red", "right", "blue circle")]),
+GRAPHS = [  # of different numbers and lengths of questions; the stand-ins know some of the words
+    SceneGraph(["a red circle", "a blue square"], [("a red circle", "left of", "a blue square")]),
+    SceneGraph(["a red circle"], []),
+    SceneGraph(["a blue circle", "red", "circle"], [("red", "right", "a blue circle")]),
 ]
 
 
