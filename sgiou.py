@@ -151,7 +151,7 @@ def without_the(text):
 def either(words):
     """A pattern for any of some words that `without_the` returned, the longest first."""
     ordered = sorted(filter(None, words), key=len, reverse=True) or ["(?!)"]  # matches nothing
-    return "|".join(re.escape(word).replace(r"\ ", r"\s+(?:the\s+)?") for word in ordered)
+    return "|".join(re.escape(word).replace(r"\ ", " +(?:the +)?") for word in ordered)
 
 
 def is_name(text, relations):
@@ -171,13 +171,13 @@ def clean_name(text):
 def load_graphs(path, relations=(), limit=None):
     """Reads a data set into list[SceneGraph]. The first character of the file says which it is.
 
-    "[": a JSON list of entries, which is read piece by piece. "{": JSON Lines, an entry a line.
+    [: a JSON list of entries, which is read piece by piece; {: JSON Lines, one entry a line.
         LAION-SG (arXiv 2412.08580): {"img_id", "caption_ori", "items", "relations"}
         GenEval (arXiv 2310.11513): {"include": [{"class", "count", "color", "position"}], "prompt"}
-    Else one prompt a line, such as T2I-CompBench's (arXiv 2307.06350): "a bee on the top of a boy".
+    Any other: one prompt a line, as in T2I-CompBench (arXiv 2307.06350): "a bee on top of a boy".
 
     relations: words that split a prompt, besides SPATIAL; limit: stop after so many graphs.
-    Entries that cannot be read, or without relations, are skipped; stderr says how many, and why.
+    Entries that cannot be read or lack relations are skipped; stderr says how many and why.
     Raises ValueError, one line, if nothing can be read or a JSON list is broken or cut off.
     """
     graphs, skipped = [], []
@@ -190,8 +190,8 @@ def load_graphs(path, relations=(), limit=None):
             for place, entry in json_list(file) if first == "[" else lines(file):
                 if len(graphs) == limit:
                     break
+                read = read_entry if first in ("[", "{") else read_line
                 try:
-                    read = read_entry if first in ("[", "{") else read_line
                     graphs.append(read(entry, relations, place))
                 except Exception as error:  # of any type: it is in none of these forms
                     skipped.append(f"{place}: {type(error).__name__}: {error}")
@@ -232,7 +232,7 @@ def read_line(text, relations, place):
     graph = parse_prompt(text, [*SPATIAL, *relations])  # yours replace an equal one
     if not relations and not graph.triples:
         raise ValueError("no known relation; list your relation words under `relations`")
-    return SceneGraph(graph.objects, graph.triples, text, place)
+    return graph
 
 
 def read_entry(entry, relations, place):
