@@ -190,9 +190,11 @@ def load_graphs(path, relations=(), limit=None):
             for place, entry in json_list(file) if first == "[" else lines(file):
                 if len(graphs) == limit:
                     break
-                read = read_entry if first in ("[", "{") else read_line
                 try:
-                    graphs.append(read(entry, relations, place))
+                    if first in ("[", "{"):
+                        graphs.append(read_entry(entry, place))
+                    else:
+                        graphs.append(read_line(entry, relations))
                 except Exception as error:  # of any type: it is in none of these forms
                     skipped.append(f"{place}: {type(error).__name__}: {error}")
     except (OSError, ValueError, RecursionError) as error:
@@ -227,16 +229,15 @@ def json_list(file):
         text, number = text[end:], number + 1
 
 
-def read_line(text, relations, place):
-    """The SceneGraph of a prompt. Raises ValueError if it is not understood."""
+def read_line(text, relations):
     graph = parse_prompt(text, [*SPATIAL, *relations])  # yours replace an equal one
     if not relations and not graph.triples:
         raise ValueError("no known relation; list your relation words under `relations`")
     return graph
 
 
-def read_entry(entry, relations, place):
-    """The SceneGraph of a JSON entry, which is text or a value. Raises whatever goes wrong."""
+def read_entry(entry, place):
+    """The SceneGraph of a JSON entry, as text or decoded. Raises whatever goes wrong."""
     if isinstance(entry, str):
         entry = json.loads(entry)
     if entry.get("include"):
@@ -249,7 +250,7 @@ def read_entry(entry, relations, place):
         raise ValueError("two items have the same id")
     for record in entry["relations"] or ():
         subject, object = names[str(record["item1"])], names[str(record["item2"])]
-        relation = clean_relation(record["relation"], relations)
+        relation = re.sub("(?i)^(is|are) (?=.)", "", " ".join(record["relation"].split()))
         if not (subject and relation and object):
             raise ValueError("a relation without a word, or of an item without a label")
         triples.append((subject, relation, object))
@@ -258,15 +259,6 @@ def read_entry(entry, relations, place):
     objects = filter(None, names.values())
     caption = entry.get("caption_ori") or ""
     return SceneGraph(objects, triples, caption, str(entry.get("img_id", place)))
-
-
-def clean_relation(text, relations):
-    """The listed relation that the text means, else the text without "is" or "are" in front."""
-    text = " ".join(text.split())
-    found = find_relation(text, relations)
-    if found and not found[0] and not found[2]:
-        return found[1]
-    return re.sub(r"(?i)^(?:is|are) (?=.)", "", text)
 
 
 def read_geneval(entry, place):
