@@ -19,7 +19,6 @@ from sgiou import SceneGraph
 from tiny import world
 
 VLM = Path(__file__).resolve().parent.parent / "tiny" / "models" / "vlm"
-needs_models = pytest.mark.skipif(not VLM.is_dir(), reason="run tiny/make/pretrain.py first")
 
 GRAPH = SceneGraph(
     ["red circle", "blue square", "owl", "sun"],
@@ -184,7 +183,6 @@ def drawn():
     return graphs, right, wrong
 
 
-@needs_models
 def test_right_drawings_satisfy_and_wrong_ones_do_not(checker, drawn):
     graphs, right, wrong = drawn
     accepted = [reflection.satisfied for reflection in checker.check(right, graphs)]
@@ -193,7 +191,6 @@ def test_right_drawings_satisfy_and_wrong_ones_do_not(checker, drawn):
     assert all(reflection.mass > 0.9 for reflection in checker.check(right, graphs))
 
 
-@needs_models
 @pytest.mark.parametrize("share", [True, False])
 def test_a_verdict_is_a_softmax_over_yes_and_no(drawn, share):
     """An independent reference: one forward pass per question, the prompt written by hand."""
@@ -217,7 +214,6 @@ def test_a_verdict_is_a_softmax_over_yes_and_no(drawn, share):
         assert reflection.mass == pytest.approx(sum(masses) / len(masses), abs=1e-5)
 
 
-@needs_models
 def test_a_reflection_does_not_depend_on_the_batch(checker, drawn, monkeypatch):
     graphs, right, _ = drawn
     assert checker.check([], []) == []
@@ -228,7 +224,6 @@ def test_a_reflection_does_not_depend_on_the_batch(checker, drawn, monkeypatch):
             assert one.probs == pytest.approx(many.probs, abs=1e-5)
 
 
-@needs_models
 def test_a_model_that_answers_nan_is_told(checker, drawn, monkeypatch):
     head = checker.model.lm_head.weight
     monkeypatch.setattr(head, "data", torch.full_like(head, torch.nan))
@@ -236,30 +231,20 @@ def test_a_model_that_answers_nan_is_told(checker, drawn, monkeypatch):
         checker.check(drawn[1][:1], drawn[0][:1])
 
 
-class Recorder:
-    """A processor that keeps what it is called with."""
-
-    tokenizer = SimpleNamespace(bos_token="<s>")
-
-    def __init__(self, prefix):
-        self.prefix = prefix
-
-    def apply_chat_template(self, messages, **_):
-        return f"{self.prefix}{messages[-1]['content'][-1]['text']}"
-
-    def __call__(self, **settings):
-        self.settings = settings
-        return torch.zeros(1)
-
-
 @pytest.mark.parametrize("prefix", ["<s>", ""])
 def test_a_template_that_begins_with_bos_gets_no_second_one(prefix):
-    checker = Checker.__new__(Checker)
-    checker.model = SimpleNamespace(device="cpu", dtype=torch.float32)
-    checker.processor = Recorder(prefix)
-    checker.inputs("", [Image.new("RGB", (8, 8))], ["Is there an owl?"])
-    assert checker.processor.settings["text"] == [f"{prefix}Is there an owl?"]
-    assert checker.processor.settings.get("add_special_tokens", True) == (prefix == "")
+    seen = {}
+
+    def processor(**settings):
+        seen.update(settings)
+        return torch.zeros(1)
+
+    processor.tokenizer = SimpleNamespace(bos_token="<s>")
+    model = SimpleNamespace(device="cpu", dtype=torch.float32)
+    vlm = SimpleNamespace(chat=lambda _, text: prefix + text, processor=processor, model=model)
+    Checker.inputs(vlm, "", [Image.new("RGB", (8, 8))], ["owl?"])
+    assert seen["text"] == [f"{prefix}owl?"]
+    assert seen.get("add_special_tokens", True) == (prefix == "")
 
 
 # ---- a VLM that does not fit ----
@@ -277,7 +262,6 @@ def change_template(folder, ending):
     return Checker.load(folder)
 
 
-@needs_models
 @pytest.mark.parametrize("ending", ["<think>", "<think>\n", "<think> let me see", " yes"])
 def test_a_template_that_does_not_ask_for_an_answer_is_refused(folder, ending):
     checker = change_template(folder, ending)
@@ -285,7 +269,6 @@ def test_a_template_that_does_not_ask_for_an_answer_is_refused(folder, ending):
         checker.probe()
 
 
-@needs_models
 def test_a_template_that_can_do_without_a_thought_is_asked_to(folder, drawn, checker):
     choice = "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
     other = change_template(folder, choice)
@@ -294,7 +277,6 @@ def test_a_template_that_can_do_without_a_thought_is_asked_to(folder, drawn, che
     assert other.check(right[:2], graphs[:2]) == checker.check(right[:2], graphs[:2])
 
 
-@needs_models
 def test_a_family_that_cannot_share_is_asked_one_by_one(drawn, checker, capsys, monkeypatch):
     graphs, right, _ = drawn
     expected = checker.check(right[:2], graphs[:2])
@@ -314,7 +296,6 @@ def test_a_family_that_cannot_share_is_asked_one_by_one(drawn, checker, capsys, 
             assert one.probs == pytest.approx(two.probs, abs=1e-5)
 
 
-@needs_models
 @pytest.mark.parametrize("lost", ["lm_head.weight", "layers.0.mlp.up_proj"])
 def test_missing_weights_are_refused_by_name(folder, lost):
     path = folder / "model.safetensors"
@@ -326,7 +307,6 @@ def test_missing_weights_are_refused_by_name(folder, lost):
         Checker.load(folder)
 
 
-@needs_models
 def test_pickled_weights_are_refused(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
@@ -334,7 +314,6 @@ def test_pickled_weights_are_refused(folder):
         Checker.load(folder)
 
 
-@needs_models
 def test_remote_code_is_never_run(folder, monkeypatch):
     config = json.loads((folder / "config.json").read_text())
     config |= {"model_type": "unheard", "auto_map": {"AutoConfig": "evil.Config"}}

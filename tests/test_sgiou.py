@@ -1,5 +1,6 @@
 """sgiou.py: the metric, typed prompts, data sets, and the answers of VLMs."""
 
+import contextlib
 import json
 import time
 
@@ -100,17 +101,13 @@ def test_prompt_names_every_object_once():
         ("\ufeffsun on the top of rug;; ;", "sun on top of rug"),
         ("sun on rug; sun on rug; rug on sun", "sun on rug; rug on sun"),
         ("sun; moon; sun on moon", "sun on moon"),
+        ("x on top of y; y is c++ x", "x on top of y; y c++ x"),  # the longest; no pattern
         ("dog; another dog; dog", "dog; another dog"),
         ("dog on rug; another dog", "dog on rug; another dog"),
     ],
 )
 def test_what_a_prompt_means(text, prompt):
-    assert parse_prompt(text, RELATIONS).prompt() == prompt
-
-
-def test_longest_relation_wins_and_special_characters_are_literal():
-    graph = parse_prompt("x on top of y; x on left of y; x c++ y", [*RELATIONS, "c++"])
-    assert [relation for _, relation, _ in graph.triples] == ["on top of", "left of", "c++"]
+    assert parse_prompt(text, [*RELATIONS, "c++"]).prompt() == prompt
 
 
 @pytest.mark.parametrize(
@@ -463,11 +460,10 @@ def test_any_text_gives_a_graph_of_the_words_or_none(text):
 @settings(max_examples=1000, deadline=None)
 @given(st.text(max_size=30), st.lists(st.text(max_size=5), max_size=3))
 def test_any_words_can_be_looked_for(text, words):
-    parse_scene_graph(text + " ".join(words), words, words)
-    try:
-        parse_prompt(text + " ".join(words), words)
-    except ValueError:
-        pass
+    text += " ".join(words)
+    parse_scene_graph(text, words, words)
+    with contextlib.suppress(ValueError):
+        parse_prompt(text, words)
 
 
 HUGE = ["[", '{"a":', "[]", '["', "['a", '["\\"', "\\", '["a\n', '["a", ', " ", "a:", "_:", "the "]
