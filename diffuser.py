@@ -92,21 +92,20 @@ def text_problem(pipeline, call, text):
     """Why a pipeline's text encoder cannot read a text, as one clause, or None if it can.
 
     Pipelines silently cut a text that is too long and read an unknown word as noise.
-    call: the arguments of the pipeline's call, of which max_sequence_length counts here.
+    call: the arguments of the pipeline's call, such as max_sequence_length.
     """
     if re.search("[\ud800-\udfff]", text):
         return "it holds half a character"
     names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the highest-numbered reads the most
     found = [getattr(pipeline, name, None) for name in names]
     tokenizer = next((part for part in found if hasattr(part, "is_fast")), None)
-    if tokenizer is None:  # it has none, or a processor of text and images
+    if tokenizer is None:  # such as a processor of text and images
         return None
     read = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
-    ids, places = read["input_ids"], read.get("offset_mapping", [])
-    places = zip(
-        ids, places
-    )  # the end token, which CLIP's unknown token is too, has an empty place
-    unknown = [text[a:b] for id, (a, b) in places if id == tokenizer.unk_token_id and a < b]
+    ids, unknown = read["input_ids"], []
+    for id, (start, end) in zip(ids, read.get("offset_mapping", [])):
+        if id == tokenizer.unk_token_id and start < end:  # CLIP's end token has the same id
+            unknown.append(text[start:end])
     if unknown:
         return f"the text encoder does not know {' '.join(unknown)!r}"
     takes = inspect.signature(type(pipeline).__call__).parameters
@@ -162,5 +161,5 @@ def check_call(key, kind, call):
         scale = call.get("true_cfg_scale", takes["true_cfg_scale"].default if negative else 1)
         if not (scale > 1) == bool(negative) == ("negative_prompt" in negative):
             raise ValueError(
-                f"key '{key}': true_cfg_scale above 1 needs negative_prompt, and it that"
+                f"key '{key}': give true_cfg_scale above 1 with negative_prompt or none"
             )

@@ -196,7 +196,7 @@ def test_offload_without_a_gpu_is_refused(monkeypatch):
         ({"_auto_resize": 0}, "make it bool"),
         ({"sigmas": []}, "'editor.call.sigmas' is"),
         ({"joint_attention_kwargs": {"sclae": 2}}, "'editor.call.joint_attention_kwargs' is"),
-        ({"true_cfg_scale": 4.0}, "true_cfg_scale above 1 needs negative_prompt"),
+        ({"true_cfg_scale": 4.0}, "true_cfg_scale above 1 with negative_prompt or none"),
         ({"negative_prompt": "blue"}, "true_cfg_scale"),
         ({"true_cfg_scale": 1.0, "negative_prompt": "blue"}, "true_cfg_scale"),
         ({"true_cfg_scale": 4.0, "negative_prompt_2": "blue"}, "true_cfg_scale"),
