@@ -90,10 +90,8 @@ def normalize_image(image):
 class VLM:
     """A frozen vision-language model and its processor: what Checker and Actor have in common.
 
-    Args:
-        model, processor: an `AutoModelForImageTextToText` and its `AutoProcessor`. The parameters
-            are frozen and the tokenizer is set to pad on the left. Several VLMs may share them.
-        batch_size: texts per forward pass or `generate` call.
+    The model's parameters are frozen here and its tokenizer is set to pad on the left. Several VLMs
+    may share them. batch_size: texts per forward pass or `generate` call.
     """
 
     def __init__(self, model, processor, batch_size=64):

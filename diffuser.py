@@ -31,10 +31,27 @@ class Diffuser:
 
     @classmethod
     def load(cls, path, device="cpu", dtype="float32", **settings):
-        """Load a local folder or Hub id; dtype is the name of a torch dtype."""
-        import torch
+        """Load a local folder or Hub id from safetensors; dtype is the name of a torch dtype.
 
-        return cls(load_pipeline(path, getattr(torch, dtype)).to(device), **settings)
+        Raises ValueError if weights are missing, which diffusers alone would make random.
+        """
+        import torch
+        from diffusers import DiffusionPipeline
+
+        options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+        models = {}
+        for name, entry in DiffusionPipeline.load_config(path).items():
+            if not isinstance(entry, list) or entry[0] not in ("diffusers", "transformers"):
+                continue
+            kind = getattr(import_module(entry[0]), entry[1])
+            if issubclass(kind, torch.nn.Module):
+                models[name], info = kind.from_pretrained(
+                    path, subfolder=name, output_loading_info=True, **options
+                )
+                if missing := sorted(info["missing_keys"]):
+                    raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
+        options |= {"trust_remote_code": False, **models}
+        return cls(DiffusionPipeline.from_pretrained(path, **options).to(device), **settings)
 
     def problem(self, prompt):
         """Why the text encoder cannot read a prompt, as one clause, or None if it can."""
@@ -114,29 +131,6 @@ def text_problem(pipeline, call, text):
     if len(ids) > limit:
         return f"it has {len(ids)} tokens, and the text encoder takes {limit}"
     return None
-
-
-def load_pipeline(path, dtype):
-    """A diffusers pipeline from safetensors. Raises ValueError if weights are missing.
-
-    diffusers alone would fill the gaps of a text encoder with random numbers.
-    """
-    import torch
-    from diffusers import DiffusionPipeline
-
-    options = {"dtype": dtype, "use_safetensors": True}
-    models = {}
-    for name, entry in DiffusionPipeline.load_config(path).items():
-        if not isinstance(entry, list) or entry[0] not in ("diffusers", "transformers"):
-            continue
-        kind = getattr(import_module(entry[0]), entry[1])
-        if issubclass(kind, torch.nn.Module):
-            models[name], info = kind.from_pretrained(
-                path, subfolder=name, output_loading_info=True, **options
-            )
-            if missing := sorted(info["missing_keys"]):
-                raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
-    return DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **models, **options)
 
 
 def check_call(key, kind, call):
