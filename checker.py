@@ -170,8 +170,8 @@ class Checker(VLM):
             in_thought = "<think>" in self.chat(SYSTEM, "").rpartition("</think>")[2]
             if in_thought or not mass >= LEAST_MASS:  # `not >=` also catches NaN
                 raise ValueError(
-                    f"the chat template of {name} does not let it answer at once: on a blank image "
-                    f"yes and no together have the probability {mass:.1e}"
+                    f"{name} gives yes and no together a probability of {mass:.1e} on a blank "
+                    "image: its chat template ends inside <think>, or belongs to another model"
                 )
             try:
                 error = (self.shared_logits(*rows).log_softmax(-1) - single).abs().mean().item()

@@ -93,7 +93,7 @@ class Diffuser:
                 made = self.pipeline(prompt=prompts[part], generator=generators, **call).images
                 if all(image.getbbox() is None for image in made):  # NaN becomes black, too
                     raise ValueError(
-                        "only black images; set 'diffuser.dtype' to bfloat16 or float32"
+                        "it returns only black images; set 'diffuser.dtype' to bfloat16 or float32"
                     )
                 asked = call.get("width"), call.get("height")
                 if all(asked) and made[0].size != asked:
