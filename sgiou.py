@@ -150,8 +150,9 @@ def without_the(text):
 
 def either(words):
     """A pattern for any of some words that `without_the` returned, the longest first."""
-    ordered = sorted(filter(None, words), key=len, reverse=True) or ["(?!)"]  # matches nothing
-    return "|".join(re.escape(word).replace(r"\ ", " +(?:the +)?") for word in ordered)
+    words = sorted(filter(None, words), key=len, reverse=True)
+    patterns = [re.escape(word).replace(r"\ ", " +(?:the +)?") for word in words]
+    return "|".join(patterns) or "(?!)"  # which matches nothing
 
 
 def is_name(text, relations):
@@ -278,6 +279,10 @@ def read_geneval(entry, place):
 
 # ---- answers of VLMs ----
 
+# Of a triple that is a JSON object.
+KEYS = ("subject item1 head source s", "relation relationship predicate r p")
+KEYS += ("object item2 tail target o",)
+
 
 def parse_scene_graph(text, objects, relations):
     """The SceneGraph in a VLM's answer, or None if it has none of the words and no empty list.
@@ -288,6 +293,7 @@ def parse_scene_graph(text, objects, relations):
     objects, relations: the words to look for; the graph has them in the spelling given here.
     """
     text = text.rpartition("</think>")[2].partition("<think>")[0].lower().replace("_", " ")
+    text = re.sub(r"\{[^{}]*\}", lambda match: in_order(match[0]), text)
     names = {without_the(clean_name(name)): name for name in objects}
     words = {without_the(relation): relation for relation in relations}
     found = list(re.finditer(rf"(?<!\w)(?:({either(names)})|({either(words)}))(?!\w)", text))
@@ -304,3 +310,13 @@ def parse_scene_graph(text, objects, relations):
     if not seen and not re.search(r"\[\s*\]", text):
         return None
     return SceneGraph(dict.fromkeys(seen), triples)
+
+
+def in_order(text):
+    """A JSON object with the keys of a triple in their order; whatever else it has follows."""
+
+    def place(part):
+        key = re.match(r"\W*(\w*)[\"'”’]?\s?:|", part)[1]
+        return next((number for number, keys in enumerate(KEYS) if key in keys.split()), 3)
+
+    return "{" + ",".join(sorted(text[1:-1].split(","), key=place)) + "}"

@@ -319,8 +319,9 @@ JSON = as_json(GOLD)
 PAIRS = [dict(zip("sro", triple)) for triple in GOLD.triples]
 
 
-def as_objects(*keys):
-    return json.dumps([{"id": 3, **dict(zip(keys, t)), "score": 0.9} for t in GOLD.triples])
+def as_objects(*keys, **options):
+    pairs = [dict(zip(keys, triple)) for triple in GOLD.triples]
+    return json.dumps([{"id": 3, **pair, "score": 0.9} for pair in pairs], **options)
 
 
 ANSWERS = {  # each of them says GOLD
@@ -349,6 +350,8 @@ ANSWERS = {  # each of them says GOLD
     "head, relationship": as_objects("head", "relationship", "tail"),
     "source, target": as_objects("source", "relation", "target"),
     "s, r, o": as_objects("s", "r", "o"),
+    "sorted keys": as_objects("subject", "relation", "object", sort_keys=True),  # object first
+    "relation first": json.dumps([{"p": r, "s": s, "o": o} for s, r, o in GOLD.triples]),
 }
 for style, form in {
     "strings": '"{s} - {r} - {o}"',
@@ -409,6 +412,11 @@ def test_an_answer_without_a_graph_is_none(text):
 def test_an_incomplete_triple_is_no_triple(text):
     graph = parse_scene_graph(text, ["sun", "sea"], ["on"])
     assert not graph or graph.triples == ()
+
+
+def test_names_may_be_keys_too():
+    graph = SceneGraph(["sun", "head", "s"], [("sun", "on", "head"), ("s", "on", "sun")])
+    assert parse_scene_graph(as_json(graph), graph.objects, ["on"]) == graph
 
 
 def test_the_words_come_back_in_the_spelling_given():
