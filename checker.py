@@ -12,9 +12,6 @@ object, put in the wrong place, would then raise the score, and the metric would
 
 The paper leaves the form of the answer open. A probability carries more signal than a sampled yes:
 the rewards of a group are rarely all the same.
-
-All questions about an image share one encoding of it: the model reads the prompt up to the end of
-the image once, and every question continues from a copy of that key-value cache.
 """
 
 import sys
@@ -31,8 +28,7 @@ class Reflection:
     probs: P(yes) per object, then per triple, in the order of the graph.
     score: the reward, in [0, 1].
     feedback: what is missing or wrong, in words that the Actor reads; "" if nothing is.
-    mass: mean probability of the answers yes and no together. Where it is low, the model wanted to
-        say something else and `probs` mean little.
+    mass: mean probability of yes and no together. Where it is low, `probs` mean little.
     """
 
     probs: tuple[float, ...]
@@ -94,10 +90,8 @@ def normalize_image(image):
 class VLM:
     """A frozen vision-language model and its processor: what Checker and Actor have in common.
 
-    Args:
-        model, processor: an `AutoModelForImageTextToText` and its `AutoProcessor`. The parameters
-            are frozen and the tokenizer is set to pad on the left. Several VLMs may share them.
-        batch_size: texts per forward pass or `generate` call.
+    The model's parameters are frozen here and its tokenizer is set to pad on the left. Several VLMs
+    may share them. batch_size: texts per forward pass or `generate` call.
     """
 
     def __init__(self, model, processor, batch_size=64):
@@ -108,9 +102,8 @@ class VLM:
 
     @classmethod
     def load(cls, path, device="cpu", dtype="float32", attention="", **settings):
-        """Load a local folder or Hub id.
+        """Load a local folder or Hub id; attention: `attn_implementation`, "" for the default.
 
-        Args: dtype: name of a torch dtype; attention: `attn_implementation`, "" for the default.
         Raises ValueError if the folder lacks weights, which would silently be random.
         """
         from transformers import AutoModelForImageTextToText, AutoProcessor
@@ -143,7 +136,7 @@ class VLM:
         chats = [self.chat(system, text) for text in texts]
         settings = {"padding": True, "return_tensors": "pt"}
         bos = self.processor.tokenizer.bos_token
-        if bos and all(chat.startswith(bos) for chat in chats):  # the template gave it already
+        if bos and chats[0].startswith(bos):  # the template gave it already
             settings["add_special_tokens"] = False
         images = [[normalize_image(image)] for image in images]
         batch = self.processor(images=images, text=chats, **settings)
@@ -156,37 +149,34 @@ class Checker(VLM):
     def __init__(self, model, processor, batch_size=64):
         super().__init__(model, processor, batch_size)
         self.yes_no = self.token_ids("yes", "no")
-        self.share = False  # the encoding of an image among its questions; see `probe`
+        self.share = False  # one encoding of an image among its questions; see `probe`
 
     def probe(self):
-        """Ask about two blank images whether this VLM speaks the protocol; once, after loading.
+        """Try this VLM on two blank images; once, after loading. Turns sharing on where it works.
 
-        Turns sharing on if it gives what single questions give, and says so if it does not. Raises
-        ValueError if the chat template ends inside a thought, or if yes and no together have little
-        probability: the reward would be noise.
+        Raises ValueError if the chat template ends inside a thought, or if yes and no together have
+        little probability: the reward would be noise.
         """
         import torch
         from PIL import Image
 
-        name = self.processor.tokenizer.name_or_path or "the VLM"
+        name = self.processor.tokenizer.name_or_path
         blank = [Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "gray")]
         asked = [object_question("red circle"), triple_question(("cup", "left of", "red book"))]
-        rows = SYSTEM, [image for image in blank for _ in asked], asked * len(blank)
-        chat = self.chat(SYSTEM, asked[0])
-        in_thought = chat.rfind("<think>") > chat.rfind("</think>")
+        rows = SYSTEM, [blank[0], blank[0], blank[1], blank[1]], asked * 2
         with torch.no_grad():
             single = self.single_logits(*rows).log_softmax(-1)  # (4, V)
             mass = single[:, sum(self.yes_no, [])].exp().sum(1).mean().item()
+            in_thought = "<think>" in self.chat(SYSTEM, "").rpartition("</think>")[2]
             if in_thought or not mass >= LEAST_MASS:  # `not >=` also catches NaN
-                reason = "ends inside <think>" if in_thought else "may not fit the model"
                 raise ValueError(
-                    f"on a blank image yes and no together have the probability {mass:.1e}; the "
-                    f"chat template of {name} {reason}: use one that lets the model answer at once"
+                    f"{name} gives yes and no together a probability of {mass:.1e} on a blank "
+                    "image: its chat template ends inside <think>, or belongs to another model"
                 )
             try:
                 error = (self.shared_logits(*rows).log_softmax(-1) - single).abs().mean().item()
-                reason = f"the log-probs would differ by {error:.1e}"
                 self.share = error <= max(1e-3, 32 * torch.finfo(self.model.dtype).eps)
+                reason = f"else the log-probs would differ by {error:.1e}"
             except Exception as failure:  # of any kind: it comes from the depths of transformers
                 reason = " ".join(str(failure).split())[:200]
         if not self.share:
@@ -195,35 +185,30 @@ class Checker(VLM):
     def check(self, images, graphs):
         """Reflect on each image. Args: B PIL images and one `SceneGraph` each.
 
-        Raises ValueError for a graph without objects and for a model that answers NaN.
+        Raises ValueError if the model answers NaN.
         """
-        asked, texts = [], []  # one question per object and triple of every image
-        for image, graph in zip(images, graphs, strict=True):
-            if not graph.objects:
-                raise ValueError(f"nothing to check: the graph {graph.id!r} names no object")
-            texts += questions(graph)
-            asked += [image] * len(questions(graph))
-        log_probs = self.answers(SYSTEM, asked, texts, self.yes_no)  # (Q, 2)
+        asked = [questions(graph) for graph in graphs]
+        counts = [len(texts) for texts in asked]
+        rows = [image for image, count in zip(images, counts, strict=True) for _ in range(count)]
+        log_probs = self.answers(SYSTEM, rows, sum(asked, []), self.yes_no)  # (Q, 2)
         if not log_probs.isfinite().all():
             raise ValueError("the Checker answers NaN; set 'checker.dtype' to bfloat16 or float32")
         probs = (log_probs[:, 0] - log_probs[:, 1]).sigmoid()  # (Q,) P(yes) / P(yes or no)
         masses = log_probs.exp().sum(1)  # (Q,) P(yes or no)
-        counts = [len(questions(graph)) for graph in graphs]
         parts = zip(graphs, probs.split(counts), masses.split(counts))
         return [reflect(graph, probs, masses.mean()) for graph, probs, masses in parts]
 
     def answers(self, system, images, texts, words):
         """fp32 log-probs (Q, len(words)) that the answer begins with a spelling of each word.
 
-        Args: Q images and one text each; questions about one image are neighbors.
-        words: lists of token ids, as `token_ids` returns them.
+        Args: Q images and one text each; words: lists of token ids, as of `token_ids`.
         """
         import torch
 
+        read = self.shared_logits if self.share else self.single_logits
         log_probs = [torch.zeros(0, len(words))]
         for start in range(0, len(texts), self.batch_size):
             rows = slice(start, start + self.batch_size)
-            read = self.shared_logits if self.share else self.single_logits
             with torch.no_grad():
                 found = read(system, images[rows], texts[rows]).log_softmax(-1)  # (rows, V)
             found = [found[:, ids].logsumexp(1) for ids in words]
@@ -245,11 +230,9 @@ class Checker(VLM):
         import torch
         from PIL import Image
 
-        owner, distinct = [], []  # owner (Q): index of a question's image among the distinct ones
-        for image in images:
-            if not distinct or image is not distinct[-1]:
-                distinct.append(image)
-            owner.append(len(distinct) - 1)
+        numbers = {}  # of the B distinct images, by object
+        owner = [numbers.setdefault(id(image), len(numbers)) for image in images]  # (Q)
+        distinct = [images[owner.index(number)] for number in range(len(numbers))]
 
         def behind_image(ids):
             """True for the tokens after the last image token."""
@@ -259,7 +242,7 @@ class Checker(VLM):
         shape = head["input_ids"].shape  # (B, tokens), of which the last few are behind the image
         length = shape[1] - behind_image(head["input_ids"])[0].sum()
         head = {k: v[:, :length] if v.shape == shape else v for k, v in head.items()}
-        head_mask = head["attention_mask"]  # (B, length)
+        head_mask = head["attention_mask"]  # (B, length), padded on the left
         has_rope_index = hasattr(self.model.model, "get_rope_index")  # Qwen-VL: 3-D positions
         if not has_rope_index:
             head["position_ids"] = (head_mask.cumsum(1) - 1).clamp(min=0)
@@ -267,11 +250,8 @@ class Checker(VLM):
         cache.batch_select_indices(torch.tensor(owner, device=head_mask.device))
 
         # What follows the image is the same behind any other, so a small blank one serves here.
-        different = list(dict.fromkeys(texts))
-        blank = Image.new("RGB", (64, 64))
-        ids = self.inputs(system, [blank] * len(different), different)["input_ids"]
-        ids = ids[[different.index(text) for text in texts]]  # (Q, tokens), padded on the left
-        own = behind_image(ids)
+        ids = self.inputs(system, [Image.new("RGB", (64, 64))] * len(texts), texts)["input_ids"]
+        own = behind_image(ids)  # (Q, tokens), padded on the left
         length = own.sum(1).max()
         ids, own = ids[:, -length:], own[:, -length:]
         mask = torch.cat([head_mask[owner], own.to(head_mask)], 1)  # (Q, head + tail)
@@ -291,21 +271,16 @@ class Checker(VLM):
         """For each word the ids of the vocabulary entries that decode to a spelling of it.
 
         Spellings are yes, Yes and YES, each with or without a space before it. One that not every
-        word has is left out, so that no word has more than the others. Raises ValueError if none
-        is left.
+        word has is left out, so that no word has an advantage. Raises ValueError if none is left.
         """
         tokenizer = self.processor.tokenizer
-        vocabulary = tokenizer.get_vocab().items()
-        cases = (str.lower, str.capitalize, str.upper)
-        found = {}  # (word, case) -> ids
+        found = []  # per word: the ids of its lower-case, capitalized and upper-case tokens
         for word in words:
-            near = [id for token, id in vocabulary if word in token.lower()]
-            texts = {id: tokenizer.decode([id]).strip(" \u2581") for id in near}
-            for case in cases:
-                found[word, case] = [id for id, text in texts.items() if text == case(word)]
-        common = [case for case in cases if all(found[word, case] for word in words)]
+            near = [id for token, id in tokenizer.get_vocab().items() if word in token.lower()]
+            texts = [tokenizer.decode([id]).strip(" \u2581") for id in near]
+            cases = (word, word.capitalize(), word.upper())
+            found.append([{id for id, text in zip(near, texts) if text == case} for case in cases])
+        common = [case for case in range(3) if all(ids[case] for ids in found)]
         if not common:
-            raise ValueError(
-                f"the tokenizer lacks single tokens for {', '.join(words)}; use another VLM"
-            )
-        return [sorted({id for case in common for id in found[word, case]}) for word in words]
+            raise ValueError(f"the tokenizer lacks single tokens for {', '.join(words)}")
+        return [sorted(set.union(*(ids[case] for case in common))) for ids in found]

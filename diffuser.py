@@ -5,7 +5,6 @@ without an image is one too, so Diffuser and Editor can share one set of weights
 the pipeline call (size, steps, guidance, text length) come from `call:` in the YAML, not from code.
 """
 
-import difflib
 import inspect
 import re
 import sys
@@ -29,49 +28,34 @@ class Diffuser:
                 part.requires_grad_(False)
         self.call = call or {}
         self.batch_size = batch_size
-        self.size_reported = False
 
     @classmethod
     def load(cls, path, device="cpu", dtype="float32", **settings):
-        """Load a local folder or Hub id; dtype is the name of a torch dtype."""
-        import torch
+        """Load a local folder or Hub id from safetensors; dtype is the name of a torch dtype.
 
-        return cls(load_pipeline(path, getattr(torch, dtype)).to(device), **settings)
+        Raises ValueError if weights are missing, which diffusers alone would make random.
+        """
+        import torch
+        from diffusers import DiffusionPipeline
+
+        options = {"dtype": getattr(torch, dtype), "use_safetensors": True}
+        models = {}
+        for name, entry in DiffusionPipeline.load_config(path).items():
+            if not isinstance(entry, list) or entry[0] not in ("diffusers", "transformers"):
+                continue
+            kind = getattr(import_module(entry[0]), entry[1])
+            if issubclass(kind, torch.nn.Module):
+                models[name], info = kind.from_pretrained(
+                    path, subfolder=name, output_loading_info=True, **options
+                )
+                if missing := sorted(info["missing_keys"]):
+                    raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
+        options |= {"trust_remote_code": False, **models}
+        return cls(DiffusionPipeline.from_pretrained(path, **options).to(device), **settings)
 
     def problem(self, prompt):
-        """Why the text encoder cannot read a prompt, as one clause, or None if it can.
-
-        Pipelines silently cut a prompt that is too long and read an unknown word as noise.
-        """
-        if prompt != prompt.encode(errors="replace").decode():
-            return "it holds a lone surrogate (half a character)"
-        names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the highest-numbered reads the most
-        found = [
-            getattr(self.pipeline, name) for name in names if getattr(self.pipeline, name, None)
-        ]
-        if not found or not hasattr(found[0], "is_fast"):  # a processor of text and images
-            return None
-        tokenizer = found[0]
-        encoded = tokenizer(prompt, return_offsets_mapping=tokenizer.is_fast)
-        offsets = encoded.get("offset_mapping", [])
-        unknown = [
-            (start, end)
-            for id, (start, end) in zip(encoded.input_ids, offsets)
-            if id == tokenizer.unk_token_id
-        ]
-        if unknown:
-            text = prompt[unknown[0][0] : unknown[0][1]]
-            for (_, end), (start, next_end) in zip(unknown, unknown[1:]):
-                if prompt[end:start].strip():  # the first run of unknown words ends
-                    break
-                text += prompt[end:next_end]
-            return f"the text encoder does not know {text!r}"
-        takes = inspect.signature(type(self.pipeline).__call__).parameters
-        default = getattr(takes.get("max_sequence_length"), "default", None)
-        limit = self.call.get("max_sequence_length") or default or tokenizer.model_max_length
-        if len(encoded.input_ids) > limit:
-            return f"it has {len(encoded.input_ids)} tokens, and the text encoder takes {limit}"
-        return None
+        """Why the text encoder cannot read a prompt, as one clause, or None if it can."""
+        return text_problem(self.pipeline, self.call, prompt)
 
     def readable(self, graphs, path):
         """The scene graphs whose prompts the pipeline can read; prints how many are left out.
@@ -90,7 +74,7 @@ class Diffuser:
     def generate(self, prompts, seeds):
         """One PIL image per prompt and seed, independent of what else is in the batch.
 
-        Raises ValueError if the pipeline fails or returns only black images.
+        Raises ValueError if the pipeline fails, or returns images of another size or only black.
         """
         import torch
 
@@ -107,49 +91,46 @@ class Diffuser:
                 call["negative_prompt"] = [call["negative_prompt"]] * len(prompts[part])
             try:
                 made = self.pipeline(prompt=prompts[part], generator=generators, **call).images
+                if all(image.getbbox() is None for image in made):  # NaN becomes black, too
+                    raise ValueError(
+                        "it returns only black images; set 'diffuser.dtype' to bfloat16 or float32"
+                    )
+                asked = call.get("width"), call.get("height")
+                if all(asked) and made[0].size != asked:
+                    raise ValueError(f"asked for width and height {asked}, it makes {made[0].size}")
             except Exception as error:  # of any kind: it comes from the depths of the pipeline
                 reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"{name} fails with this 'diffuser.call': {reason}") from error
-            if all(image.getbbox() is None for image in made):  # NaN becomes black, too
-                raise ValueError(
-                    f"{name} returns only black images: its numbers overflow (set 'diffuser.dtype' "
-                    "to bfloat16 or float32) or its weights are damaged"
-                )
+                raise ValueError(f"key 'diffuser.call': {name} fails: {reason}") from error
             images += made
-        asked = (self.call.get("width"), self.call.get("height"))
-        if images and all(asked) and images[0].size != asked and not self.size_reported:
-            self.size_reported = True
-            print(
-                f"key 'diffuser.call': asked for width and height {asked}, and the images have "
-                f"{images[0].size}; ask for a size that the model makes",
-                file=sys.stderr,
-            )
         return images
 
 
-def load_pipeline(path, dtype):
-    """A diffusers pipeline from safetensors. Raises ValueError if weights are missing.
+def text_problem(pipeline, call, text):
+    """Why a pipeline's text encoder cannot read a text, as one clause, or None if it can.
 
-    diffusers alone would fill the gaps of a text encoder with random numbers.
+    Pipelines silently cut a text that is too long and read an unknown word as noise.
+    call: the arguments of the pipeline's call, such as max_sequence_length.
     """
-    import torch
-    from diffusers import DiffusionPipeline
-
-    options = {"dtype": dtype, "use_safetensors": True}
-    models = {}
-    for name, entry in DiffusionPipeline.load_config(path).items():
-        library, kind = entry if isinstance(entry, list) else (None, None)
-        if library not in ("diffusers", "transformers"):
-            continue
-        kind = getattr(import_module(library), kind)
-        if not issubclass(kind, torch.nn.Module):
-            continue
-        models[name], info = kind.from_pretrained(
-            path, subfolder=name, output_loading_info=True, **options
-        )
-        if missing := sorted(info["missing_keys"]):
-            raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
-    return DiffusionPipeline.from_pretrained(path, trust_remote_code=False, **models, **options)
+    if re.search("[\ud800-\udfff]", text):
+        return "it holds half a character"
+    names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the highest-numbered reads the most
+    found = [getattr(pipeline, name, None) for name in names]
+    tokenizer = next((part for part in found if hasattr(part, "is_fast")), None)
+    if tokenizer is None:  # such as a processor of text and images
+        return None
+    read = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
+    ids, unknown = read["input_ids"], []
+    for id, (start, end) in zip(ids, read.get("offset_mapping", [])):
+        if id == tokenizer.unk_token_id and start < end:  # CLIP's end token has the same id
+            unknown.append(text[start:end])
+    if unknown:
+        return f"the text encoder does not know {' '.join(unknown)!r}"
+    takes = inspect.signature(type(pipeline).__call__).parameters
+    default = getattr(takes.get("max_sequence_length"), "default", None)
+    limit = call.get("max_sequence_length") or default or tokenizer.model_max_length
+    if len(ids) > limit:
+        return f"it has {len(ids)} tokens, and the text encoder takes {limit}"
+    return None
 
 
 def check_call(key, kind, call):
@@ -161,9 +142,7 @@ def check_call(key, kind, call):
     takes = inspect.signature(kind.__call__).parameters
     for name, value in call.items():
         if name not in takes or re.search("embeds|latents|callback", name):
-            near = difflib.get_close_matches(name, takes.keys() - {name}, 1)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(f"key '{key}': {kind.__name__} takes no {name} from a file{hint}")
+            raise ValueError(f"key '{key}': {kind.__name__} takes no {name} from a file")
         default = takes[name].default
         fits = {float: (int, float), tuple: (list, tuple), type(None): (int, float, str, list)}
         fits = fits.get(type(default), (type(default),))
@@ -172,11 +151,9 @@ def check_call(key, kind, call):
             wanted = " or ".join(each.__name__ for each in fits)
             raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}")
     if "true_cfg_scale" in takes:
-        negative = any(call[name] is not None for name in call if name.startswith("negative_pr"))
-        default = takes["true_cfg_scale"].default if negative else 1
-        guided = call.get("true_cfg_scale", default) > 1
-        if (guided or negative) and not (guided and call.get("negative_prompt") is not None):
+        negative = [n for n in call if n.startswith("negative_prompt") and call[n] is not None]
+        scale = call.get("true_cfg_scale", takes["true_cfg_scale"].default if negative else 1)
+        if not (scale > 1) == bool(negative) == ("negative_prompt" in negative):
             raise ValueError(
-                f"key '{key}': true_cfg_scale above 1 and negative_prompt have no effect without "
-                "each other; give both or neither"
+                f"key '{key}': give true_cfg_scale above 1 with negative_prompt or none"
             )

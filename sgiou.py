@@ -10,7 +10,7 @@ and `sg_iou` compares the two as sets P and G (duplicates count once):
 
 Source: LAION-SG, arXiv 2412.08580, section S5, and test/test_iou.py of its repository.
 Differences: names are normalised (case, spaces, "_"), objects in no triple are entities too.
-Standard library only; this file works alone. Demo: python sgiou.py
+Standard library only; this file works alone.
 """
 
 import json
@@ -21,7 +21,6 @@ from dataclasses import dataclass
 # Relation words of GenEval (arXiv 2310.11513) and T2I-CompBench (arXiv 2307.06350), and three more.
 SPATIAL = ("left of", "right of", "above", "below", "next to", "near", "on side of", "on top of")
 SPATIAL += ("on bottom of", "in front of", "behind", "hidden by", "under", "inside", "beside")
-EXAMPLE = "write e.g. 'red circle left of blue square; green triangle'"
 
 
 @dataclass(frozen=True)
@@ -73,6 +72,9 @@ def normalise(text):
     return " ".join(text.lower().replace("_", " ").split())
 
 
+# ---- the metric ----
+
+
 def sg_iou(pred, gold):
     """Compares two SceneGraphs: {"sg_iou", "entity_iou", "relation_iou"}, floats in [0, 1].
 
@@ -89,52 +91,16 @@ def comparable_sets(graph):
     return triples, entities, {relation for _, relation, _ in triples}
 
 
-def clean_name(text):
-    """An object's name without "a", "an", "the" or "another" in front of it."""
-    return re.sub(r"(?i)^(?:(?:an?|the|another) )+(?=.)", "", " ".join(text.split()))
-
-
-def clean_relation(text, relations=()):
-    """The listed relation that the text means, else the text without "is" or "are" in front."""
-    text = " ".join(text.split())
-    found = find_relation(text, relations)
-    if found and not found[0] and not found[2]:
-        return found[1]
-    return re.sub(r"(?i)^(?:is|are) (?=.)", "", text)
-
-
-def find_relation(text, relations):
-    """Splits text at its first relation: (subject, relation as listed, object), or None.
-
-    "left of" is also found as "is to the left of", and "on top of" as "on the top of"; of
-    relations that start at the same place the longest is taken.
-    """
-    listed = {without_the(relation): relation for relation in relations if normalise(relation)}
-    before = "(?:(?:is|are|was|were)[ _])?(?:(?:to|on)[ _])?(?:the[ _])?"
-    pattern = rf"(?i)(?<!\S){before}({either(listed)})(?!\S)"
-    match = re.search(pattern, text) if listed else None
-    if not match:
-        return None
-    subject, object = text[: match.start()], text[match.end() :]
-    return subject.strip(), listed[without_the(match[1])], object.strip()
-
-
-def without_the(relation):
-    return re.sub(r"\bthe (?=.)", "", normalise(relation))
-
-
-def either(words):
-    """A pattern for any of the normalised words, the longest first."""
-    ordered = sorted(filter(None, words), key=len, reverse=True)
-    return "|".join(re.escape(word).replace(r"\ ", r"[\s_]+(?:the[\s_]+)?") for word in ordered)
+# ---- prompts ----
 
 
 def parse_prompt(text, relations):
     """The inverse of `SceneGraph.prompt()`. A name is one object, however often it appears.
 
-    relations: the known relation words, at least one; `find_relation` says how they are found.
-    Raises ValueError for whatever is not understood, in one line that shows the right form.
+    relations: the known relation words; `find_relation` says in which forms they are found.
+    Raises ValueError, one line that shows the right form, for whatever is not understood.
     """
+    form = "write e.g. 'red circle left of blue square; green triangle'"
     if not relations:
         raise ValueError(f"prompt {text!r}: list your relation words under `relations`")
     objects, triples, known = [], [], set()
@@ -145,267 +111,212 @@ def parse_prompt(text, relations):
         found = find_relation(clause, relations)
         mentions = [found[0], found[2]] if found else [clause]
         names = [clean_name(mention) for mention in mentions]
-        problem = next(filter(None, [misread(name, relations) for name in names]), "")
-        if found and normalise(names[0]) == normalise(names[1]):
-            problem = problem or "the same name on both sides"
-        if problem:
-            raise ValueError(f"prompt clause {clause!r}: {problem}; {EXAMPLE}")
+        distinct = {normalise(name) for name in names}
+        if len(distinct) < len(names) or not all(is_name(name, relations) for name in names):
+            raise ValueError(
+                f"prompt clause {clause!r} is not understood; {form}: between semicolons one object"
+                f" or one relation of two different objects. Relations: {', '.join(relations)}"
+            )
         for mention, name in zip(mentions, names):
             if normalise(name) not in known or normalise(mention).startswith("another "):
                 objects.append(name)
-            known.add(normalise(name))
+        known |= distinct
         if found:
             triples.append((names[0], found[1], names[1]))
     if not objects:
-        raise ValueError(f"the prompt is empty; {EXAMPLE}")
+        raise ValueError(f"the prompt is empty; {form}")
     return SceneGraph(objects, triples, caption=text)
 
 
-def misread(name, relations):
-    """Why a name in a prompt cannot be meant as one, or None."""
-    if not name:
-        return "a relation needs an object on each side"
-    if "," in name:
-        return "use ; instead of a comma"
-    if find_relation(name, relations):
-        return "two relations in one clause"
-    if found := find_relation(name, SPATIAL):
-        return f"{found[1]!r} is not listed under `relations`"
-    if match := re.search(r"(?i) (an?|the|is|are|was|were) ", name):
-        return f"{match[1]!r} inside a name"
-    return None
+def find_relation(text, relations):
+    """Splits text at its first relation: (subject, relation as listed, object), or None.
+
+    "left of" is also found as "is to the left of", and "on top of" as "on the top of"; of
+    relations that start at the same place the longest is taken.
+    """
+    listed = {without_the(relation): relation for relation in relations}
+    before = "(?:(?:is|are|was|were) )?(?:(?:to|on) )?(?:the )?"
+    pattern = rf"(?ai)(?<!\S){before}({either(listed)})(?!\S)"
+    match = re.search(pattern, text.replace("_", " "))  # of the same length as text
+    if not match:
+        return None
+    subject, object = text[: match.start()], text[match.end() :]
+    return subject.strip(), listed[without_the(match[1])], object.strip()
+
+
+def without_the(text):
+    return re.sub(r"\bthe ", "", normalise(text))
+
+
+def either(words):
+    """A pattern for any of some words that `without_the` returned, the longest first."""
+    words = sorted(filter(None, words), key=len, reverse=True)
+    patterns = [re.escape(word).replace(r"\ ", " +(?:the +)?") for word in words]
+    return "|".join(patterns) or "(?!)"  # which matches nothing
+
+
+def is_name(text, relations):
+    """Whether a part of a prompt can be the name of one object."""
+    sentence = re.search(r"(?i),| (?:an?|the|is|are|was|were) ", text)
+    return text and not sentence and not find_relation(text, [*SPATIAL, *relations])
+
+
+def clean_name(text):
+    """An object's name without "a", "an", "the" or "another" in front of it."""
+    return re.sub(r"(?i)^(?:(?:an?|the|another) )+(?=.)", "", " ".join(text.split()))
+
+
+# ---- data sets ----
 
 
 def load_graphs(path, relations=(), limit=None):
-    """Reads a data set into list[SceneGraph]. Its content, not its name, says which it is.
+    """Reads a data set into list[SceneGraph]. The first character of the file says which it is.
 
-    LAION-SG (arXiv 2412.08580): {"img_id", "caption_ori", "items", "relations"} per image.
-        Entries without relations are skipped, as in its own loader.
-    GenEval (arXiv 2310.11513): {"include": [{"class", "count", "color", "position"}], "prompt"}.
-    Both as a JSON list, which is read piece by piece, or as JSON Lines. Any other file is text,
-    one prompt a line, such as T2I-CompBench's (arXiv 2307.06350): "a bee on the top of a boy".
+    [: a JSON list of entries, which is read piece by piece; {: JSON Lines, one entry a line.
+        LAION-SG (arXiv 2412.08580): {"img_id", "caption_ori", "items", "relations"}
+        GenEval (arXiv 2310.11513): {"include": [{"class", "count", "color", "position"}], "prompt"}
+    Any other: one prompt a line, as in T2I-CompBench (arXiv 2307.06350): "a bee on top of a boy".
 
     relations: words that split a prompt, besides SPATIAL; limit: stop after so many graphs.
-    What cannot be read is skipped and counted on stderr, with the first reasons.
+    Entries that cannot be read or lack relations are skipped; stderr says how many and why.
     Raises ValueError, one line, if nothing can be read or a JSON list is broken or cut off.
     """
     graphs, skipped = [], []
-    for place, entry in read_entries(path):
-        if len(graphs) == limit:
-            break
-        try:
-            graphs.append(read_graph(entry, relations, place, skipped))
-        except (ValueError, RecursionError) as error:
-            skipped.append(f"{place}: {error}")
-    if not graphs and limit != 0:
-        raise ValueError(f"{path}: no scene graph in it; {'; '.join(skipped[:1]) or 'it is empty'}")
-    if skipped:
-        reasons = "; ".join(skipped[:3]) + "; ..." * (len(skipped) > 3)
-        print(f"{path}: skipped {len(skipped)} entries or relations: {reasons}", file=sys.stderr)
-    return graphs
-
-
-def read_entries(path):
-    """Yields (place, entry): the values of a JSON list, or the lines that are not blank (str)."""
     try:
         with open(path, encoding="utf-8-sig") as file:
             while (first := file.read(1)).isspace():
                 pass
-            if first == "[":
-                yield from read_json_list(file)
-            else:
+            if first != "[":
                 file.seek(0)
-                for number, line in enumerate(file, 1):
-                    if line.strip() == "{":  # else its lines would pass for prompts
-                        raise ValueError(
-                            "no scene graph in a JSON object over several lines; make it a list"
-                        )
-                    if line.strip():
-                        yield f"line {number}", line.strip()
+            for place, entry in json_list(file) if first == "[" else lines(file):
+                if len(graphs) == limit:
+                    break
+                try:
+                    if first in ("[", "{"):
+                        graphs.append(read_entry(entry, place))
+                    else:
+                        graphs.append(read_line(entry, relations))
+                except Exception as error:  # of any type: it is in none of these forms
+                    skipped.append(f"{place}: {type(error).__name__}: {error}")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; give a complete file in UTF-8") from None
+    if not graphs and limit != 0:
+        raise ValueError(f"{path}: no scene graph in it; {'; '.join(skipped[:1]) or 'it is empty'}")
+    if skipped:
+        print(f"{path}: skipped {len(skipped)} entries; the first: {skipped[0]}", file=sys.stderr)
+    return graphs
 
 
-def read_json_list(file):
-    """The same for a file after its first "[", of which it holds about a megabyte at a time."""
-    buffer, number = "", 0
-    start = 0  # of the next entry in the buffer
-    while True:
-        start = re.compile(r"[\s,]*").match(buffer, start).end()
-        if buffer.startswith("]", start):
-            return
+def lines(file):
+    """Yields (place, line) for the lines that are not blank."""
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield f"line {number}", line.strip()
+
+
+def json_list(file):
+    """Yields (place, value) of a JSON list, of which the "[" is read already."""
+    text, number = "", 0
+    while not (text := text.lstrip(", \t\r\n")).startswith("]"):
         try:
-            entry, start = json.JSONDecoder().raw_decode(buffer, start)
-            yield f"entry {number}", entry
-            number += 1
-        except ValueError as error:  # the entry goes on after the buffer, or it is broken
-            buffer, start = buffer[start:], 0
-            chunk = file.read(max(len(buffer), 2**20)) if len(buffer) < 2**26 else ""
-            if not chunk:
+            value, end = json.JSONDecoder().raw_decode(text)
+        except ValueError as error:  # the value goes on behind this piece of text, or it is broken
+            more = file.read(max(len(text), 2**16))
+            if not more:
                 raise ValueError(f"entry {number} is broken or cut off ({error})") from None
-            buffer += chunk
+            text += more
+            continue
+        yield f"entry {number}", value
+        text, number = text[end:], number + 1
 
 
-def read_graph(entry, relations, place, skipped):
-    """The SceneGraph of one entry. Adds a reason to `skipped` for each relation left out."""
-    if isinstance(entry, str) and entry.startswith("{"):
-        entry = json.loads(entry)
+def read_line(text, relations):
+    graph = parse_prompt(text, [*SPATIAL, *relations])  # yours replace an equal one
+    if not relations and not graph.triples:
+        raise ValueError("no known relation; list your relation words under `relations`")
+    return graph
+
+
+def read_entry(entry, place):
+    """The SceneGraph of a JSON entry, as text or decoded. Raises whatever goes wrong."""
     if isinstance(entry, str):
-        graph = parse_prompt(entry, [*SPATIAL, *relations])  # yours replace an equal one
-        if not relations and not graph.triples:
-            raise ValueError("no known relation; list your relation words under `relations`")
-        return graph
-    if field(entry, "include", list, []):
+        entry = json.loads(entry)
+    if entry.get("include"):
         return read_geneval(entry, place)
     names, triples = {}, []  # names by item id as text: ids are written as 0 and as "0"
-    for item in field(entry, "items", list):
-        item_id = str(field(item, "item_id", int | str))
-        if item_id in names:
-            raise ValueError(f"two items have the id {item_id}")
-        label = field(item, "label", str, "").strip()
-        words = [str(word) for word in field(item, "attributes", list, []) if word]
-        names[item_id] = clean_name(" ".join([*words, label])) if label else ""
-    for number, record in enumerate(field(entry, "relations", list, [])):
-        ends = [names.get(str(field(record, end, int | str, ""))) for end in ("item1", "item2")]
-        relation = clean_relation(field(record, "relation", str, ""), relations)
-        if relation and all(ends):
-            triples.append((ends[0], relation, ends[1]))
-        else:
-            skipped.append(f"{place}: relations[{number}] lacks a word, or an item with a label")
+    for item in entry["items"]:
+        words = (item.get("attributes") or []) + [item["label"]]
+        names[str(item["item_id"])] = clean_name(" ".join(words)) if item["label"].strip() else ""
+    if len(names) < len(entry["items"]):
+        raise ValueError("two items have the same id")
+    for record in entry["relations"] or ():
+        subject, object = names[str(record["item1"])], names[str(record["item2"])]
+        relation = re.sub("(?i)^(is|are) (?=.)", "", " ".join(record["relation"].split()))
+        if not (subject and relation and object):
+            raise ValueError("a relation without a word, or of an item without a label")
+        triples.append((subject, relation, object))
     if not triples:
         raise ValueError("it has no relations")
-    image_id = str(field(entry, "img_id", int | str, place))
     objects = filter(None, names.values())
-    return SceneGraph(objects, triples, field(entry, "caption_ori", str, ""), image_id)
+    caption = entry.get("caption_ori") or ""
+    return SceneGraph(objects, triples, caption, str(entry.get("img_id", place)))
 
 
 def read_geneval(entry, place):
-    groups = field(entry, "include", list)
-    names, objects, triples = [], [], []
-    for group in groups:
-        names.append(clean_name(f"{field(group, 'color', str, '')} {field(group, 'class', str)}"))
-        count = field(group, "count", int, 1)
-        if not names[-1] or count not in range(1, 100):
-            raise ValueError(f"include {names[-1]!r} times {count}; name 1 to 99 things")
-        objects += names[-1:] * count
-    for name, group in zip(names, groups):
-        if position := field(group, "position", list, []):
-            if len(position) != 2 or position[1] not in range(len(names)):
-                raise ValueError(f"position {position!r}; make it [relation, index]")
-            triples.append((name, str(position[0]), names[position[1]]))
-    return SceneGraph(objects, triples, field(entry, "prompt", str, ""), place)
+    names, objects, triples = {}, [], []  # names by place in the list
+    for number, group in enumerate(entry["include"]):
+        names[number] = clean_name(f"{group.get('color') or ''} {group['class']}")
+        count = group.get("count", 1)
+        if count not in range(1, 100):
+            raise ValueError(f"{count!r} is no count; make it 1 to 99")
+        objects += [names[number]] * count
+    for number, group in enumerate(entry["include"]):
+        if group.get("position"):
+            relation, other = group["position"]
+            triples.append((names[number], relation, names[other]))
+    return SceneGraph(objects, triples, entry.get("prompt") or "", place)
 
 
-def field(record, name, kind, default=None):
-    """record[name], of this kind; with a default it may be missing or null."""
-    value = record.get(name) if isinstance(record, dict) else None
-    if value is None and default is not None:
-        return default
-    if not isinstance(value, kind):
-        wanted = getattr(kind, "__name__", kind)
-        raise ValueError(f"{name!r} is {type(value).__name__}; make it {wanted}")
-    return value
+# ---- answers of VLMs ----
+
+# Of a triple that is a JSON object.
+KEYS = ("subject item1 head source s", "relation relationship predicate r p")
+KEYS += ("object item2 tail target o",)
 
 
-ROLES = {"subject": 0, "item1": 0, "head": 0, "source": 0, "s": 0}
-ROLES |= {"relation": 1, "relationship": 1, "predicate": 1, "r": 1, "p": 1}
-ROLES |= {"object": 2, "item2": 2, "tail": 2, "target": 2, "o": 2}
-OBJECT_KEYS = ("objects", "object list", "entities")
-GRAPH_KEYS = (*OBJECT_KEYS, "triples", "relations", "relationships", "scene graph")
+def parse_scene_graph(text, objects, relations):
+    """The SceneGraph in a VLM's answer, or None if it has none of the words and no empty list.
 
-
-def parse_scene_graph(text, objects=None, relations=None):
-    """The SceneGraph in a VLM's answer, or None if no graph can be read from it.
-
-    Reads JSON, whatever text is around it: {"objects": [str, ...], "triples": [[s, r, o] or
-    {"subject", "relation", "object"}, ...]}, or similar keys. Where that gives no triple and the
-    words are given, `search_text` finds them in broken JSON and in any other notation.
+    Looks for the given words in any notation: JSON, (s, r, o), s -> r -> o, "s is r o". Between
+    the words of a triple there may be punctuation, small words, and keys such as "tail":.
     Thoughts, which end at "</think>" or start at a last "<think>", are not part of the answer.
-    objects, relations: the words allowed (None: any), returned in the spelling given here.
-    Never raises on a str; takes time linear in its length.
+    objects, relations: the words to look for; the graph has them in the spelling given here.
     """
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
-    names, triples, is_graph = read_json(text)
-    graph = restrict(names, triples, objects, relations)
-    if not graph.triples and objects and relations:
-        more_names, triples = search_text(text, objects, relations)
-        graph = restrict(names + more_names, triples, objects, relations)
-    return graph if is_graph or graph.objects else None
+    text = text.rpartition("</think>")[2].partition("<think>")[0].lower().replace("_", " ")
+    text = re.sub(r"\{[^{}]*\}", lambda match: in_order(match[0]), text)
+    names = {without_the(clean_name(name)): name for name in objects}
+    words = {without_the(relation): relation for relation in relations}
+    found = list(re.finditer(rf"(?<!\w)(?:({either(names)})|({either(words)}))(?!\w)", text))
+    filler = r"\w+[\"'”’]?\s?:|\b(?:is|are|to|on|the|an?)\b|[^\w{}\[\]]"
+    triples = []
+    for s, r, o in zip(found, found[1:], found[2:]):
+        gaps = f"{text[s.end() : r.start()]} {text[r.end() : o.start()]}"
+        if s[1] and r[2] and o[1] and len(gaps) < 80 and not re.sub(filler, "", gaps):
+            subject, relation, object = (without_the(match[0]) for match in (s, r, o))
+            triples.append((names[subject], words[relation], names[object]))
+    listed = re.search(r"\b(?:objects|object list|entities)\b(?:\W{0,9}\[[^\]]*|.*)", text)
+    seen = [m for m in found if m[1] and listed and listed.start() < m.start() < listed.end()]
+    seen = [names[without_the(match[0])] for match in seen] + names_in(triples)
+    if not seen and not re.search(r"\[\s*\]", text):
+        return None
+    return SceneGraph(dict.fromkeys(seen), triples)
 
 
-def read_json(text):
-    """(names, triples, is_graph) of the JSON values in the text, up to the first broken one.
+def in_order(text):
+    """A JSON object with the keys of a triple in their order; whatever else it has follows."""
 
-    is_graph: whether there is a triple, a key of a graph, or an empty list, which says "nothing".
-    """
-    names, triples, is_graph, position = [], [], False, 0
-    todo = []  # (the key in front of it or None, a JSON value)
-    try:
-        while start := re.compile(r"[\[{]").search(text, position):
-            value, position = json.JSONDecoder(strict=False).raw_decode(text, start.start())
-            todo.append((None, value))
-            is_graph |= not value
-    except (ValueError, RecursionError):
-        pass
-    todo.reverse()
-    while todo:
-        key, value = todo.pop()
-        is_graph |= key in GRAPH_KEYS
-        if isinstance(value, dict):
-            parts = [(normalise(own_key), part) for own_key, part in value.items()]
-            roles = {ROLES[own_key]: part for own_key, part in parts if own_key in ROLES}
-            triple = [roles.get(0), roles.get(1), roles.get(2)]
-        elif isinstance(value, list):
-            parts = [(None, part) for part in value]
-            triple = [part for part in value if not isinstance(part, int | float)]  # no score
-            if key in OBJECT_KEYS:
-                names += [part for part in value if isinstance(part, str)]
-            if key not in (None, "triple"):
-                triple = []
-        else:
-            continue
-        if len(triple) == 3 and all(isinstance(part, str) and part.strip() for part in triple):
-            triples.append(triple)
-        todo += reversed(parts)
-    return names, triples, is_graph or bool(triples)
+    def place(part):
+        key = re.match(r"\W*(\w*)[\"'”’]?\s?:|", part)[1]
+        return next((number for number, keys in enumerate(KEYS) if key in keys.split()), 3)
 
-
-def search_text(text, objects, relations):
-    """(names, triples) of the given words, as "objects: s, o", (s, r, o), s -> r -> o, s is r o."""
-    name = rf"(?<!\w)({either(normalise(clean_name(name)) for name in objects)})(?!\w)"
-    relation = either(without_the(relation) for relation in relations)
-    # Between the words of a triple there may be up to 40 of these: punctuation, small words, keys
-    # like "tail":. No two of them match the same text, which keeps the search linear.
-    small = r"\b(?:is|are|to|on|the|an?)\b(?![\"'”’]?\s?:)"
-    gap = rf"(?:[\W_]|{small}|[^\W_]\w{{0,19}}[\"'”’]?\s?:){{1,40}}?"
-    triples = re.findall(rf"(?i){name}{gap}(?<!\w)({relation})(?!\w)(?={gap}{name})", text)
-    listed = re.search(rf"(?i)\b(?:{either(OBJECT_KEYS)})\b(?:\W{{0,9}}\[[^\]]*|.*)", text)
-    return re.findall(rf"(?i){name}", listed[0]) if listed else [], triples
-
-
-def restrict(names, triples, objects, relations):
-    """The SceneGraph of what is allowed, in the allowed spelling (None: everything is)."""
-    spellings = {normalise(clean_name(name)): name for name in objects or ()}
-
-    def spell(name):
-        name = clean_name(name)
-        return name if objects is None else spellings.get(normalise(name))
-
-    kept = []
-    for subject, relation, object in triples:
-        triple = spell(subject), clean_relation(relation, relations or ()), spell(object)
-        if all(triple) and (relations is None or triple[1] in relations):
-            kept.append(triple)
-    found = {}
-    for name in [*map(spell, names), *names_in(kept)]:
-        found.setdefault(normalise(name or ""), name)
-    return SceneGraph(filter(None, found.values()), kept)
-
-
-if __name__ == "__main__":
-    gold = parse_prompt("a red circle to the left of a blue square; sun", ["left of", "above"])
-    answer = "Sure! {'triples': [['the red circle', 'is left of', 'blue square'], ['sun', 'abo"
-    seen = parse_scene_graph(answer, gold.objects, gold.vocabulary(["above"]))
-    print(f"asked: {gold.prompt()}\nVLM: {answer}\nread as: {seen.prompt()}")
-    for name, score in sg_iou(seen, gold).items():
-        print(f"{name:13} {score:.2f}")
+    return "{" + ",".join(sorted(text[1:-1].split(","), key=place)) + "}"

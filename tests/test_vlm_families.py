@@ -30,10 +30,10 @@ if not TORCHVISION:
 SMALL = architectures.SIZES["tiny"]["Qwen3ForCausalLM"]  # any language model
 VISION = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
 VISION |= {"num_attention_heads": 2, "image_size": 32, "patch_size": 8}
-GRAPHS = [  # of different numbers and lengths of questions
-    SceneGraph(["red circle", "blue square"], [("red circle", "left of", "blue square")]),
-    SceneGraph(["red circle"], []),
-    SceneGraph(["blue circle", "red", "circle"], [("red", "right", "blue circle")]),
+GRAPHS = [  # of different numbers and lengths of questions; the stand-ins know some of the words
+    SceneGraph(["a red circle", "a blue square"], [("a red circle", "left of", "a blue square")]),
+    SceneGraph(["a red circle"], []),
+    SceneGraph(["a blue circle", "red", "circle"], [("red", "right", "a blue circle")]),
 ]
 
 
@@ -270,23 +270,6 @@ def test_a_missing_torchvision_is_told_before_any_weight_is_read(tmp_path):
         Checker.load(tmp_path)
 
 
-@pytest.mark.skipif(
-    not TORCHVISION or importlib.util.find_spec("num2words"),
-    reason="needs torchvision, and no num2words",
-)
-def test_what_smolvlms_processor_lacks_is_told_in_one_line(tmp_path):
-    from transformers import SmolVLMConfig
-
-    SmolVLMConfig().save_pretrained(tmp_path)
-    names = ["<image>", "<fake_token_around_image>", "<end_of_utterance>", "<global-img>"]
-    architectures.tokenizer(special=names, image="<image>").save_pretrained(tmp_path)
-    kinds = {"processor_class": "SmolVLMProcessor", "image_processor_type": "SmolVLMImageProcessor"}
-    kinds["video_processor_type"] = "SmolVLMVideoProcessor"
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(kinds))
-    with pytest.raises(ImportError, match="num2words"):
-        Checker.load(tmp_path)
-
-
 # ---- Actor ----
 
 PROMPTS = ["red circle left of blue square", "red", "blue circle right of red square"]
@@ -305,12 +288,10 @@ def actor(vlm):
 def test_the_adapter_leaves_the_vision_tower_alone(actor):
     trained = [name for name, p in actor.model.named_parameters() if ".actor." in name]
     assert trained and not any("vis" in name for name in trained)
-    for kind in ("q_proj", "o_proj", "gate_proj", "down_proj"):
-        assert any(kind in name for name in trained)
-    linear = [name for name, _ in actor.model.named_modules() if name.endswith("linear_attn")]
-    for name in linear:
-        for kind in ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"):
-            assert f"{name}.{kind}.lora_A.actor.weight" in trained
+    kinds = ["q_proj", "o_proj", "gate_proj", "down_proj"]
+    if any(name.endswith("linear_attn") for name, _ in actor.model.named_modules()):
+        kinds += ["in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"]
+    assert all(any(f"{kind}.lora_A" in name for name in trained) for kind in kinds)
 
 
 def test_a_completion_depends_on_its_own_seed_alone(actor):
