@@ -3,7 +3,7 @@
     python tiny/make/temperatures.py 0.3 0.5 0.7 1.0                 # every row of eval.yaml
     python tiny/make/temperatures.py 0.5 1.0 actor.adapter=runs/phase1/adapter rounds=6
 
-Prints the exact SG-IoU of every loop after each round, by temperature. The choice is in `eval.yaml`:
+Prints the exact SG-IoU of every loop after each round. The choice is in `eval.yaml`:
 `evaluation.untrained_temperature` for the loop without training and `actor.temperature` for the
 others.
 """
