@@ -310,7 +310,8 @@ def adapter(loop, tmp_path):
 @pytest.fixture
 def fresh():
     """Function that makes an Editor of the same models, without adapter."""
-    config = load_config(ROOT / "phase1.yaml", TrainConfig)
+    three_steps = ["editor.call.num_inference_steps=3"]
+    config = load_config(ROOT / "phase1.yaml", TrainConfig, three_steps)
     return lambda: build(config).editor
 
 

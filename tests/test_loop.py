@@ -274,7 +274,7 @@ def test_adapters_are_checked_when_they_are_loaded(part, other, adapters, tmp_pa
     shutil.copytree(adapters[part], copy)
     assert getattr(loaded(copy), part).has_adapter
     subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=copy, check=True)
-    with pytest.raises(ValueError, match=f"^key '{part}.adapter': .*phase 1, the Editor those of"):
+    with pytest.raises(ValueError, match=f"^key '{part}.adapter': cannot load .* no adapter of"):
         loaded(adapters[other])
     (path,) = copy.glob("*.safetensors")
     data = bytearray(path.read_bytes())
