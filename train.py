@@ -256,9 +256,9 @@ def phase2(loop, config, resume=False):
             # Micro-batches: one recorded step of the R edits of a call. Flat groups are masked out.
             for rows, rollout in zip(calls, rollouts):
                 device = rollout.steps[0].log_prob.device
-                signal, mask = advantages[rows].to(device), kept[rows].to(device)
+                chosen, mask = advantages[rows].to(device), kept[rows].to(device)
                 if mask.any():
-                    batches += [(step, signal, mask) for step in rollout.steps]
+                    batches += [(step, chosen, mask) for step in rollout.steps]
 
             note(figures, before, after, rewards, kept)
             states = next_states(before, after, instructions, G, rng)
