@@ -119,15 +119,18 @@ def phase1(loop, config, resume=False):
 
             # 3. Reward: the Checker's score of the better of the two images, the one that the loop
             # keeps. If an edit that makes things worse cost something, the Actor would learn to
-            # write "none". Without an edit the image stays; a malformed completion has a penalty.
+            # write "none". A completion that the loop would not carry out, because it is malformed
+            # or repeats an instruction that did not help, wastes a round: it has a penalty.
             edited = {
                 pair: State(states[pair[0]].graph, image, reflection)
                 for pair, image, reflection in zip(edits, images, reflections)
             }
             after = [edited.get(pair, states[pair[0]]) for pair in pairs]  # (N)
+            repeated = [text in old.tried for old, text in zip(before, proposals.instructions)]
+            wasted = [text is None or again for text, again in zip(proposals.instructions, repeated)]
             rewards = [
-                max(old.reflection.score, new.reflection.score) - config.malformed * (text is None)
-                for old, new, text in zip(before, after, proposals.instructions)
+                max(old.reflection.score, new.reflection.score) - config.penalty * waste
+                for old, new, waste in zip(before, after, wasted)
             ]  # (N)
 
             # 4. Advantages within each group.
@@ -143,6 +146,7 @@ def phase1(loop, config, resume=False):
             note(figures, before, after, rewards, kept)
             figures["malformed"] += [text is None for text in proposals.instructions]
             figures["none"] += [text == "none" for text in proposals.instructions]
+            figures["repeated"] += repeated
             figures["truncated"] += proposals.truncated
             figures["length"] += proposals.mask.sum(1).tolist()  # tokens
             states = next_states(before, after, proposals.instructions, G, rng)
