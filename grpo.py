@@ -15,10 +15,10 @@ is one denoising step.
     its KL     |mean - mean_ref|^2 / (2 std^2)
 
 Symbols: r reward, A advantage, rho ratio, v velocity, x sample, x' next_sample, a noise_level.
-Different from GRPO, like DAPO: two clip bounds, one division by the number of actions of the whole
-optimizer step, and groups without a spread in reward are left out. Like Flow-GRPO's code, the
-log-prob and the KL of a denoising step are means over the latent dimensions, not sums. Unlike that
-code, the KL here divides by -dt as the formula says, so our KL weight = theirs * |dt|.
+As in DAPO, and unlike GRPO, there are two clip bounds, the loss is divided once, by the number of
+actions in the optimizer step, and groups with equal rewards are left out. As in Flow-GRPO's code,
+the log-prob and the KL of a denoising step are means over the latent dimensions, not sums. Unlike
+that code, `gaussian_kl` keeps the -dt of std^2, as in the formula: our KL weight = theirs * |dt|.
 
 Needs torch only: copy this file anywhere.
 """
@@ -34,9 +34,9 @@ def group_advantages(rewards, eps=1e-4, flat_range=0.02):
 
     Args:
         rewards: (groups, G) floats; a row holds G >= 2 samples of one identical state.
-        eps: added to the std. Well above the noise of the reward, it keeps a group whose rewards
-            differ by little more than noise from counting as much as the others.
-        flat_range: a group with max - min <= flat_range is flat, it has nothing to learn from.
+        eps: added to the std. Choose it above the noise of the reward (train.py: 0.05). Otherwise
+            a group that differs by noise alone counts as much as the others.
+        flat_range: a group with max - min <= flat_range is flat: there is nothing to learn from it.
 
     Returns (advantages (groups, G) fp32, kept (groups, 1) bool). kept is False for a flat group:
     leave it out of mask and count of `clipped_loss`. If no group is kept, skip the optimizer step,
@@ -92,7 +92,7 @@ def clipped_loss(log_probs, old_log_probs, advantages, mask, count, clip_low=0.2
     Raises ValueError for shapes that would broadcast, FloatingPointError if rho is not finite.
     """
     shapes = [tuple(x.shape) for x in (log_probs, old_log_probs, advantages, mask)]
-    if {shapes[1], shapes[3]} != {shapes[0]} or len(shapes[2]) != len(shapes[0]) or count <= 0:
+    if shapes != [shapes[0], shapes[0], (len(log_probs), 1), shapes[0]] or count <= 0:
         raise ValueError(f"{shapes=}, {count=}: need (B, T) (B, T) (B, 1) (B, T) and count > 0")
     log_ratio = log_probs.float() - old_log_probs.float()
     ratio = torch.where(mask, log_ratio, 0).exp()  # where first: padding may hold NaN
@@ -114,8 +114,8 @@ def k3_kl(log_probs, ref_log_probs, bound=20.0):
     """k3 estimate of KL(pi || pi_ref) per token: exp(D) - D - 1 >= 0, D = log pi_ref - log pi.
 
     Both arguments of one shape, at tokens sampled from pi; returns that shape in fp32.
-    The value is unbiased (Schulman 2020; used in arXiv 2402.03300). Its gradient as a loss term is
-    that of KL(pi_ref || pi) instead, equal to first order. `bound` of D keeps exp finite.
+    The value is unbiased (Schulman 2020; used in arXiv 2402.03300). As a loss term it has the
+    gradient of KL(pi_ref || pi), the same to first order near pi_ref. `bound` keeps exp(D) finite.
     """
     delta = (ref_log_probs.float() - log_probs.float()).clamp(max=bound)
     return delta.expm1() - delta  # expm1, because exp(D) - 1 loses its digits near 0
@@ -144,9 +144,9 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
             not depend on what else is in the batch.
 
     Returns (next_sample, log_prob (B,), mean, std). log_prob is the MEAN over the D latent
-    dimensions of log N(next_sample; mean, std^2), so rho is the D-th root of the true ratio and
-    the clip range has to shrink like 1 / sqrt(D). An ODE step, which includes every step to
-    sigma_next = 0 (its noise would stay in the image), has log_prob None and std 0.
+    dimensions of log N(next_sample; mean, std^2), so rho is the D-th root of the true ratio. As a
+    mean of D noisy terms its log shrinks like 1 / sqrt(D), so the clip range has to as well. An ODE
+    step has log_prob None and std 0; the step to sigma_next = 0 is one, or its noise would stay.
     Raises ValueError for sigmas out of order.
     """
     if not 0 <= sigma_next < sigma <= 1:

@@ -19,7 +19,7 @@ import signal
 
 if __name__ == "__main__":  # Ctrl-C ends it at once, without a traceback even during the imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # two processes would slow each other down
 
 import argparse
 import functools
@@ -36,7 +36,7 @@ from report import record, remove_images, save_images, say, story
 from sgiou import SceneGraph, load_graphs, parse_prompt
 
 PROMPTS_PER_BATCH = 32  # of a file of prompts; images are written after each batch
-ATTEMPTS = 8  # completions that an Actor gets to write an instruction that was not tried before
+ATTEMPTS = 8  # completions sampled, at most, to get an instruction not yet tried on the image
 
 
 @dataclass
@@ -127,6 +127,7 @@ class Loop:
         edits = []  # (trajectory, step) of those whose image changes
         for t, (thought, instruction) in zip(active, self.propose(active)):
             best, repeated = t.best, instruction in t.tried
+            # It holds the old image until it is edited below.
             step = Step(best.image, best.reflection, t.best_index, thought, instruction, repeated)
             if step.edited:
                 edits.append((t, step))
@@ -159,7 +160,7 @@ class Loop:
                 seeds=[t.step_seed * ATTEMPTS + attempt for t in some],
                 tried=[t.tried for t in some],
             )
-            proposed |= zip(asked, zip(proposals.thoughts, proposals.instructions))
+            proposed.update(zip(asked, zip(proposals.thoughts, proposals.instructions)))
             asked = [index for index in asked if proposed[index][1] in trajectories[index].tried]
             if not asked:
                 break

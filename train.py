@@ -1,13 +1,13 @@
 """Reflection-GRPO (RL-RIG, arXiv 2602.19974): trains the Actor (phase 1) or the Editor (phase 2).
 
-Read `phase1`, then `phase2`, then the functions that they call. From `Run` on, all is about files.
+Read `phase1`, then `phase2`, then the functions that they call; stop at `Run`, the rest is files.
 Both phases repeat the same seven steps in every iteration:
 
     1 states      images of training prompts that the Checker is not satisfied with
     2 sample      a group of G samples per state
     3 reward      the Checker's score of the edited image against the prompt's scene graph
     4 advantages  each sample compared with the other samples of its group
-    5 reference   what the base model says of the same actions, for the KL
+    5 reference   the same actions under the base model (its adapter off), for the KL
     6 replay      log-probs of the recorded actions again, now with gradient
     7 update      clipped loss + KL, then an optimizer step; steps 6 and 7 run `updates` times
 
@@ -15,13 +15,14 @@ Both phases repeat the same seven steps in every iteration:
     a sample       a completion, and the edit         an edited image
                    that it asks for
     an action      a token                            a denoising step in a random SDE window
-    a group        one image, one seed of the         one image, one instruction, one seed of the
-    shares         edits: instructions are compared,  latents and all steps before the window: the
-                   not the Editor's luck              noise in the window is compared
+    a group        one state (image, feedback, tried  one state, one instruction, one seed of the
+    shares         instructions) and one seed of all  latents and all steps before the window
+                   its edits
+    it compares    completions, not the Editor's luck the noise in the window
 
-Steps 2-4 run `rounds` times: a later round starts from what the one before made, as in the loop.
-All randomness is drawn from the seed, the iteration and the round, so a resumed run ends with the
-same adapter, on a CPU bit for bit. What a `config.` key means stands at its field in config.py.
+Steps 2-4 run `rounds` times; `next_states` picks what a later round starts from. All randomness is
+drawn from the seed, the iteration and the round, so a resumed run ends with the same adapter, on a
+CPU bit for bit. `TrainConfig` in config.py has the meaning and the default of every `config.` key.
 
     python train.py --phase 1 --config phase1.yaml
     python train.py --phase 2 --config phase2.yaml kl=0 --resume
@@ -78,10 +79,10 @@ class State:
 
 
 def phase1(loop, config, resume=False):
-    """Train the Actor through the frozen Editor."""
+    """Train the Actor. The Editor is frozen and only makes the images that are rewarded."""
     actor, G = loop.actor, config.group_size
     saved = check_run(config, 1, resume)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # for the weights of a new adapter
     parameters = actor.add_adapter(config.rank)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     run = Run(loop, config, actor, parameters, optimizer, saved)
@@ -106,54 +107,52 @@ def phase1(loop, config, resume=False):
 
             # Carry out the instructions. All edits of a group have one seed, so that their rewards
             # differ only by the instruction, and equal instructions are carried out only once.
-            pairs = list(zip(groups, proposals.instructions))  # (N)
-            edits = [pair for pair in dict.fromkeys(pairs) if is_new_edit(states[pair[0]], pair[1])]
+            instructions = proposals.instructions  # (N); None: malformed, "none": no edit wanted
+            pairs = list(zip(groups, instructions))  # (N)
+            edits = [(g, text) for g, text in dict.fromkeys(pairs) if is_new_edit(states[g], text)]
             images = loop.editor.edit(
-                [states[group].image for group, _ in edits],
-                [instruction for _, instruction in edits],
-                [seed + EDIT_SEEDS + group for group, _ in edits],
+                [states[g].image for g, _ in edits],
+                [text for _, text in edits],
+                [seed + EDIT_SEEDS + g for g, _ in edits],
             )
             run.lap("edit")
-            reflections = loop.checker.check(images, [states[group].graph for group, _ in edits])
+            graphs = [states[g].graph for g, _ in edits]
+            reflections = loop.checker.check(images, graphs)
             run.lap("check")
+            edited = dict(zip(edits, map(State, graphs, images, reflections)))
+            after = [edited.get(pair, old) for pair, old in zip(pairs, before)]  # (N)
 
             # 3. Reward: the Checker's score of the better of the two images, the one that the loop
             # keeps. If an edit that makes things worse cost something, the Actor would learn to
-            # write "none". A completion that the loop would not carry out, because it is malformed
-            # or repeats an instruction that did not help, wastes a round: it has a penalty.
-            edited = {
-                pair: State(states[pair[0]].graph, image, reflection)
-                for pair, image, reflection in zip(edits, images, reflections)
-            }
-            after = [edited.get(pair, states[pair[0]]) for pair in pairs]  # (N)
-            repeated = [text in old.tried for old, text in zip(before, proposals.instructions)]
-            wasted = [text is None or again for text, again in zip(proposals.instructions, repeated)]
-            rewards = [
-                max(old.reflection.score, new.reflection.score) - config.penalty * waste
-                for old, new, waste in zip(before, after, wasted)
-            ]  # (N)
+            # write "none". A malformed completion and a repeated instruction have a penalty.
+            rewards = []  # (N)
+            for old, new, text in zip(before, after, instructions):
+                score = max(old.reflection.score, new.reflection.score)
+                wasted = text is None or text in old.tried
+                rewards.append(score - config.penalty * wasted)
 
             # 4. Advantages within each group.
-            advantages, kept = compare(rewards, config)  # (N, 1) each
+            advantages, kept = compare(rewards, config, proposals.mask.device)  # (N, 1) each
 
             # Micro-batches of R completions. Padding and flat groups are masked out.
             for first in range(0, len(rewards), config.micro_batch):
                 rows = slice(first, first + config.micro_batch)
-                mask = proposals.mask[rows] & kept[rows].to(proposals.mask.device)
+                mask = proposals.mask[rows] & kept[rows]
                 if mask.any():
-                    batches.append((proposals, rows, advantages[rows].to(mask.device), mask))
+                    batches.append((proposals, rows, advantages[rows], mask))
 
             note(figures, before, after, rewards, kept)
-            figures["malformed"] += [text is None for text in proposals.instructions]
-            figures["none"] += [text == "none" for text in proposals.instructions]
-            figures["repeated"] += repeated
+            figures["malformed"] += [text is None for text in instructions]
+            figures["none"] += [text == "none" for text in instructions]
+            figures["repeated"] += [text in old.tried for old, text in zip(before, instructions)]
             figures["truncated"] += proposals.truncated
             figures["length"] += proposals.mask.sum(1).tolist()  # tokens
-            states = next_states(before, after, proposals.instructions, G, rng)
+            states = next_states(before, after, instructions, G, rng)
         metrics = averages(figures, satisfied, config)
         count = sum(mask.sum().item() for *_, mask in batches)  # trained tokens of the iteration
 
-        # 5. Reference. Outside `adapter()` the Actor is the base model.
+        # 5. Reference: the base model, even if this run started from a trained adapter. Outside
+        # `adapter()` the Actor is just that.
         references = [None] * len(batches)  # (R, T) each, the same for all updates
         if config.kl > 0:
             with torch.no_grad():
@@ -161,10 +160,10 @@ def phase1(loop, config, resume=False):
 
         for update in range(config.updates if batches else 0):  # no kept group: no step
             optimizer.zero_grad()
-            stats = []  # of each micro-batch
+            all_stats = []  # one per micro-batch
             for (proposals, rows, advantages, mask), reference in zip(batches, references):
                 old = proposals.log_probs[rows]  # of the policy that sampled, (R, T)
-                with actor.adapter():  # `backward` has to be inside, too
+                with actor.adapter():  # `backward` too: outside, peft freezes the adapter
                     # 6. Replay. In the first update the policy is still the one that sampled, so
                     # the log-probs must be the recorded ones.
                     log_probs = actor.log_probs(proposals, rows)  # (R, T)
@@ -173,16 +172,16 @@ def phase1(loop, config, resume=False):
 
                     # 7. Update. Dividing by the count of the whole iteration makes the gradients
                     # of the micro-batches add up to that of one large batch.
-                    loss, found = clipped_loss(
+                    loss, stats = clipped_loss(
                         log_probs, old, advantages, mask, count, config.clip_low, config.clip_high
                     )
                     if config.kl > 0:
                         kl = torch.where(mask, k3_kl(log_probs, reference), 0).sum()
                         loss = loss + config.kl * kl / count
-                        found["kl"] = kl.item() / count
+                        stats["kl"] = kl.item() / count
                     loss.backward()
-                stats.append(found)
-            optimizer_step(optimizer, parameters, iteration, config, stats, metrics)
+                all_stats.append(stats)
+            optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
         run.lap("update")
         run.finish(iteration + 1, metrics)
     run.lock.close()
@@ -192,7 +191,7 @@ def phase2(loop, config, resume=False):
     """Train the Editor on the instructions that the Actor writes."""
     editor, G = loop.editor, config.group_size
     saved = check_run(config, 2, resume)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # for the weights of a new adapter
     parameters = editor.add_adapter(config.rank)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     run = Run(loop, config, editor, parameters, optimizer, saved)
@@ -210,8 +209,8 @@ def phase2(loop, config, resume=False):
             rng = random.Random(f"{config.seed} round {iteration} {round}")
             seed = rng.randrange(1 << 30)
 
-            # 2. One instruction per state. A state for which the Actor writes none, or one that was
-            # tried, is dropped for this iteration.
+            # 2. One instruction per state. A state is dropped for this iteration if its completion
+            # is malformed, is "none", or repeats an instruction that was tried.
             proposals = propose(loop.actor, states, seed)
             pairs = zip(states, proposals.instructions)
             edits = [(state, text) for state, text in pairs if is_new_edit(state, text)]
@@ -246,23 +245,22 @@ def phase2(loop, config, resume=False):
                 ]
             run.lap("edit")
 
-            # 3. Reward: the Checker's score of the edited image.
+            # 3. Reward: the score of the edited image, even if it is worse: no Editor can abstain.
             images = [image for rollout in rollouts for image in rollout.images]  # (N)
             graphs = [state.graph for state in before]
             reflections = loop.checker.check(images, graphs)
             run.lap("check")
-            after = [State(*parts) for parts in zip(graphs, images, reflections)]  # (N)
+            after = list(map(State, graphs, images, reflections))  # (N)
             rewards = [reflection.score for reflection in reflections]  # (N)
 
             # 4. Advantages within each group.
-            advantages, kept = compare(rewards, config)  # (N, 1) each
+            device = rollouts[0].steps[0].log_prob.device
+            advantages, kept = compare(rewards, config, device)  # (N, 1) each
 
             # Micro-batches: one recorded step of the R edits of a call. Flat groups are masked out.
             for rows, rollout in zip(calls, rollouts):
-                device = rollout.steps[0].log_prob.device
-                chosen, mask = advantages[rows].to(device), kept[rows].to(device)
-                if mask.any():
-                    batches += [(step, chosen, mask) for step in rollout.steps]
+                if kept[rows].any():
+                    batches += [(step, advantages[rows], kept[rows]) for step in rollout.steps]
 
             note(figures, before, after, rewards, kept)
             states = next_states(before, after, instructions, G, rng)
@@ -271,38 +269,38 @@ def phase2(loop, config, resume=False):
         count = sum(mask.sum().item() for *_, mask in batches)  # trained steps of the iteration
 
         # 5. Reference. Outside `adapter()` the Editor is the base model.
-        references = [None] * len(batches)  # means of its steps, (R, tokens, channels) each
+        references = [None] * len(batches)  # the base model's means, (R, tokens, channels) each
         if config.kl > 0:
             with torch.no_grad():
                 references = [editor.log_probs(step)[1] for step, *_ in batches]
 
         for update in range(config.updates if batches else 0):  # no kept group: no step
             optimizer.zero_grad()
-            stats = []  # of each micro-batch
+            all_stats = []  # one per micro-batch
             for (step, advantages, mask), reference in zip(batches, references):
                 old = step.log_prob[:, None]  # of the policy that sampled, (R, 1)
-                with editor.adapter():  # `backward` has to be inside, too
+                with editor.adapter():  # `backward` too: outside, peft freezes the adapter
                     # 6. Replay, as in phase 1.
                     log_prob, mean, std = editor.log_probs(step)  # (R,), (R, tokens, channels)
                     log_probs = log_prob[:, None]  # (R, 1)
                     if update == 0:
                         check_on_policy(log_probs, old, mask, count, config, metrics)
 
-                    # 7. Update, as in phase 1. But log rho averages to -KL(old, new), not to 0,
-                    # even for an unbiased change. Over thousands of dimensions that is more than
-                    # the clip range, so the KL is added back (GRPO-Guard, arXiv 2510.22319).
+                    # 7. Update, as in phase 1. But the mean of log rho is -KL(old || new), which
+                    # over thousands of dimensions is below the clip range whatever the samples
+                    # are. With the KL added back it is 0 (GRPO-Guard, arXiv 2510.22319).
                     log_probs = log_probs + gaussian_kl(mean, step.mean, std)[:, None]
-                    loss, found = clipped_loss(
+                    loss, stats = clipped_loss(
                         log_probs, old, advantages, mask, count, config.clip_low, config.clip_high
                     )
                     if config.kl > 0:
                         kl = gaussian_kl(mean, reference, std)[:, None]  # (R, 1)
                         kl = torch.where(mask, kl, 0).sum()
                         loss = loss + config.kl * kl / count
-                        found["kl"] = kl.item() / count
+                        stats["kl"] = kl.item() / count
                     loss.backward()
-                stats.append(found)
-            optimizer_step(optimizer, parameters, iteration, config, stats, metrics)
+                all_stats.append(stats)
+            optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
         run.lap("update")
         run.finish(iteration + 1, metrics)
     run.lock.close()
@@ -318,7 +316,7 @@ def unsatisfied_images(loop, graphs, config, iteration):
         seeds = [rng.randrange(1 << 30) for _ in chosen]
         images = loop.diffuser.generate([graph.prompt() for graph in chosen], seeds)
         reflections = loop.checker.check(images, chosen)
-        made = [State(*parts) for parts in zip(chosen, images, reflections)]
+        made = list(map(State, chosen, images, reflections))
         states += [state for state in made if not state.reflection.satisfied]
     return states[: config.groups], 1 - len(states) / generated
 
@@ -340,9 +338,9 @@ def is_new_edit(state, instruction):
     return instruction not in (None, "none", *state.tried)
 
 
-def compare(rewards, config):
+def compare(rewards, config, device):
     """Advantages (N, 1), and which samples are kept (N, 1): False in flat groups."""
-    rewards = torch.tensor(rewards).view(-1, config.group_size)
+    rewards = torch.tensor(rewards, device=device).view(-1, config.group_size)
     advantages, kept = group_advantages(rewards, config.advantage_eps, config.flat_range)
     return advantages.reshape(-1, 1), kept.expand_as(rewards).reshape(-1, 1)
 
@@ -370,9 +368,9 @@ def next_states(before, after, instructions, group_size, rng):
 def check_on_policy(log_probs, old, mask, count, config, metrics):
     """Raise ValueError if an iteration's first replay does not give the recorded log-probs.
 
-    Never set old = new instead: this check is where the bugs of a rollout show. It adds up the mean
-    difference over the trained actions of the iteration (count) from its micro-batches, because
-    with a bf16 KV cache single tokens differ a lot although nothing is wrong.
+    Some trainers use `log_probs.detach()` as `old` instead, which hides every bug of the rollout.
+    What is compared is the mean over all trained actions of the iteration (count), summed up
+    batch by batch: with a bf16 KV cache single tokens differ a lot although nothing is wrong.
     """
     error = (log_probs.detach() - old).abs()[mask].sum().item() / count
     metrics["replay_error"] = metrics.get("replay_error", 0.0) + error
@@ -395,7 +393,7 @@ def optimizer_step(optimizer, parameters, iteration, config, stats, metrics):
     if not math.isfinite(norm):
         metrics["skipped"] += 1
         return
-    for parameter, state in optimizer.state.items():  # that of a checkpoint is in main memory
+    for parameter, state in optimizer.state.items():  # on the CPU after `restore`
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(parameter.device)
     optimizer.step()
