@@ -72,8 +72,8 @@ class Actor(VLM):
     """A VLM that writes edit instructions.
 
     Args:
-        model, processor, batch_size: see `VLM`. Of the model's generation config only the end
-            tokens stay.
+        model, processor, batch_size: see `VLM`. The model's generation config is replaced; only its
+            end tokens are kept.
         max_new_tokens: longest completion.
         temperature: of sampling, above 0. Log-probs are of the distribution at this temperature.
         checkpointing: recompute activations in `log_probs`: less memory, a third more time.
@@ -169,9 +169,10 @@ class Actor(VLM):
     # ---- the adapter ----
 
     def add_adapter(self, rank):
-        """The parameters of the adapter that is loaded, or of a new one, which changes nothing yet.
+        """Add an adapter unless one is loaded; return its parameters (list, fp32).
 
-        Either way the KL reference of phase 1 is the base model, without adapter.
+        A new one changes nothing yet. The KL reference is the base model, without any adapter.
+        Raises ValueError if the loaded adapter has another rank.
         """
         from peft import LoraConfig
 

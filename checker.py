@@ -58,12 +58,17 @@ def questions(graph):
 
 
 def reflect(graph, probs, mass=1.0):
-    """The `Reflection` made of P(yes) per object and triple of a graph; numbers or tensors."""
+    """The `Reflection` made of P(yes) per object and triple of a graph; numbers or tensors.
+
+    Raises ValueError if there is not one for each.
+    """
     probs = tuple(float(prob) for prob in probs)
+    if not 0 < len(probs) == len(graph.objects) + len(graph.triples):
+        raise ValueError(f"{len(probs)} probabilities, for {len(questions(graph))} questions")
     objects = list(zip(graph.labels(), probs))
     triples = list(zip(graph.triples, probs[len(objects) :]))
-    related = {name for subject, _, object in graph.triples for name in (subject, object)}
-    required = [p for _, p in triples] + [p for name, p in objects if name not in related]
+    alone = graph.alone()
+    required = [p for _, p in triples] + [p for name, p in objects if name in alone]
     missing = [name for name, p in objects if p < 0.5]
     wrong = [" ".join(triple) for triple, p in triples if p < 0.5]
     feedback = []
@@ -152,7 +157,7 @@ class Checker(VLM):
         self.share = False  # one encoding of an image among its questions; see `probe`
 
     def probe(self):
-        """Try this VLM on two blank images; once, after loading. Turns sharing on where it works.
+        """Call once after loading: try two blank images, and turn sharing on if it works.
 
         Raises ValueError if the chat template ends inside a thought, or if yes and no together have
         little probability: the reward would be noise.
@@ -183,7 +188,7 @@ class Checker(VLM):
             print(f"{name}: every question encodes its image anew; {reason}", file=sys.stderr)
 
     def check(self, images, graphs):
-        """Reflect on each image. Args: B PIL images and one `SceneGraph` each.
+        """One `Reflection` per image. Args: B PIL images and one `SceneGraph` each.
 
         Raises ValueError if the model answers NaN.
         """
@@ -234,13 +239,13 @@ class Checker(VLM):
         owner = [numbers.setdefault(id(image), len(numbers)) for image in images]  # (Q)
         distinct = [images[owner.index(number)] for number in range(len(numbers))]
 
-        def behind_image(ids):
+        def after_image(ids):
             """True for the tokens after the last image token."""
             return (ids == self.model.config.image_token_id).flip(1).cumsum(1).flip(1) == 0
 
         head = self.inputs(system, distinct, [""] * len(distinct))
-        shape = head["input_ids"].shape  # (B, tokens), of which the last few are behind the image
-        length = shape[1] - behind_image(head["input_ids"])[0].sum()
+        shape = head["input_ids"].shape  # (B, tokens), of which the last few come after the image
+        length = shape[1] - after_image(head["input_ids"])[0].sum()
         head = {k: v[:, :length] if v.shape == shape else v for k, v in head.items()}
         head_mask = head["attention_mask"]  # (B, length), padded on the left
         has_rope_index = hasattr(self.model.model, "get_rope_index")  # Qwen-VL: 3-D positions
@@ -249,9 +254,9 @@ class Checker(VLM):
         cache = self.model(**head, logits_to_keep=1, use_cache=True).past_key_values
         cache.batch_select_indices(torch.tensor(owner, device=head_mask.device))
 
-        # What follows the image is the same behind any other, so a small blank one serves here.
+        # The text after the image does not depend on the image, so a small blank one serves here.
         ids = self.inputs(system, [Image.new("RGB", (64, 64))] * len(texts), texts)["input_ids"]
-        own = behind_image(ids)  # (Q, tokens), padded on the left
+        own = after_image(ids)  # (Q, tokens), padded on the left
         length = own.sum(1).max()
         ids, own = ids[:, -length:], own[:, -length:]
         mask = torch.cat([head_mask[owner], own.to(head_mask)], 1)  # (Q, head + tail)

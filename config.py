@@ -39,7 +39,7 @@ DEVICE, DTYPE = r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "auto|float32|bfloat16|float1
 Device = Annotated[str, DEVICE, re.compile(DEVICE).fullmatch]
 Dtype = Annotated[str, DTYPE, re.compile(DTYPE).fullmatch]
 Template = Annotated[str, "with {} where the instruction goes", lambda text: "{}" in text]
-Words = Annotated[list, "of str; quote on and off", lambda v: all(type(w) is str for w in v)]
+Words = Annotated[list, "of words; quote on, off, yes", lambda v: all(type(w) is str for w in v)]
 Model = Annotated[str, "an existing folder, or a Hub id owner/name", is_model]
 Adapter = Annotated[str, "an existing folder", lambda path: not path or isdir(path)]
 DataFile = Annotated[str, "an existing file; LAION-SG: see gpu/phase1.yaml", isfile]
@@ -51,7 +51,7 @@ class PartConfig:  # one part of the loop: which model, and how it runs
     model: Model  # parts with equal model, device and dtype share weights
     device: Device = "auto"  # cuda if there is a GPU, else cpu
     dtype: Dtype = "auto"  # bfloat16 on cuda, else float32
-    batch_size: Count = 64  # images or questions at a time (phase 1 samples: times group_size)
+    batch_size: Count = 64  # images or questions per call (the Actor: group_size texts for each)
 
 
 @dataclass
@@ -104,16 +104,16 @@ class LoopConfig:  # what every entry point needs (eval.yaml)
 @dataclass
 class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     phase: Phase | None = None  # which phase this file is for; null: either
-    rounds: Count = 3  # rollouts of a trajectory, each from the best image so far
-    data: DataFile = "tiny/data/train.json"  # training prompts; no label is used
+    rounds: Count = 3  # of samples; a later round goes on from one sample of each group
+    data: DataFile = field(kw_only=True)  # training prompts; no label is used
     data_limit: Natural = 0  # the first prompts of the file; 0: all
-    validation: DataFile = "tiny/data/val.json"
+    validation: DataFile = field(kw_only=True)
     validation_limit: Count = 60
     validate_every: Count = 10  # iterations
     exact: bool = False  # also validate by the pixel parser: embedded world only
-    run: RunFolder = "runs/phase1"  # folder for adapter, checkpoint and metrics
+    run: RunFolder = field(kw_only=True)  # folder for adapter, checkpoint and metrics
     seed: Seed = 0  # of all randomness of the run
-    iterations: Count = 50  # each of `rounds` rollouts and `updates` optimizer steps
+    iterations: Count = 50  # each of `rounds` rounds and `updates` optimizer steps
     groups: Count = 8  # states of round 1 in an iteration; later rounds add to them
     group_size: GroupSize = 8  # G, samples of one state
     rank: Count = 16  # of the LoRA adapter
@@ -125,7 +125,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     kl: NonNegative = 0.01  # weight of the KL to the model without adapter; 0 skips that pass
     advantage_eps: Positive = 0.05  # added to the std so that Checker noise is not amplified
     flat_range: NonNegative = 0.02  # groups whose rewards span no more than this are left out
-    updates: Count = 2  # optimizer steps on a rollout; at 1 the clip never acts
+    updates: Count = 2  # optimizer steps on the samples of an iteration; at 1 the clip never acts
     micro_batch: Count = 64  # samples of a backward pass; phase 2 takes whole groups
     penalty: NonNegative = 0.2  # of a malformed or repeated completion, in reward (phase 1)
     noise_level: Positive = 0.8  # a of the SDE (phase 2)

@@ -64,7 +64,7 @@ PIPELINES = {
 class RecordedStep:
     """One stochastic denoising step of B images; tensors in fp32 except those in `calls`."""
 
-    calls: list[tuple]  # (positional, keyword) arguments of the transformer; one call is common
+    calls: list[tuple]  # (positional, keyword) arguments of a transformer call, with guidance two
     sample: torch.Tensor  # (B, tokens, channels) latents x before the step
     next_sample: torch.Tensor  # (B, tokens, channels) latents x' after it
     sigma: float
@@ -88,7 +88,7 @@ class Editor:
     Args:
         pipeline: of a class in PIPELINES; may be the Diffuser's. Its transformer is frozen here.
         call: keyword arguments of every pipeline call.
-        batch_size: images per call.
+        batch_size: images per call of `edit`, where the pipeline is `batched`; else one.
         template: what the pipeline reads; {} stands for the instruction.
     """
 
@@ -278,9 +278,10 @@ class Editor:
     # ---- the adapter ----
 
     def add_adapter(self, rank):
-        """The parameters of the adapter that is loaded, or of a new one, which changes nothing yet.
+        """Add an adapter unless one is loaded; return its parameters (list, fp32).
 
-        Either way the KL reference of phase 2 is the base model, without adapter.
+        A new one changes nothing yet. The KL reference is the base model, without any adapter.
+        Raises ValueError if the loaded adapter has another rank.
         """
         from peft import LoraConfig
 

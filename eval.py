@@ -24,7 +24,7 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
@@ -33,7 +33,7 @@ if __name__ == "__main__":  # Ctrl-C before the first row: no traceback
 
 from checker import Checker
 from config import LoopConfig, load_config
-from loop import Loop, Trajectory, build, device_and_dtype, naming
+from loop import Trajectory, build, device_and_dtype, naming
 from report import record, report, say, write
 from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
 
@@ -96,19 +96,16 @@ def systems(loop, untrained_temperature=None):
 
     untrained_temperature: of the Actor without its adapter, if not that of the trained one.
     """
-    actor, editor = loop.actor.without_adapter(), loop.editor.without_adapter()
-    actor.temperature = untrained_temperature or actor.temperature
-    found = [("loop", Loop(loop.diffuser, loop.checker, actor, editor, loop.rounds))]
-    if loop.actor.has_adapter:
-        phase1 = Loop(loop.diffuser, loop.checker, loop.actor, editor, loop.rounds)
-        found.append(("loop + phase 1", phase1))
+    untrained, editor = loop.actor.without_adapter(), loop.editor.without_adapter()
+    untrained.temperature = untrained_temperature or untrained.temperature
+    parts = {"loop": (untrained, editor)}
+    trained = loop.actor.has_adapter
+    if trained:
+        parts["loop + phase 1"] = loop.actor, editor
     if loop.editor.has_adapter:
-        name = "loop + phase 1 + 2" if loop.actor.has_adapter else "loop + phase 2"
-        both = Loop(loop.diffuser, loop.checker, loop.actor, loop.editor, loop.rounds)
-        if not loop.actor.has_adapter:
-            both.actor = actor
-        found.append((name, both))
-    return found
+        name = "loop + phase 1 + 2" if trained else "loop + phase 2"
+        parts[name] = (loop.actor if trained else untrained), loop.editor
+    return [(name, replace(loop, actor=a, editor=e)) for name, (a, e) in parts.items()]
 
 
 def first_images(trajectories):
@@ -237,7 +234,7 @@ def grade(vlm, images, prompts):
 def bootstrap(values, others=None, resamples=2000):
     """(mean, low, high): the mean and its 95% percentile-bootstrap interval.
 
-    With `others`, of the paired differences. Prompts without a value in either are left out.
+    With `others`, of the paired differences. Prompts that lack a value are left out.
     """
     import numpy as np
 

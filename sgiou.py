@@ -50,9 +50,12 @@ class SceneGraph:
 
         Two dogs, one of them near a cat, are "dog near cat; another dog".
         """
+        return "; ".join([" ".join(triple) for triple in self.triples] + self.alone())
+
+    def alone(self):
+        """The labels (list) that no triple mentions."""
         mentioned = {normalise(name) for name in names_in(self.triples)}
-        alone = [label for label in self.labels() if normalise(label) not in mentioned]
-        return "; ".join([" ".join(triple) for triple in self.triples] + alone)
+        return [label for label in self.labels() if normalise(label) not in mentioned]
 
     def vocabulary(self, relations=()):
         """The relation words (list) that an answer about this graph may use: these and its own."""
@@ -95,7 +98,7 @@ def comparable_sets(graph):
 
 
 def parse_prompt(text, relations):
-    """The inverse of `SceneGraph.prompt()`. A name is one object, however often it appears.
+    """Read what `SceneGraph.prompt()` writes. A name is one object, however often it appears.
 
     relations: the known relation words; `find_relation` says in which forms they are found.
     Raises ValueError, one line that shows the right form, for whatever is not understood.
@@ -172,10 +175,10 @@ def clean_name(text):
 def load_graphs(path, relations=(), limit=None):
     """Reads a data set into list[SceneGraph]. The first character of the file says which it is.
 
-    [: a JSON list of entries, which is read piece by piece; {: JSON Lines, one entry a line.
+    "[": a JSON list of entries, which is read piece by piece; "{": JSON Lines, one entry a line.
         LAION-SG (arXiv 2412.08580): {"img_id", "caption_ori", "items", "relations"}
         GenEval (arXiv 2310.11513): {"include": [{"class", "count", "color", "position"}], "prompt"}
-    Any other: one prompt a line, as in T2I-CompBench (arXiv 2307.06350): "a bee on top of a boy".
+    Anything else: a prompt a line, as in T2I-CompBench (arXiv 2307.06350): "a bee on top of a boy".
 
     relations: words that split a prompt, besides SPATIAL; limit: stop after so many graphs.
     Entries that cannot be read or lack relations are skipped; stderr says how many and why.
@@ -220,7 +223,7 @@ def json_list(file):
     while not (text := text.lstrip(", \t\r\n")).startswith("]"):
         try:
             value, end = json.JSONDecoder().raw_decode(text)
-        except ValueError as error:  # the value goes on behind this piece of text, or it is broken
+        except ValueError as error:  # the value goes on after the text read so far, or it is broken
             more = file.read(max(len(text), 2**16))
             if not more:
                 raise ValueError(f"entry {number} is broken or cut off ({error})") from None
@@ -279,7 +282,7 @@ def read_geneval(entry, place):
 
 # ---- answers of VLMs ----
 
-# Of a triple that is a JSON object.
+# The keys of a triple that is a JSON object: of its subject, relation, and object.
 KEYS = ("subject item1 head source s", "relation relationship predicate r p")
 KEYS += ("object item2 tail target o",)
 

@@ -5,7 +5,7 @@ Both phases repeat the same seven steps in every iteration:
 
     1 states      images of training prompts that the Checker is not satisfied with
     2 sample      a group of G samples per state
-    3 reward      the Checker's score of the edited image against the prompt's scene graph
+    3 reward      the Checker's score of the edited image, in phase 1 of the better of the two
     4 advantages  each sample compared with the other samples of its group
     5 reference   the same actions under the base model (its adapter off), for the KL
     6 replay      log-probs of the recorded actions again, now with gradient
@@ -100,7 +100,7 @@ def phase1(loop, config, resume=False):
             seed = rng.randrange(1 << 30)
 
             # 2. Sample G completions per state.
-            proposals = propose(actor, states, seed, G)
+            proposals = sample_completions(actor, states, seed, G)
             before = [state for state in states for _ in range(G)]  # (N)
             groups = [group for group in range(len(states)) for _ in range(G)]  # (N)
             run.lap("act")
@@ -132,7 +132,7 @@ def phase1(loop, config, resume=False):
                 rewards.append(score - config.penalty * wasted)
 
             # 4. Advantages within each group.
-            advantages, kept = compare(rewards, config, proposals.mask.device)  # (N, 1) each
+            advantages, kept = advantages_of(rewards, config, proposals.mask.device)  # (N, 1) each
 
             # Micro-batches of R completions. Padding and flat groups are masked out.
             for first in range(0, len(rewards), config.micro_batch):
@@ -188,7 +188,7 @@ def phase1(loop, config, resume=False):
 
 
 def phase2(loop, config, resume=False):
-    """Train the Editor on the instructions that the Actor writes."""
+    """Train the Editor on the frozen Actor's instructions. Steps 2, 3 and 7 differ from phase 1."""
     editor, G = loop.editor, config.group_size
     saved = check_run(config, 2, resume)
     torch.manual_seed(config.seed)  # for the weights of a new adapter
@@ -211,7 +211,7 @@ def phase2(loop, config, resume=False):
 
             # 2. One instruction per state. A state is dropped for this iteration if its completion
             # is malformed, is "none", or repeats an instruction that was tried.
-            proposals = propose(loop.actor, states, seed)
+            proposals = sample_completions(loop.actor, states, seed)
             pairs = zip(states, proposals.instructions)
             edits = [(state, text) for state, text in pairs if is_new_edit(state, text)]
             asked += len(states)
@@ -255,7 +255,7 @@ def phase2(loop, config, resume=False):
 
             # 4. Advantages within each group.
             device = rollouts[0].steps[0].log_prob.device
-            advantages, kept = compare(rewards, config, device)  # (N, 1) each
+            advantages, kept = advantages_of(rewards, config, device)  # (N, 1) each
 
             # Micro-batches: one recorded step of the R edits of a call. Flat groups are masked out.
             for rows, rollout in zip(calls, rollouts):
@@ -321,7 +321,7 @@ def unsatisfied_images(loop, graphs, config, iteration):
     return states[: config.groups], 1 - len(states) / generated
 
 
-def propose(actor, states, seed, n=1):
+def sample_completions(actor, states, seed, n=1):
     """n completions of the Actor for each state: `Proposals` of len(states) * n rows."""
     return actor.propose(
         [state.image for state in states],
@@ -338,7 +338,7 @@ def is_new_edit(state, instruction):
     return instruction not in (None, "none", *state.tried)
 
 
-def compare(rewards, config, device):
+def advantages_of(rewards, config, device):
     """Advantages (N, 1), and which samples are kept (N, 1): False in flat groups."""
     rewards = torch.tensor(rewards, device=device).view(-1, config.group_size)
     advantages, kept = group_advantages(rewards, config.advantage_eps, config.flat_range)

@@ -14,7 +14,7 @@ from scripted import EDIT_SEEDS, GRAPH, MOVE, RIGHT, WRONG, Script, move
 
 import eval
 from checker import reflect
-from loop import Step, Trajectory
+from loop import Loop, Step, Trajectory
 from sgiou import SceneGraph
 from tiny.world import Thing, kept_share, laion_entry, render
 
@@ -52,7 +52,7 @@ def evaluated(rounds=3, rows=None, **parts):
     """({name: row}, the trajectories that were saved, system by system)."""
     script = Script(SCORES, {13: [None, "none", MOVE]}, Flow())
     actor, editor = parts.get("actor", script), parts.get("editor", script)
-    loop = eval.Loop(script, script, actor, editor, rounds)
+    loop = Loop(script, script, actor, editor, rounds)
     rows, saved = [] if rows is None else rows, []
     eval.evaluate(loop, [GRAPH] * 4, SETTINGS, ["left of"], script, rows, saved.append)
     return {row.name: row for row in rows}, saved
@@ -121,7 +121,7 @@ def test_every_adapter_adds_a_row(actor_has, editor_has, names):
 def test_the_untrained_actor_has_its_own_temperature(monkeypatch):
     actor = Script(SCORES, transformer=Flow())
     actor.has_adapter = True
-    loop = eval.Loop(actor, actor, actor, actor)
+    loop = Loop(actor, actor, actor, actor)
     temperatures = {name: system.actor.temperature for name, system in eval.systems(loop, 0.5)}
     assert temperatures["loop"] == 0.5 and temperatures["loop + phase 1"] == 1.0
     temperatures = {name: system.actor.temperature for name, system in eval.systems(loop)}
