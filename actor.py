@@ -110,10 +110,11 @@ class Actor(VLM):
         self.visual_ids = list(visual - {None})
         self.end_ids = [*ends, *self.visual_ids]
 
-    def propose(self, images, prompts, feedback, seeds, n=1, tried=None):
+    def propose(self, images, prompts, feedback, seeds, n=1, tried=None, temperature=None):
         """Sample n completions for each of B images: `Proposals` of N = B * n.
 
-        Args: B PIL images; B prompts; B `Reflection.feedback`; B ints; tried: B lists of strings.
+        Args: B PIL images; B prompts; B `Reflection.feedback`; B ints; tried: B lists of strings;
+        temperature: if not the Actor's own, which is that of `log_probs`.
         Completion k of an image depends on its seed and on k, not on what else is in the batch.
         """
         tried = tried or [()] * len(images)
@@ -127,7 +128,7 @@ class Actor(VLM):
                 part = slice(start, start + self.batch_size)
                 inputs = self.inputs(SYSTEM, images[part], requests[part])
                 random_numbers = [Random(f"{seed} {k}") for seed in seeds[part] for k in range(n)]
-                sampler = _Sampler(random_numbers, self.temperature)
+                sampler = _Sampler(random_numbers, temperature or self.temperature)
                 output = self.model.generate(**inputs, **settings, logits_processor=[sampler])
                 ids += output[:, inputs["input_ids"].shape[1] :]
                 log_probs += torch.cat(sampler.log_probs, 1)

@@ -37,6 +37,7 @@ from sgiou import SceneGraph, load_graphs, parse_prompt
 
 PROMPTS_PER_BATCH = 32  # of a file of prompts; images are written after each batch
 ATTEMPTS = 8  # completions sampled, at most, to get an instruction not yet tried on the image
+HOTTER = 1.25  # factor on the temperature from one attempt to the next
 
 
 @dataclass
@@ -147,7 +148,9 @@ class Loop:
         """A (thought, instruction) for the best image of each trajectory.
 
         No instruction is carried out twice on the same image. An Actor that writes one again gets
-        up to `ATTEMPTS` attempts in all; the last one stays, whatever it is.
+        up to `ATTEMPTS` attempts in all; the last one stays, whatever it is. Training makes an
+        Actor sure of itself, so it would write the same again: every attempt is hotter than the
+        one before.
         """
         proposed = {}  # index of a trajectory -> (thought, instruction)
         asked = range(len(trajectories))
@@ -159,6 +162,7 @@ class Loop:
                 [t.best.reflection.feedback for t in some],
                 seeds=[t.step_seed * ATTEMPTS + attempt for t in some],
                 tried=[t.tried for t in some],
+                temperature=self.actor.temperature * HOTTER**attempt,
             )
             proposed.update(zip(asked, zip(proposals.thoughts, proposals.instructions)))
             asked = [index for index in asked if proposed[index][1] in trajectories[index].tried]

@@ -124,12 +124,11 @@ def phase1(loop, config, resume=False):
 
             # 3. Reward: the Checker's score of the better of the two images, the one that the loop
             # keeps. If an edit that makes things worse cost something, the Actor would learn to
-            # write "none". A malformed completion and a repeated instruction have a penalty.
+            # write "none". A malformed completion has a penalty.
             rewards = []  # (N)
             for old, new, text in zip(before, after, instructions):
                 score = max(old.reflection.score, new.reflection.score)
-                wasted = text is None or text in old.tried
-                rewards.append(score - config.penalty * wasted)
+                rewards.append(score - config.malformed * (text is None))
 
             # 4. Advantages within each group.
             advantages, kept = advantages_of(rewards, config, proposals.mask.device)  # (N, 1) each

@@ -59,9 +59,9 @@ class Script:
             for image, graph in zip(images, graphs, strict=True)
         ]
 
-    def propose(self, images, prompts, feedback, seeds, n=1, tried=None):
+    def propose(self, images, prompts, feedback, seeds, n=1, tried=None, temperature=None):
         call = SimpleNamespace(images=images, prompts=prompts, feedback=feedback, seeds=seeds)
-        call.tried, call.adapter = tried, self.has_adapter
+        call.tried, call.adapter, call.temperature = tried, self.has_adapter, temperature
         self.calls.append(("propose", call))
         left = [self.instructions.get(image.seed) for image in images]
         number = len(self.made("propose"))

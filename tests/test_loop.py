@@ -112,7 +112,7 @@ def test_the_actor_reads_what_was_tried_on_the_best_image():
     assert trajectory.tried == [move(3), move(4)]
 
 
-def test_an_instruction_that_was_tried_is_asked_for_again_with_other_seeds():
+def test_an_instruction_that_was_tried_is_asked_for_again_with_other_seeds_and_hotter():
     written = {1: [MOVE, MOVE, MOVE, "swap"], 2: ["add", "remove"]}
     (first, second), script = run({1: [0.2, 0.1, 0.1], 2: [0.2, 0.1, 0.1]}, 2, written)
     assert [step.instruction for step in first.steps] == [None, MOVE, "swap"]
@@ -121,6 +121,7 @@ def test_an_instruction_that_was_tried_is_asked_for_again_with_other_seeds():
     assert [len(call.images) for call in calls] == [2, 2, 1, 1]  # only the one that repeats
     seeds = [seed for call in calls for seed in call.seeds]
     assert len(set(seeds)) == 6
+    assert [call.temperature for call in calls] == [1.0, 1.0, loop.HOTTER, loop.HOTTER**2]
 
 
 def test_an_actor_that_insists_edits_nothing():

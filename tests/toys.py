@@ -61,6 +61,7 @@ class Policy:
     """What both trained parts have in common: parameters that act only inside `adapter()`."""
 
     has_adapter = False
+    temperature = 1.0
     active = False
 
     def add_adapter(self, rank):
@@ -84,7 +85,7 @@ class Policy:
 
 
 class Actor(Policy):
-    def propose(self, images, prompts, feedback, seeds, n=1, tried=None):
+    def propose(self, images, prompts, feedback, seeds, n=1, tried=None, temperature=None):
         count = len(images) * n
         with self.adapter(), torch.no_grad():
             table = self.current().log_softmax(0)
