@@ -23,7 +23,7 @@ import world
 from world import GRID, GROUND, NAMES, OPPOSITE, RELATIONS, SIZE, Thing
 
 from actor import parse_completion
-from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
+from sgiou import SceneGraph, load_graphs, sg_iou
 
 SPLITS = {"train": 2000, "val": 240, "test": 1000}
 positions = st.builds(Thing, st.sampled_from(NAMES), st.integers(0, 26), st.integers(0, 26))
@@ -280,28 +280,19 @@ def test_lessons_stay_in_their_split_and_can_be_done():
 
 @pytest.fixture(scope="module")
 def asked():
-    """(things, graph, drill and questions) of faulty images of every split."""
+    """(things, questions) of 300 faulty images."""
     rng = random.Random(15)
     found = []
-    for number in range(450):
-        image, graph = questions.faulty_image(rng, tuple(SPLITS)[number % 3])
+    for _ in range(300):
+        image, graph = questions.faulty_image(rng)
         (things,) = world.parse([image])
-        texts = list(questions.drill(rng, things))
-        for writing in ("extract", "repair"):
-            texts += questions.questions(rng, things, graph, writing)
-        found.append((things, graph, texts))
+        found.append((things, list(questions.questions(rng, things, graph, "repair"))))
     return found
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = ["<image>", "<answer>", *questions.vocabulary()]
-    return models.word_tokenizer(words, 512, end=False)
 
 
 def test_verdicts_are_true_of_the_picture(asked):
     told = {"yes": 0, "no": 0}
-    for things, _, texts in asked:
+    for things, texts in asked:
         names = [thing.name for thing in things]
         for text, answer, _ in texts:
             asked_for = re.fullmatch(r'Does the image show "(.*)"\?', text)
@@ -319,46 +310,19 @@ def test_verdicts_are_true_of_the_picture(asked):
     assert min(told.values()) > 0.25 * sum(told.values())
 
 
-def spoken(tokenizer, answer):
-    """An answer after the tokenizer's round trip: lower case, tokens apart."""
-    return tokenizer.decode(tokenizer(answer).input_ids, skip_special_tokens=True)
-
-
-def test_extraction_reads_back_as_the_exact_graph(asked, tokenizer):
-    some = 0
-    for things, _, texts in asked:
+def test_repairs_are_well_formed_and_not_among_the_tried(asked):
+    kinds, some = set(), 0
+    for _, texts in asked:
         for text, answer, _ in texts:
-            if not (match := re.fullmatch(r"Objects: (.*)\. Pairs: (.*)\. Relations: .*", text)):
+            if not text.startswith("Prompt: "):
                 continue
-            names, pairs = match[1].split(", "), [p.split(" - ") for p in match[2].split(", ")]
-            graph = SceneGraph(names, [(a, "left of", b) for a, b in pairs])
-            objects, triples = world.exact_graph(things, graph)
-            for written in (answer, spoken(tokenizer, answer)):
-                read = parse_scene_graph(written, names, RELATIONS)
-                assert set(read.objects) == set(objects) & set(names), written
-                assert set(read.triples) == set(triples), written
-            some += len(triples)
-    assert some > 300
-
-
-def repairs(texts):
-    """(prompt, tried instructions, completion) of what the Actor is taught in some questions."""
-    for text, answer, _ in texts:
-        if match := re.fullmatch(r"Prompt: (.*?)\. (.*?)\.( Tried without success: (.*)\.)?", text):
-            yield match[1], match[4].split("; ") if match[4] else [], answer
-
-
-def test_repairs_are_well_formed_and_not_among_the_tried(asked, tokenizer):
-    kinds, lengths = set(), []
-    for _, _, texts in asked:
-        for _, tried, answer in repairs(texts):
+            tried = text.partition("Tried without success: ")[2].rstrip(".").split("; ")
             thought, instruction = parse_completion(answer)
             assert thought and instruction and instruction not in tried
-            assert parse_completion(spoken(tokenizer, answer)) == (thought, instruction)
             kinds.add(instruction.split()[0])
-            lengths.append(len(tried))
+            some += tried != [""]
+    assert some > 100
     assert kinds == {"none", "move", "swap", "add", "remove", "change"}
-    assert set(lengths) == set(range(7)) and 0.3 < np.mean([n > 0 for n in lengths]) < 0.6
 
 
 def test_faulty_images_are_seeded_and_stay_in_their_split():
