@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, disturb
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -161,13 +161,6 @@ def test_tokens_are_drawn_from_the_softmax_at_the_temperature(actor, states):
 # ---- replay ----
 
 
-def disturb(parameters, size=0.05):
-    """Makes an untrained adapter, which changes nothing, one that does."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in parameters:
-        parameter.data += size * torch.randn(parameter.shape, generator=generator)
-
-
 def test_sampling_and_replay_equal_a_loop_over_tokens(states):
     """An independent reference: one forward pass per token, no padding, no cache."""
     actor = load(temperature=0.7)
@@ -218,7 +211,7 @@ def test_truncated_completions_are_counted(states):
 def trained(rank=4, **settings):
     """An Actor whose adapter does something."""
     actor = load(**settings)
-    disturb(actor.add_adapter(rank))
+    disturb(actor.add_adapter(rank), 0.05)
     return actor
 
 

@@ -5,10 +5,9 @@ import logging
 import shutil
 from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, difference
 from safetensors.torch import load_file, save_file
 
 from config import LoopConfig, load_config
@@ -25,11 +24,6 @@ def graphs():
     return load_graphs(ROOT / "tiny" / "data" / "val.json")
 
 
-def difference(first, second):
-    """The largest difference of two images, in 1/255 per channel."""
-    return np.abs(np.asarray(first, int) - np.asarray(second, int)).max()
-
-
 # ---- generate ----
 
 
@@ -43,7 +37,7 @@ def test_an_image_depends_on_its_seed_alone(loop, monkeypatch):
     monkeypatch.setattr(loop.diffuser, "batch_size", 3)
     again = loop.diffuser.generate(prompts, [1, 3, 2, 4])
     assert len(again) == 4
-    assert max(map(difference, again, batch)) <= 1
+    assert difference(again, batch) <= 1
     assert loop.diffuser.generate([], []) == []
 
 

@@ -12,9 +12,9 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
+from conftest import bytes_of, difference, disturb
 from PIL import Image
 
 from diffuser import Diffuser
@@ -222,22 +222,6 @@ def noise_images(count):
     noise = torch.randint(0, 256, (count, 4, 4, 3), generator=torch.Generator().manual_seed(0))
     small = [Image.fromarray(pixels.byte().numpy()) for pixels in noise]
     return [image.resize((64, 64), Image.Resampling.BICUBIC) for image in small]
-
-
-def disturb(parameters, size=0.3):
-    """Make an untrained adapter, which changes nothing, one that does."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in parameters:
-        parameter.data += size * torch.randn(parameter.shape, generator=generator)
-
-
-def bytes_of(images):
-    return [image.tobytes() for image in images]
-
-
-def difference(first, second):
-    """The largest difference of two lists of images, in 1/255 per channel."""
-    return np.abs(np.array(first, int) - np.array(second, int)).max()
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import disturb
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "gpu"))
@@ -46,13 +47,6 @@ def images(count=3):
         Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC)
         for pixels, size in zip(noise, sizes)
     ]
-
-
-def disturb(parameters, size):
-    """Makes an untrained adapter, which changes nothing, one that does."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in parameters:
-        parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 
 # ---- the families ----
