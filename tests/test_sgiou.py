@@ -181,7 +181,7 @@ def test_laion_sg(tmp_path, capsys):
     )
     assert load_graphs(write(tmp_path, [LAION])) == [expected]
     indented = write(tmp_path, json.dumps([LAION], indent=4), "DATA.JSON")
-    assert load_graphs(str(indented)) == [expected]
+    assert load_graphs(indented) == [expected]
     lines = "\ufeff\n" + json.dumps(LAION) + "\n\n" + json.dumps(LAION) + "\n"
     assert load_graphs(write(tmp_path, lines)) == [expected] * 2
     assert load_graphs(write(tmp_path, [LAION] * 5), limit=2) == [expected] * 2
@@ -252,11 +252,7 @@ def test_t2i_compbench_and_plain_prompts(tmp_path, capsys):
     assert [graph.prompt() for graph in load_graphs(path)] == prompts
     message = capsys.readouterr().err
     assert "skipped 2 entries; the first: line 6: " in message
-    assert load_graphs(path, limit=4) and capsys.readouterr().err == ""
-    with pytest.raises(ValueError, match="line 1: .*no known relation; list your relation words"):
-        load_graphs(write(tmp_path, "a man riding horse", "a.txt"))
     assert load_graphs(path, ["riding"])[-1].prompt() == "man riding horse"
-    assert load_graphs(write(tmp_path, "sun\n", "a.txt"), RELATIONS)[0].objects == ("sun",)
 
 
 @pytest.mark.parametrize(
@@ -275,9 +271,6 @@ def test_a_file_without_any_graph_is_refused(tmp_path, content, problem):
         load_graphs(path)
     assert problem in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    for missing in (tmp_path, tmp_path / "none.json"):
-        with pytest.raises(ValueError, match=missing.name):
-            load_graphs(missing)
 
 
 def test_a_large_list_is_read_piece_by_piece_and_a_cut_one_is_refused(tmp_path):
@@ -292,29 +285,22 @@ def test_a_large_list_is_read_piece_by_piece_and_a_cut_one_is_refused(tmp_path):
 # ---- answers of VLMs ----
 
 
-def as_json(graph, **options):
-    return json.dumps({"objects": graph.objects, "triples": graph.triples}, **options)
+JSON = json.dumps({"objects": GOLD.objects, "triples": GOLD.triples})
 
 
-JSON = as_json(GOLD)
-PAIRS = [dict(zip("sro", triple)) for triple in GOLD.triples]
-
-
-def as_objects(*keys, **options):
-    pairs = [dict(zip(keys, triple)) for triple in GOLD.triples]
-    return json.dumps([{"id": 3, **pair, "score": 0.9} for pair in pairs], **options)
+def as_objects(*keys):
+    return json.dumps([dict(zip(keys, triple)) | {"score": 0.9} for triple in GOLD.triples])
 
 
 ANSWERS = {  # each of them says GOLD
     "json": JSON,
-    "fence": f"```json\n{as_json(GOLD, indent=2)}\n```",
+    "fence": f"```json\n{JSON}\n```",
     "prose": f"Here's the user's graph (it isn't \"hard\") :( {JSON} I hope it's right!",
     "thoughts": f'<think>Is it [["sun", "on", "sea"]]?</think>{JSON}',
     "prefilled thoughts": f'Is it [["sun", "on", "sea"]]? </think> {JSON}',
-    "python": repr({"objects": list(GOLD.objects), "triples": list(GOLD.triples), "n": None}),
+    "python": repr({"objects": list(GOLD.objects), "triples": list(GOLD.triples)}),
     "smart quotes": JSON.replace(' "', " “").replace('["', "[“").replace('"', "”"),
-    "bare keys": JSON.replace('"objects"', "objects").replace('"triples"', "triples"),
-    "no last brackets": JSON[:-2],
+    "cut off": JSON[:-2],
     "laion-sg's keys": json.dumps({"scene_graph": GOLD.triples, "object_list": GOLD.objects}),
     "articles": JSON.replace('"red', '"The red').replace('"above', '"is above'),
     "prepositions": JSON.replace('"left of', '"is to the left_of'),
@@ -323,19 +309,8 @@ ANSWERS = {  # each of them says GOLD
     "head, relationship": as_objects("head", "relationship", "tail"),
     "source, target": as_objects("source", "relation", "target"),
     "s, r, o": as_objects("s", "r", "o"),
-    "relation first": json.dumps([{"p": r, "s": s, "o": o} for s, r, o in GOLD.triples]),
+    "strings": json.dumps({"triples": [" - ".join(triple) for triple in GOLD.triples]}),
 }
-for style, form in {
-    "strings": '"{s} - {r} - {o}"',
-    "tuples": "({s}, {r}, {o})",
-    "angles": "<{s}, {r}, {o}>",
-    "arrows": "{s} -> {r} -> {o}",
-    "numbered": "1. {s}, {r}, {o}",
-    "bold": "- **{s}** {r} **{o}**",
-}.items():
-    lines = [form.format(**pair) for pair in PAIRS]
-    ANSWERS[style] = "Sure, I see, look:\n" + "\n".join(lines)
-ANSWERS["strings"] = json.dumps({"triples": [f"{s} - {r} - {o}" for s, r, o in GOLD.triples]})
 
 
 @pytest.mark.parametrize("style", ANSWERS)
@@ -343,6 +318,15 @@ def test_answers_as_vlms_write_them(style):
     answer = parse_scene_graph(ANSWERS[style], GOLD.objects, ["left of", "above", "on"])
     assert answer.triples == GOLD.triples
     assert sorted(answer.objects) == sorted(GOLD.objects)
+
+
+@pytest.mark.parametrize(
+    "form",
+    ["({}, {}, {})", "<{}, {}, {}>", "{} -> {} -> {}", "1. {}, {}, {}", "- **{}** {} **{}**"],
+)
+def test_lines_as_vlms_write_them(form):
+    text = "Sure, I see, look:\n" + "\n".join(form.format(*triple) for triple in GOLD.triples)
+    assert parse_scene_graph(text, GOLD.objects, ["left of", "above", "on"]).triples == GOLD.triples
 
 
 @pytest.mark.parametrize(
@@ -362,7 +346,7 @@ def test_objects_of_an_answer(text, objects):
 @pytest.mark.parametrize(
     "text",
     ["", "I see no graph [here], none {there}.", "<think>[['a', 'on', 'b']]"]
-    + ['[{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]', '[["mat", "on", "hat"]]'],
+    + ['[["mat", "on", "hat"]]'],
 )
 def test_an_answer_without_a_graph_is_none(text):
     assert parse_scene_graph(text, ["dog", "cat", "a", "b"], ["on"]) is None
@@ -379,11 +363,6 @@ def test_an_incomplete_triple_is_no_triple(text):
     assert not graph or graph.triples == ()
 
 
-def test_names_may_be_keys_too():
-    graph = SceneGraph(["sun", "head", "s"], [("sun", "on", "head"), ("s", "on", "sun")])
-    assert parse_scene_graph(as_json(graph), graph.objects, ["on"]) == graph
-
-
 def test_the_words_come_back_in_the_spelling_given():
     text = '[["RED_circle", "to the left_of", "the sun"], ["cow", "left of", "it"]]'
     graph = parse_scene_graph(text, ["Red Circle", "the sun"], ["Left_of"])
@@ -398,20 +377,15 @@ def test_a_graph_brings_its_own_relations_to_the_listed_ones():
 
 
 NAMES = st.lists(PHRASES, min_size=2, max_size=5, unique_by=normalise)
-NOTATIONS = st.sampled_from(
-    ['["{}", "{}", "{}"], ', "({}, {}, {})\n", "{} -> {} -> {}\n", "{} {} {}. "]
-)
 
 
 @settings(max_examples=1000, deadline=None)
-@given(NAMES, st.data(), NOTATIONS)
-def test_what_is_written_is_read(names, data, notation):
+@given(NAMES, st.data())
+def test_what_is_written_is_read(names, data):
     triple = st.tuples(*map(st.sampled_from, (names, RELATIONS, names)))
     graph = SceneGraph(names, data.draw(st.lists(triple, min_size=1, max_size=5)))
-    as_list = parse_scene_graph(as_json(graph, ensure_ascii=False), names, RELATIONS)
-    assert as_list == graph
-    text = "".join(notation.format(*triple) for triple in graph.triples)
-    assert parse_scene_graph(text, names, RELATIONS).triples == graph.triples
+    text = json.dumps({"objects": names, "triples": graph.triples}, ensure_ascii=False)
+    assert parse_scene_graph(text, names, RELATIONS) == graph
 
 
 SHARDS = st.sampled_from(
@@ -439,20 +413,7 @@ def test_any_words_can_be_looked_for(text, words):
         parse_prompt(text, words)
 
 
-HUGE = [
-    "[",
-    '{"a":',
-    '["',
-    "\\",
-    " ",
-    "<think>",
-    "red circle left of ",
-    "red circle, left_of; ",
-    JSON,
-]
-
-
-@pytest.mark.parametrize("shard", HUGE)
+@pytest.mark.parametrize("shard", ["[", '["', "\\", "<think>", "red circle left of ", JSON])
 def test_a_long_answer_takes_seconds_at_most(shard):
     text = shard * (200_000 // len(shard))  # in quadratic time it would take minutes
     start = time.process_time()
