@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tiny" / "make"), str(ROOT / "tiny")]
@@ -20,13 +18,12 @@ import lessons
 import models
 import questions
 import world
-from world import GRID, GROUND, NAMES, OPPOSITE, RELATIONS, SIZE, Thing
+from world import GRID, GROUND, NAMES, RELATIONS, SIZE, Thing
 
 from actor import parse_completion
 from sgiou import SceneGraph, load_graphs, sg_iou
 
 SPLITS = {"train": 2000, "val": 240, "test": 1000}
-positions = st.builds(Thing, st.sampled_from(NAMES), st.integers(0, 26), st.integers(0, 26))
 
 
 def drawn(*scenes):
@@ -78,25 +75,12 @@ def test_a_half_erased_sprite_is_not_found():
     assert world.parse(images) == [[]] * len(images)
 
 
-@settings(deadline=None)
-@given(positions, positions)
-def test_relation_is_antisymmetric_and_true(first, second):
-    word = world.relation(first, second)
-    back = world.relation(second, first)
-    assert back == (OPPOSITE[word] if word else None)
-    dx, dy = second.x - first.x, second.y - first.y
-    if abs(dx) == abs(dy):
-        assert word is None
-    if word in ("left of", "right of"):
-        assert abs(dx) > abs(dy) and (dx > 0) == (word == "left of")
-    if word in ("above", "below"):
-        assert abs(dy) > abs(dx) and (dy > 0) == (word == "above")
-
-
 def test_relation_has_a_margin():
     here = Thing("red circle", 10, 10)
     assert world.relation(here, Thing("sun", 14, 10)) == "left of"
     assert world.relation(here, Thing("sun", 13, 10)) is None
+    assert world.relation(here, Thing("sun", 6, 10)) == "right of"
+    assert world.relation(here, Thing("sun", 10, 14)) == "above"
     assert world.relation(here, Thing("sun", 10, 6)) == "below"
     assert world.relation(here, Thing("sun", 18, 14)) == "left of"
     assert world.relation(here, Thing("sun", 18, 15)) is None
@@ -109,11 +93,12 @@ def test_exact_graph_by_hand():
     )
     things = [
         Thing("red circle", 1, 1),
-        Thing("blue square", 25, 2),
+        Thing("blue square", 17, 2),
+        Thing("green circle", 25, 10),  # diagonal to the square: no relation
         Thing("yellow circle", 9, 9),
     ]
     objects, triples = world.exact_graph(things, gold)
-    assert objects == ["red circle", "blue square", "yellow circle"]
+    assert objects == ["red circle", "blue square", "green circle", "yellow circle"]
     assert triples == [("red circle", "left of", "blue square")]
 
 
@@ -124,12 +109,6 @@ def test_contradictory_twins_cost():
     assert sorted(objects) == ["blue square", "red circle", "red circle"]
     assert [word for _, word, _ in triples] == ["left of", "right of"]
     assert sg_iou(SceneGraph(objects, triples), gold)["sg_iou"] == 0.5
-
-
-def test_a_diagonal_pair_has_no_triple():
-    gold = SceneGraph(["red circle", "blue square"], [("red circle", "left of", "blue square")])
-    things = [Thing("red circle", 1, 1), Thing("blue square", 9, 9)]
-    assert world.exact_graph(things, gold)[1] == []
 
 
 def test_random_triples_are_true_and_name_every_thing():
@@ -159,16 +138,11 @@ def test_the_data_are_what_the_generator_makes(tmp_path):
         assert (tmp_path / "again" / f"{split}.json").read_bytes() == shipped
 
 
-def test_the_data_load_whole(graphs, capsys):
+def test_the_data_load_whole_and_no_graph_stands_twice(graphs, capsys):
     for split, total in SPLITS.items():
         path = ROOT / "tiny" / "data" / f"{split}.json"
         assert len(load_graphs(path)) == total == len(json.loads(path.read_text()))
     assert capsys.readouterr().err == ""
-    ids = [graph.id for split in SPLITS for graph in graphs[split]]
-    assert len(set(ids)) == len(ids)
-
-
-def test_no_graph_stands_twice(graphs):
     everything = [frozenset(graph.triples) for split in SPLITS for graph in graphs[split]]
     assert len(set(everything)) == sum(SPLITS.values())
 
@@ -185,8 +159,6 @@ def test_splits_share_no_set_of_objects(graphs):
     assert not sets["train"] & sets["test"]
     assert not sets["train"] & sets["val"]
     assert not sets["val"] & sets["test"]
-    for split in SPLITS:
-        assert {world.split_of(objects) for objects in sets[split]} == {split}
 
 
 def test_prompts_and_instructions_fit_the_text_encoder(graphs):
@@ -244,15 +216,10 @@ def test_remove_swap_and_change():
 @pytest.mark.parametrize(
     "instruction",
     [
-        "",
         "none",
-        "paint the red circle",
-        "move the red circle left of",
         "move the red circle near the blue square",
         "move the yellow circle above the blue square",  # it is not there
         "move the blue square left of the red circle",  # it stands in the corner
-        "please move the red circle above the blue square",
-        "swap the red circle and the red circle",
         "change the red circle to a purple dog",
     ],
 )
