@@ -211,23 +211,18 @@ def test_a_later_round_continues_from_a_random_sample_if_it_is_better():
 
 
 @PHASES
-def test_the_actor_reads_what_was_tried_and_that_is_not_carried_out_again(tmp_path, phase):
-    loop = toys.loop()
-    propose, told = loop.actor.propose, []
+def test_the_actor_reads_what_was_tried(tmp_path, phase):
+    loop, told = toys.loop(), []
+    propose = loop.actor.propose
 
-    def bad_only(*arguments, tried, **settings):
-        told.append([list(t) for t in tried])
-        proposals = propose(*arguments, tried=tried, **settings)
-        proposals.instructions = ["bad"] * len(proposals.instructions)
-        return proposals
+    def note_tried(*arguments, tried, **settings):
+        if len(tried) > 1:  # not in validation
+            told.extend(map(tuple, tried))
+        return propose(*arguments, tried=tried, **settings)
 
-    loop.actor.propose = bad_only
-    phase(loop, settings(phase, tmp_path, "validation_limit=1", "rounds=2"))
-    told = [tried for tried in told if len(tried) == 3]  # of training, not of validation
-    assert told[0] == [[], [], []]
-    if phase is phase1:
-        assert told[1] == [["bad"]] * 3  # in the toy it always makes the image worse
-        assert sum(len(images) == 3 for images, *_ in loop.editor.edits) == 1
+    loop.actor.propose = note_tried
+    phase(loop, settings(phase, tmp_path, "rounds=3", "groups=8", "validation_limit=1"))
+    assert () in told and ("bad",) in told  # in the toy it always makes the image worse
 
 
 def test_the_states_of_round_1_do_not_satisfy_the_checker(tmp_path):
@@ -561,12 +556,8 @@ def test_a_changed_config_is_refused_key_by_key(tmp_path):
     phase1(toys.loop(), settings(phase1, tmp_path))
     changed = ["actor.temperature=2", "kl=0.5", "editor.call.new=3", "iterations=2"]
     line = refusal(*command(tmp_path, *changed), "--resume")
-    for difference in (
-        "actor.temperature (1.0 then, 2.0 now)",
-        "kl (0.01 then, 0.5 now)",
-        "editor.call.new (unset then, 3 now)",
-    ):
-        assert difference in line
+    assert "actor.temperature (1.0 then, 2.0 now)" in line
+    assert "editor.call.new (unset then, 3 now)" in line
     assert "iterations" not in line and line.count(" then, ") == 3
 
 
@@ -586,9 +577,8 @@ def test_changed_files_are_refused(tmp_path):
     phase1(toys.loop(), settings(phase1, tmp_path / "run", *words), resume=True)
 
 
-@pytest.mark.parametrize(("first", "length"), [(7, 1), (4, 4)])
-def test_a_window_that_may_reach_the_last_step(tmp_path, first, length):
-    words = [f"latest_window_start={first}", f"window={length}"]
+def test_a_window_that_may_reach_the_last_step(tmp_path):
+    words = ["latest_window_start=4", "window=4"]  # of 8 steps
     assert "before the last step" in refusal(*command(tmp_path, *words, phase=phase2))
 
 
@@ -646,10 +636,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
     with running(tmp_path, *command(tmp_path, "iterations=1000")) as process:
         line = refusal(*command(tmp_path, "iterations=1000"), "--resume")
         assert f"{tmp_path}: another process is training" in line and process.poll() is None
-    # In a notebook, a run that failed does not bar the next one.
-    with pytest.raises(ValueError, match="was started with a different config"):
-        phase1(toys.loop(), settings(phase1, tmp_path, "kl=0.5"), resume=True)
-    done = len(whole_lines(tmp_path))
+    done = len(whole_lines(tmp_path))  # the lock ended with the process
     phase1(toys.loop(), settings(phase1, tmp_path, f"iterations={done + 1}"), resume=True)
 
 
