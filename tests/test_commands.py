@@ -67,13 +67,10 @@ def test_without_a_mistake_the_model_libraries_are_reached(run):
     assert process.returncode == 97, process.stderr
 
 
-@pytest.mark.parametrize(
-    ("script", "option"), [("loop.py", "--prompts"), ("eval.py", "--full"), ("report.py", "folder")]
-)
-def test_help_is_cheap(run, script, option):
-    process = run(script, "--help")
+def test_help_is_cheap(run):
+    process = run("loop.py", "--help")
     assert process.returncode == 0 and process.stderr == ""
-    assert option in process.stdout
+    assert "--prompts" in process.stdout
 
 
 @pytest.mark.parametrize("script", [("loop.py", "a above b"), ("eval.py",)])
@@ -82,51 +79,22 @@ def test_mistakes_in_the_config(run, script, tmp_path):
     refused(run(*script, "--config", path), "wrong.yaml")
     path.write_text(GOOD.replace("relations", "relatons"))
     refused(run(*script, "--config", path), "wrong.yaml", "'relatons'", "'relations'")
-    path.write_text(GOOD.replace("checker: {model: model", "checker: {model: /no/such"))
-    refused(run(*script, "--config", path), "wrong.yaml", "'checker.model'", "/no/such")
     refused(run(*script, "--config", "config.yaml", "ronds=1"), "'ronds'", "'rounds'")
 
 
-@pytest.mark.parametrize("prompt", ["", " ; ", "above b", "a above"])
+@pytest.mark.parametrize("prompt", ["", "above b"])
 def test_prompts_that_say_nothing(run, prompt):
     refused(run("loop.py", prompt, "--config", "config.yaml"), "loop.py", "prompt")
 
 
-BROKEN = '[{"img_id": 1, "items": [{"item_id": 0, "label": "sun"}], "relations": [{"item1": 0}]}]'
-FILES = [("prompts.txt", "\n\n"), ("prompts.txt", "above b\n")]
-FILES += [("data.json", text) for text in (BROKEN, "{", "[]")]
-
-
-@pytest.mark.parametrize(("name", "content"), FILES)
 @pytest.mark.parametrize("command", ["loop.py --prompts=", "eval.py evaluation.data="])
-def test_broken_files_of_prompts(run, tmp_path, name, content, command):
+def test_broken_files_of_prompts(run, tmp_path, command):
     script, argument = command.split()
-    command = (script, "--config", "config.yaml", f"{argument}{name}")
-    refused(run(*command), name)  # it does not exist
-    (tmp_path / name).write_text(content)
-    refused(run(*command), f"{name}: no scene graph")
-
-
-def test_an_evaluation_needs_its_section(run):
-    refused(run("eval.py", "--config", "config.yaml"), "config.yaml", "'evaluation'")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "hint"),
-    [
-        (["--phase", "2", "--config", "phase1.yaml"], "is for phase 1"),
-        (["--phase", "1", "iterations=many", "--resume"], "'iterations'"),
-    ],
-)
-def test_mistakes_in_a_command_of_training(monkeypatch, arguments, hint):
-    import train
-
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(train, "build", None)  # is not reached
-    monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
-    with pytest.raises(SystemExit, match=hint) as ended:
-        train.main()
-    assert len(ended.value.code.splitlines()) == 1
+    for name in ("prompts.txt", "data.json"):
+        words = (script, "--config", "config.yaml", f"{argument}{name}")
+        refused(run(*words), name)  # it does not exist
+        (tmp_path / name).write_text("{")
+        refused(run(*words), f"{name}: no scene graph")
 
 
 # ---- anything at all ----

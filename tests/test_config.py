@@ -1,8 +1,6 @@
 """config.py: what loads, and that everything else is one clear line naming file and key."""
 
 import re
-import subprocess
-import sys
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -80,7 +78,7 @@ def test_a_loop_needs_no_training_keys(load):
     assert config.rounds == 0 and config.evaluation is None
 
 
-@pytest.mark.parametrize("text", ["1e-6", "1E-6", "0.000001", "1.0e-6", ".1e-5"])
+@pytest.mark.parametrize("text", ["1e-6", "0.000001", ".1E-5"])
 def test_every_spelling_of_a_float(load, text):
     assert load(GOOD.replace("1e-6", text)).actor.temperature == 1e-6
     assert isinstance(load(GOOD, "kl=2").kl, float)
@@ -105,11 +103,6 @@ def test_an_override_leaves_the_other_sections_of_an_alias_alone(load):
     assert config.diffuser.call == {"height": 32} and config.editor.call == {"height": 16}
 
 
-def test_a_config_can_be_written_and_read_again(load):
-    config = load(GOOD, "evaluation.judge.model=owner/judge", "kl=1e-7", "phase=1")
-    assert load(yaml.safe_dump(asdict(config))) == config
-
-
 @pytest.mark.parametrize("path", [*ROOT.glob("*.yaml"), *ROOT.glob("gpu/[ep][vh]*.yaml")], ids=str)
 def test_every_shipped_file_loads(tmp_path, monkeypatch, path):
     monkeypatch.chdir(tmp_path)  # the models and data that ship are found from anywhere
@@ -126,63 +119,60 @@ def test_every_shipped_file_loads(tmp_path, monkeypatch, path):
 # ---- what does not ----
 
 
+def test_a_typo_is_refused_with_the_right_key(refusal):
+    assert "'rouns' is unknown; did you mean 'rounds'?" in refusal(GOOD, "rouns=1")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "diffuser.attention=sdpa",  # a key of VLMs only
+        # types
+        "checker=3",
+        "rounds=3.0",
+        "kl='1e-6'",
+        "exact=1",
+        "relations=[on, above]",  # YAML reads on as true
+        # ranges
+        "rounds=0",
+        "seed=-1",
+        "kl=.nan",
+        "checker.dtype=fp16",
+        "editor.template=mend it",  # no place for the instruction
+        # paths
+        "actor.adapter=a/b",
+        "data=gone.json",
+        "run=",
+        "run=$NO_SUCH/run",
+        # arguments of a pipeline's call
+        "diffuser.call.num_inference_steps=8.0",
+        "diffuser.call.height=0",
+        "diffuser.call.max_area=",
+    ],
+)
+def test_a_wrong_value_is_refused_with_its_key(refusal, override):
+    assert f"'{override.partition('=')[0]}' is " in refusal(GOOD, override)
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
-        # unknown and missing keys
-        ("rouns=1", "'rouns' is unknown; did you mean 'rounds'?"),
-        ("checker.batchsize=1", "is unknown; did you mean 'checker.batch_size'?"),
-        ("diffuser.attention=sdpa", "'diffuser.attention' is unknown"),  # VLMs only
-        ("evaluation={limit: 1}", "'evaluation.data' is missing; add it"),
-        # types
-        ("checker=3", "'checker' is 3; make it 'key: value' lines"),
-        ("rounds=3.0", "'rounds' is 3.0; make it int"),
-        ("rounds=", "'rounds' is None; make it int"),
-        ("kl='1e-6'", "'kl' is '1e-6'; make it float"),
-        ("kl=1" + "0" * 400, "'kl' is 1000"),
-        ("exact=1", "'exact' is 1; make it bool"),
-        (
-            "relations=[on, above]",
-            "'relations' is [True, 'above']; make it list (of words;",
-        ),
-        # ranges
-        ("rounds=0", "'rounds' is 0; make it int (1 or more)"),
-        ("iterations=0", "'iterations' is 0; make it int (1 or more)"),
-        ("group_size=1", "'group_size' is 1; make it int (2 or more)"),
-        ("phase=3", "'phase' is 3; make it int (1 or 2)"),
-        ("seed=-1", "'seed' is -1; make it int (from 0 to 2**31 - 1)"),
-        ("actor.temperature=0", "'actor.temperature' is 0.0; make it float (above 0)"),
-        ("kl=.nan", "'kl' is nan"),
-        ("checker.dtype=fp16", "'checker.dtype' is 'fp16'; make it str (auto|float32|"),
-        ("editor.template=mend it", "'editor.template' is 'mend it'; make it str (with {}"),
-        # paths
-        ("actor.adapter=a/b", "'actor.adapter' is 'a/b'; make it str (an existing folder)"),
-        ("data=gone.json", "'data' is 'gone.json'; make it str (an existing file; LAION-SG: see"),
-        ("run=", "'run' is ''; make it str (a folder; set all"),
-        ("run=$NO_SUCH/run", "'run' is '$NO_SUCH/run'"),
-        # arguments of a pipeline's call
-        ("diffuser.call.prompt=x", "'diffuser.call' holds 'prompt', which cannot be set"),
-        ("editor.call.sigmas=[1.0, 0.5]", "'editor.call' holds 'sigmas', which cannot be set"),
-        ("diffuser.call.num_inference_steps=8.0", "'diffuser.call.num_inference_steps' is 8.0"),
-        ("diffuser.call.height=0", "'diffuser.call.height' is 0; make it int (1 or more)"),
-        ("diffuser.call.max_area=", "'diffuser.call.max_area' is None"),
-        ("diffuser.call.self=&a {x: *a}", "not valid YAML (Circular reference detected)"),
-        # overrides themselves
-        ("rounds", "override 'rounds': write it as key=value"),
-        ("rounds=[1", "override 'rounds=[1': not valid YAML"),
-        ("evaluation={limit: 1, limit: 2}", "key 'limit' appears twice"),
-        ("a\n\x85b=2", "'a b' is unknown"),
+        ("evaluation={limit: 1}", "'evaluation.data' is missing"),
+        ("diffuser.call.prompt=x", "'diffuser.call' holds 'prompt'"),  # the program sets it
+        ("editor.call.sigmas=[1.0, 0.5]", "'editor.call' holds 'sigmas'"),
+        ("diffuser.call.self=&a {x: *a}", "'diffuser.call.self"),
+        ("rounds", "'rounds': write it as key=value"),
+        ("evaluation={limit: 1, limit: 2}", "'limit' appears twice"),
     ],
 )
-def test_a_wrong_value_is_refused(refusal, override, line):
+def test_an_override_that_cannot_be_meant_is_refused(refusal, override, line):
     assert line in refusal(GOOD, override)
 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "# only a comment", "- diffuser", "just words", "a: b: c", "[" * 5000, "a: [1", "\x00"]
-    + ["a: !!bool maybe", "a: !!timestamp soon", "a: 2001-99-99", "a: !!int ''", "a: !!map soon"]
-    + ["a: " + "1" * 5000, '"a\\nb": 1', "? [1]\n: 2", "!!python/object/apply:os.system [true]"],
+    ["", "- diffuser", "just words", "a: b: c", "[" * 5000, "a: 2001-99-99", "\x00"]
+    + ["!!python/object/apply:os.system [true]"],
 )
 def test_a_text_that_is_no_config(refusal, text):
     assert refusal(text)
@@ -190,7 +180,7 @@ def test_a_text_that_is_no_config(refusal, text):
 
 def test_a_file_that_cannot_be_read(folder):
     (folder / "latin.yaml").write_bytes(b"a: \xe9\xff")
-    for path in (folder / "missing.yaml", folder / "vlm", folder / "latin.yaml", "\0"):
+    for path in (folder / "missing.yaml", folder / "vlm", folder / "latin.yaml"):
         with pytest.raises(ValueError, match=str(path)) as caught:
             load_config(path, LoopConfig)
         assert len(str(caught.value).splitlines()) == 1
@@ -203,19 +193,18 @@ def test_a_file_that_cannot_be_read(folder):
 def test_a_model_is_a_folder_or_a_hub_id(load, refusal, key):
     for model in ("flow", "./flow", "owner/some-model_1.5"):
         assert load(GOOD, f"{key}={model}")
-    for model in ("gone", "./gone", "/gone", "a/b/c", "", "x" * 5000, "flow/vml", "prompts.json"):
+    for model in ("gone", "/gone", "a/b/c", "", "flow/vml", "prompts.json"):
         assert f"'{key}' is" in refusal(GOOD, f"{key}={model}")
 
 
 def test_home_and_variables_are_expanded(load, folder, monkeypatch):
     monkeypatch.setenv("HOME", str(folder))
     monkeypatch.setenv("PLACE", "place")
-    paths = ["checker.model=~/vlm", "actor.adapter=$HOME/adapter", "editor.adapter=~/adapter"]
-    paths += ["data=~/prompts.json", "validation=${HOME}/prompts.json", "run=~/$PLACE/run"]
-    config = load(GOOD, *paths, "evaluation.data=~/prompts.json")
+    paths = ["checker.model=~/vlm", "actor.adapter=$HOME/adapter", "run=~/$PLACE/run"]
+    config = load(GOOD, *paths, "data=${HOME}/prompts.json")
     assert config.checker.model == f"{folder}/vlm" and config.run == f"{folder}/place/run"
-    assert config.actor.adapter == config.editor.adapter == f"{folder}/adapter"
-    assert config.data == config.validation == config.evaluation.data == f"{folder}/prompts.json"
+    assert config.actor.adapter == f"{folder}/adapter"
+    assert config.data == f"{folder}/prompts.json"
 
 
 def test_what_is_not_here_is_looked_for_beside_the_file(load, folder, monkeypatch):
@@ -238,14 +227,11 @@ values = st.recursive(
     scalars, lambda inner: st.lists(inner) | st.dictionaries(texts, inner), max_leaves=8
 )
 keys = st.sampled_from(sorted(yaml.safe_load(GOOD)) + ["rounds", "model", "call", "data", "run"])
-sections = st.dictionaries(
-    keys | texts, values | st.dictionaries(keys, values, max_size=4), max_size=7
-)
 
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.text() | st.text("[]{}:,-#&*!|>'\"% \n\tab1") | (sections | values).map(yaml.safe_dump),
+    st.text() | values.map(yaml.safe_dump),
     st.lists(st.text() | st.builds("{}={}".format, keys, texts | values), max_size=2),
 )
 def test_random_files_raise_nothing_but_one_line(tmp_path_factory, text, overrides):
@@ -271,10 +257,3 @@ def test_random_values_load_or_raise_one_line(tmp_path_factory, key, value, mode
     else:
         path.write_text(yaml.safe_dump(asdict(config)))
         assert load_config(path, TrainConfig) == config
-
-
-def test_no_heavy_import():
-    """A typo is reported at once: reading a config loads no model library."""
-    code = "import config, sys; print({'torch', 'transformers', 'diffusers'} & {*sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stderr

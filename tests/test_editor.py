@@ -5,12 +5,11 @@ Other pipelines are tested in test_pipeline_families.py.
 
 import inspect
 import json
-import os
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, bytes_of, difference, disturb
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -19,7 +18,7 @@ import checker
 from config import LoopConfig, TrainConfig, load_config
 from editor import Editor, normalize_image
 from grpo import clipped_loss, gaussian_kl, sde_step
-from loop import build, sha256_sums
+from loop import build
 
 PROMPTS = ["red circle left of blue square", "green triangle above red circle"]
 MOVE = "move the red circle left of the blue square"
@@ -29,18 +28,6 @@ MOVE = "move the red circle left of the blue square"
 def images(loop):
     loop.editor.call["num_inference_steps"] = 5
     return loop.diffuser.generate(PROMPTS, [0, 1])
-
-
-def difference(first, second):
-    """The largest difference of two images, in 1/255 per channel."""
-    return np.abs(np.asarray(first, int) - np.asarray(second, int)).max()
-
-
-def disturb(parameters, size=0.3):
-    """Make an untrained adapter, which changes nothing, one that does."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in parameters:
-        parameter.data += size * torch.randn(parameter.shape, generator=generator)
 
 
 def record(editor, images, window=range(1, 4)):
@@ -65,10 +52,8 @@ def test_an_edit_depends_on_its_seed_alone(loop, images, monkeypatch):
     batch = loop.editor.edit(images, texts, [1, 3])
     assert alone.size == (32, 32) and alone.mode == "RGB"
     assert difference(alone, batch[1]) <= 1
-    (other,) = loop.editor.edit(images[1:], texts[1:], [4])
-    assert difference(alone, other) > 1
     monkeypatch.setattr(loop.editor, "batch_size", 1)
-    assert max(map(difference, loop.editor.edit(images, texts, [1, 3]), batch)) <= 1
+    assert difference(loop.editor.edit(images, texts, [1, 3]), batch) <= 1
     assert loop.editor.edit([], [], []) == []
 
 
@@ -83,7 +68,7 @@ def test_images_from_outside_are_read_upright_in_rgb_over_white(loop, images):
     )
     gray = np.array([[0, 20000, 40000, 65535]], dtype=np.uint16)  # of 16 bits, not to be clipped
     assert np.asarray(normalize_image(Image.fromarray(gray)))[0, :, 0].tolist() == [0, 78, 156, 255]
-    for mode in ("1", "L", "LA", "P", "PA", "I;16", "HSV", "RGBX"):
+    for mode in ("1", "L", "LA", "P"):
         assert normalize_image(Image.new(mode, (20, 10))).mode == "RGB"
     # The function is repeated where images enter, so that every component works as a copied file.
     assert inspect.getsource(checker.normalize_image) == inspect.getsource(normalize_image)
@@ -119,10 +104,6 @@ def test_an_instruction_that_the_pipeline_cuts_is_told_once(loop, images, capsys
         loop.editor.edit(images, [MOVE, MOVE + " and remove the red circle"], [0, 1])
     (line,) = [x for x in capsys.readouterr().err.splitlines() if "reads only" in x]
     assert "only 8 tokens" in line and "editor.call.max_sequence_length" in line
-    del loop.editor.call["max_sequence_length"]  # then the pipeline's default counts
-    loop.editor.cut_reported = False
-    loop.editor.edit(images[:1], [100 * MOVE], [0])
-    assert "only 512 tokens" in capsys.readouterr().err
 
 
 # ---- which pipelines ----
@@ -133,8 +114,6 @@ def test_an_instruction_that_the_pipeline_cuts_is_told_once(loop, images, capsys
     [
         "FluxPipeline",  # takes no image
         "Flux2KleinKVPipeline",  # its steps share a cache
-        "Kandinsky5I2IPipeline",
-        "QwenImageLayeredPipeline",
         "LongCatImageEditPipeline",  # no LoRA
     ],
 )
@@ -142,8 +121,6 @@ def test_other_pipelines_are_refused_by_name_before_weights_are_read(name, tmp_p
     monkeypatch.chdir(ROOT)
     index = {"_class_name": name, "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))  # and no weights at all
-    with pytest.raises(ValueError, match=f"{name} cannot be trained.*FluxKontextPipeline"):
-        Editor.check(tmp_path)
     config = load_config("eval.yaml", LoopConfig, [f"editor.model={tmp_path}"])
     with pytest.raises(ValueError, match=f"key 'editor.model': .*{name}"):
         build(config)
@@ -176,14 +153,6 @@ def test_it_replays_what_it_sampled(loop, images):
         assert (base - step.log_prob).abs().max() > 1e-4
 
 
-def test_a_rollout_without_window_is_an_edit(loop, images):
-    texts = [MOVE] * 3 + ["remove the red circle"] * 3
-    edited = loop.editor.edit([i for i in images for _ in range(3)], texts, [0] * 3 + [1] * 3)
-    recorded = record(loop.editor, images, range(0))
-    assert not recorded.steps
-    assert max(map(difference, recorded.images, edited)) <= 1
-
-
 def test_a_group_shares_what_is_before_the_window(loop, images):
     first = record(loop.editor, images).steps[0]
     for group in (slice(0, 3), slice(3, 6)):
@@ -196,17 +165,6 @@ def test_a_group_shares_what_is_before_the_window(loop, images):
 def test_the_last_step_is_never_recorded(loop, images):
     assert len(record(loop.editor, images, range(3, 5)).steps) == 1  # of steps 0 to 4
     assert "step" not in vars(loop.editor.pipeline.scheduler)  # diffusers' own again
-
-
-def test_gradients_reach_the_adapter_alone(loop, images):
-    parameters = loop.editor.add_adapter(4)
-    step = record(loop.editor, images).steps[0]
-    with loop.editor.adapter():
-        loop.editor.log_probs(step)[0].sum().backward()
-    assert any(parameter.grad.abs().sum() > 0 for parameter in parameters)
-    trained = {id(parameter) for parameter in parameters}
-    others = loop.editor.pipeline.transformer.parameters()
-    assert all(p.grad is None for p in others if id(p) not in trained)
 
 
 def test_activation_checkpointing_changes_no_gradient(loop, images):
@@ -238,26 +196,6 @@ def test_offloaded_models_are_recorded_and_replayed_alike(loop, images):
         log_prob.sum().backward()
     assert torch.equal(log_prob, expected.log_prob)
     assert all(p.grad is not None for p in parameters)
-
-
-def test_guidance(loop):
-    """As the pipelines write it; that they do is tested with the pipelines themselves."""
-    generator = torch.Generator().manual_seed(0)
-    conditional, unconditional = torch.randn(2, 3, 20, 4, generator=generator)
-    sample = torch.zeros(3, 16, 4)
-    editor = loop.editor
-    editor.call["true_cfg_scale"] = 4.0
-    c, u = conditional[:, :16], unconditional[:, :16]
-    expected = u + 4 * (c - u)
-    two_calls = editor._velocity([conditional, unconditional], sample)
-    one_call = editor._velocity([torch.cat([unconditional, conditional])], sample)
-    assert torch.allclose(two_calls, expected) and torch.allclose(one_call, expected)
-    editor.kind = editor.kind._replace(rescaled=True)
-    rescaled = editor._velocity([conditional, unconditional], sample)
-    assert torch.allclose(rescaled.norm(dim=-1), c.norm(dim=-1))
-    assert torch.allclose(torch.cosine_similarity(rescaled, expected, -1), torch.ones(3, 16))
-    editor.kind = editor.kind._replace(last=True)
-    assert torch.equal(editor._velocity([conditional], sample), conditional[:, -16:])
 
 
 def test_guidance_that_cannot_be_replayed_is_refused(loop, images):
@@ -315,33 +253,12 @@ def fresh():
     return lambda: build(config).editor
 
 
-def bytes_of(images):
-    return [image.tobytes() for image in images]
-
-
-def test_a_saved_adapter_loads_here_and_in_diffusers(loop, images, adapter, fresh):
+def test_the_untrained_editor_edits_as_before(loop, images):
     edits = images, [MOVE, MOVE], [1, 2]
-    loop.editor.call["num_inference_steps"] = 3
-    edited = loop.editor.edit(*edits)
-    ours, theirs = fresh(), fresh()
-    untrained = ours.edit(*edits)
-    assert max(map(difference, untrained, edited)) > 1
-    ours.load_adapter(adapter.parent)
-    theirs.pipeline.load_lora_weights(adapter.parent)
-    for editor in (ours, theirs):
-        assert bytes_of(editor.edit(*edits)) == bytes_of(edited)
-    assert bytes_of(ours.without_adapter().edit(*edits)) == bytes_of(untrained)
-
-
-def test_equal_adapters_are_equal_files(adapter, fresh, tmp_path):
-    editor = fresh()
-    editor.load_adapter(adapter.parent)
-    before = os.umask(0o027)
-    editor.save_adapter(tmp_path / "again")
-    os.umask(before)
-    again = tmp_path / "again" / adapter.name
-    assert again.read_bytes() == adapter.read_bytes()
-    assert again.stat().st_mode & 0o777 == 0o640
+    untrained = loop.editor.edit(*edits)
+    disturb(loop.editor.add_adapter(4))
+    assert difference(loop.editor.edit(*edits), untrained) > 1
+    assert bytes_of(loop.editor.without_adapter().edit(*edits)) == bytes_of(untrained)
 
 
 def rewrite(path, change, keep_metadata=False):
@@ -355,20 +272,12 @@ def without(part):
     return lambda tensors: {name: tensor for name, tensor in tensors.items() if part not in name}
 
 
-def renamed(old, new):
-    return lambda tensors: {name.replace(old, new): tensor for name, tensor in tensors.items()}
-
-
 @pytest.mark.parametrize(
     "change",
     [
         without("single_transformer_blocks.0.attn.to_k.lora_B"),
-        lambda tensors: dict(list(tensors.items())[::2]),
-        renamed("lora_A", "lora_C"),
-        renamed("transformer_blocks.0", "blocks.0"),
-        renamed("transformer.", "base_model.model."),
+        lambda tensors: {k.replace("lora_A", "lora_C"): v for k, v in tensors.items()},
         lambda tensors: tensors | {"text_encoder.q_proj.lora_A.weight": torch.zeros(4, 32)},
-        lambda tensors: {name: tensor[:3] for name, tensor in tensors.items()},
         lambda tensors: {name: tensor * torch.nan for name, tensor in tensors.items()},
     ],
 )
@@ -387,24 +296,6 @@ def test_missing_layers_are_seen_by_the_config_in_the_file(adapter, fresh):
         fresh().load_adapter(adapter.parent)
 
 
-def test_a_folder_without_an_adapter_of_the_editor_is_refused(fresh):
-    with pytest.raises(ValueError, match="no adapter of this Editor"):
-        fresh().load_adapter(ROOT / "tests")
-
-
-def test_another_lora_alpha_is_seen_by_its_checksum(adapter, monkeypatch):
-    """A LoRA may have any alpha, so only the checksums that train.py writes can tell."""
-    monkeypatch.chdir(ROOT)
-    (adapter.parent / "SHA256SUMS").write_text(sha256_sums(adapter.parent))
-    config = load_config("eval.yaml", LoopConfig, [f"editor.adapter={adapter.parent}"])
-    data = adapter.read_bytes()
-    alpha = rb"lora_alpha\": 4"
-    assert alpha in data
-    adapter.write_bytes(data.replace(alpha, alpha[:-1] + b"9"))
-    with pytest.raises(ValueError, match="key 'editor.adapter'.*SHA256SUMS"):
-        build(config)
-
-
 def test_adapters_of_other_programs(loop, images, adapter, fresh):
     """Without metadata, and with a scale of 2 in `.alpha` tensors, as kohya's scripts write it."""
     loop.editor.call["num_inference_steps"] = 3
@@ -420,7 +311,7 @@ def test_adapters_of_other_programs(loop, images, adapter, fresh):
         editor = fresh()
         editor.load_adapter(adapter.parent)
         got = editor.edit(images, [MOVE, MOVE], [1, 2])
-        assert (max(map(difference, got, edited)) <= 1) == same
+        assert (difference(got, edited) <= 1) == same
     layer = next(m for m in editor.pipeline.transformer.modules() if hasattr(m, "scaling"))
     assert layer.scaling == {"editor": 2.0}
 

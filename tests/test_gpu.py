@@ -83,17 +83,6 @@ def test_memory_counts_what_is_alive_at_once():
     assert counter.peak >= 3 * row
 
 
-def test_memory_prints_a_table_per_file(monkeypatch, capsys):
-    tiny = {name: architectures.SIZES["tiny"][name.split()[0]] for name in ("Qwen3ForCausalLM",)}
-    monkeypatch.setattr(architectures, "SIZES", {"real": tiny, "tiny": {}})
-    stages = {"act": (2**30, 2**30, 2**29), "update": (2**30, 2**30, 2**30)}
-    monkeypatch.setattr(memory, "measure", lambda config: stages)
-    monkeypatch.setattr(sys, "argv", ["memory.py", "gpu/phase2.yaml", "group_size=3"])
-    memory.main()
-    printed = capsys.readouterr().out
-    assert "| update | 1.0 | 1.0 | 1.0 | 3.0 |" in printed and "| highest | | | | 3.0 |" in printed
-
-
 @pytest.mark.parametrize("size", ["80gb", "24gb"])
 def test_check_runs_at_tiny_size(size, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["check.py", "--tiny", "--size", size])

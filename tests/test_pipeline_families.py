@@ -12,9 +12,9 @@ import warnings
 from pathlib import Path
 from unittest import mock
 
-import numpy as np
 import pytest
 import torch
+from conftest import bytes_of, difference, disturb
 from PIL import Image
 
 from diffuser import Diffuser
@@ -224,22 +224,6 @@ def noise_images(count):
     return [image.resize((64, 64), Image.Resampling.BICUBIC) for image in small]
 
 
-def disturb(parameters, size=0.3):
-    """Make an untrained adapter, which changes nothing, one that does."""
-    generator = torch.Generator().manual_seed(0)
-    for parameter in parameters:
-        parameter.data += size * torch.randn(parameter.shape, generator=generator)
-
-
-def bytes_of(images):
-    return [image.tobytes() for image in images]
-
-
-def difference(first, second):
-    """The largest difference of two lists of images, in 1/255 per channel."""
-    return np.abs(np.array(first, int) - np.array(second, int)).max()
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Function of a pipeline's name: the folder of a tiny one, saved on first use."""
@@ -386,36 +370,3 @@ def test_pipelines_that_take_one_edit_a_call_say_so(folder):
     editor = load(folder, "Flux2KleinPipeline")
     with pytest.raises(ValueError, match="one image and one instruction per call"):
         editor.rollout(noise_images(2), INSTRUCTIONS, [5, 5], [1, 2], range(1), 0.8)
-
-
-def test_z_image_is_a_diffuser_and_no_editor(tmp_path):
-    from diffusers import ZImagePipeline, ZImageTransformer2DModel
-
-    torch.manual_seed(0)
-    pipeline = ZImagePipeline(
-        scheduler=scheduler(),
-        vae=architectures.build("AutoencoderKL", tiny=True),
-        text_encoder=architectures.build("Qwen3ForCausalLM", tiny=True).model,
-        tokenizer=architectures.tokenizer(),
-        transformer=ZImageTransformer2DModel(
-            in_channels=4,
-            dim=32,
-            n_layers=2,
-            n_refiner_layers=1,
-            n_heads=2,
-            n_kv_heads=2,
-            cap_feat_dim=32,
-            axes_dims=[4, 6, 6],
-            axes_lens=[64, 32, 32],
-        ).eval(),
-    )
-    pipeline.scheduler.register_to_config(use_dynamic_shifting=False)
-    pipeline.save_pretrained(tmp_path)
-    call = {"height": 32, "width": 32, "num_inference_steps": 2, "guidance_scale": 3.0}
-    call |= {"negative_prompt": "blue", "max_sequence_length": 16}
-    diffuser = Diffuser.load(tmp_path, call=call)
-    images = diffuser.generate(["red circle", "blue square"], [1, 2])
-    assert images[0].size == (32, 32) and images[0].tobytes() != images[1].tobytes()
-    assert difference(images[1:], diffuser.generate(["blue square"], [2])) <= 1
-    with pytest.raises(ValueError, match="ZImagePipeline cannot be trained as the Editor"):
-        Editor.check(tmp_path)

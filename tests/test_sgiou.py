@@ -72,12 +72,9 @@ def test_metric_equals_the_reference_on_random_pairs(pred, gold):
     assert sg_iou(pred, gold) == sg_iou(gold, pred)
 
 
-def test_a_graph_is_frozen_and_hashable_and_holds_each_triple_once():
+def test_a_graph_holds_each_triple_once():
     listed = SceneGraph(["a", "b"], [["a", "on", "b"], ["A", "on", "b"], ["a", "under", "b"]])
     assert listed.triples == (("a", "on", "b"), ("a", "under", "b"))
-    assert len({listed, SceneGraph(("a", "b"), listed.triples)}) == 1
-    with pytest.raises(AttributeError):
-        listed.caption = "frozen"
 
 
 # ---- prompts ----
@@ -95,15 +92,12 @@ def test_prompt_names_every_object_once():
     [
         ("red circle left of blue square", "red circle left of blue square"),
         ("A red circle to the left of the blue square.", "red circle left of blue square"),
-        ("red circle is on the left of blue square;", "red circle left of blue square"),
         ("the sun was above the sea", "sun above sea"),
         ("Red_Circle  LEFT_OF\tan owl; sun", "Red_Circle left of owl; sun"),
         ("\ufeffsun on the top of rug;; ;", "sun on top of rug"),
         ("sun on rug; sun on rug; rug on sun", "sun on rug; rug on sun"),
-        ("sun; moon; sun on moon", "sun on moon"),
         ("x on top of y; y is c++ x", "x on top of y; y c++ x"),  # the longest; no pattern
         ("dog; another dog; dog", "dog; another dog"),
-        ("dog on rug; another dog", "dog on rug; another dog"),
     ],
 )
 def test_what_a_prompt_means(text, prompt):
@@ -112,11 +106,10 @@ def test_what_a_prompt_means(text, prompt):
 
 @pytest.mark.parametrize(
     "text",
-    ["", " ; ;", "left of blue square", "sun; the left of"]
-    + ["sun left of sea above moon", "sun left of sea left of moon"]  # two relations
+    ["", "left of blue square"]
+    + ["sun left of sea above moon"]  # two relations
     + ["sun left of sea, moon above sea", "sun, moon", "red circle left of a Red_circle"]
-    + ["red circle next to blue square", "a boy riding a horse"]  # relations that are not listed
-    + ["there is one sun", "sun le\u017ft of sea, moon"],  # a letter that is no s
+    + ["a boy riding a horse", "there is one sun"],  # a relation that is not listed
 )
 def test_what_is_not_understood_is_refused_and_the_right_form_shown(text):
     with pytest.raises(ValueError, match="^prompt clause|^the prompt is empty") as caught:
@@ -188,7 +181,7 @@ def test_laion_sg(tmp_path, capsys):
     )
     assert load_graphs(write(tmp_path, [LAION])) == [expected]
     indented = write(tmp_path, json.dumps([LAION], indent=4), "DATA.JSON")
-    assert load_graphs(str(indented)) == [expected]
+    assert load_graphs(indented) == [expected]
     lines = "\ufeff\n" + json.dumps(LAION) + "\n\n" + json.dumps(LAION) + "\n"
     assert load_graphs(write(tmp_path, lines)) == [expected] * 2
     assert load_graphs(write(tmp_path, [LAION] * 5), limit=2) == [expected] * 2
@@ -207,23 +200,14 @@ def test_ids_may_be_numbers_or_text_and_unused_items_may_be_blank(tmp_path, caps
 
 BAD_ENTRIES = [
     3,
-    "sun above sea",  # prompts belong into a text file
     {},
     changed(relations=None),
-    changed(relations={}),
-    changed(relations=[None]),
     changed(relations=[{"item1": 0, "relation": "on", "item2": 99}]),
     changed(relations=[{"item1": 0, "relation": "on"}]),
-    changed(relations=[{"item1": 0, "relation": " ", "item2": 7}]),
     changed(items=[{"item_id": 0, "label": " "}, {"item_id": 7, "label": "sea"}]),
-    changed(items=[{"item_id": 0, "label": 3}, {"item_id": 7, "label": "sea"}]),
-    changed(items=[{"item_id": 0, "label": "a", "attributes": "b"}, {"item_id": 7, "label": "c"}]),
     changed(items=LAION["items"] * 2),  # two items with the same id
-    {"include": [{"count": 1}]},
     {"include": [{"class": "cat", "count": 10**9}]},
     {"include": [{"class": "cat", "position": ["above", 5]}]},
-    {"include": [{"class": "cat", "position": ["above", -1]}, {"class": "dog"}]},
-    {"include": [{"class": "cat", "position": "above"}]},
 ]
 
 
@@ -268,22 +252,15 @@ def test_t2i_compbench_and_plain_prompts(tmp_path, capsys):
     assert [graph.prompt() for graph in load_graphs(path)] == prompts
     message = capsys.readouterr().err
     assert "skipped 2 entries; the first: line 6: " in message
-    assert load_graphs(path, limit=4) and capsys.readouterr().err == ""
-    with pytest.raises(ValueError, match="line 1: .*no known relation; list your relation words"):
-        load_graphs(write(tmp_path, "a man riding horse", "a.txt"))
     assert load_graphs(path, ["riding"])[-1].prompt() == "man riding horse"
-    assert load_graphs(write(tmp_path, "sun\n", "a.txt"), RELATIONS)[0].objects == ("sun",)
 
 
 @pytest.mark.parametrize(
     ("content", "problem"),
     [
         (b"", "it is empty"),
-        (b"[]", "it is empty"),
-        (b"null", "line 1: "),
         (b'{"data": [\n"sun"\n]}', "line 1: "),  # not a prompt in line 2
         (b'[{"img_id": ', "entry 0 is broken or cut off"),
-        (b"[" * 200_000, "give a complete file"),
         (b'["\xff\xfe"]', "give a complete file in UTF-8"),
     ],
 )
@@ -294,9 +271,6 @@ def test_a_file_without_any_graph_is_refused(tmp_path, content, problem):
         load_graphs(path)
     assert problem in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-    for missing in (tmp_path, tmp_path / "none.json"):
-        with pytest.raises(ValueError, match=missing.name):
-            load_graphs(missing)
 
 
 def test_a_large_list_is_read_piece_by_piece_and_a_cut_one_is_refused(tmp_path):
@@ -311,63 +285,32 @@ def test_a_large_list_is_read_piece_by_piece_and_a_cut_one_is_refused(tmp_path):
 # ---- answers of VLMs ----
 
 
-def as_json(graph, **options):
-    return json.dumps({"objects": graph.objects, "triples": graph.triples}, **options)
+JSON = json.dumps({"objects": GOLD.objects, "triples": GOLD.triples})
 
 
-JSON = as_json(GOLD)
-PAIRS = [dict(zip("sro", triple)) for triple in GOLD.triples]
-
-
-def as_objects(*keys, **options):
-    pairs = [dict(zip(keys, triple)) for triple in GOLD.triples]
-    return json.dumps([{"id": 3, **pair, "score": 0.9} for pair in pairs], **options)
+def as_objects(*keys):
+    return json.dumps([dict(zip(keys, triple)) | {"score": 0.9} for triple in GOLD.triples])
 
 
 ANSWERS = {  # each of them says GOLD
     "json": JSON,
-    "fence": f"```json\n{as_json(GOLD, indent=2)}\n```",
+    "fence": f"```json\n{JSON}\n```",
     "prose": f"Here's the user's graph (it isn't \"hard\") :( {JSON} I hope it's right!",
     "thoughts": f'<think>Is it [["sun", "on", "sea"]]?</think>{JSON}',
     "prefilled thoughts": f'Is it [["sun", "on", "sea"]]? </think> {JSON}',
-    "thoughts at the end": f'{JSON}<think>Or [["sun", "on", "sea"]]?',
-    "python": repr({"objects": list(GOLD.objects), "triples": list(GOLD.triples), "n": None}),
-    "trailing commas": JSON.replace("]", ",]").replace("}", ",}"),
-    "no commas": JSON.replace(",", " "),
+    "python": repr({"objects": list(GOLD.objects), "triples": list(GOLD.triples)}),
     "smart quotes": JSON.replace(' "', " “").replace('["', "[“").replace('"', "”"),
-    "spaces in strings": JSON.replace('"', ' " ').replace(",", " , ").replace(":", " : "),
-    "key case": JSON.replace("objects", " Objects ").replace("triples", "TRIPLES"),
-    "bare keys": JSON.replace('"objects"', "objects").replace('"triples"', "triples"),
-    "lost bracket": JSON.replace('"], "triples"', '", "triples"'),
-    "no last brackets": JSON[:-2],
-    "too deep": "[" * 1000 + JSON,
+    "cut off": JSON[:-2],
     "laion-sg's keys": json.dumps({"scene_graph": GOLD.triples, "object_list": GOLD.objects}),
     "articles": JSON.replace('"red', '"The red').replace('"above', '"is above'),
     "prepositions": JSON.replace('"left of', '"is to the left_of'),
     "scores": JSON.replace('"blue square"], [', '"blue square", 0.9], [').replace("]]", ", 95%]]"),
     "subject, predicate": as_objects("subject", "predicate", "object"),
-    "item1, relation": as_objects("Item1", "relation", "item2"),
     "head, relationship": as_objects("head", "relationship", "tail"),
     "source, target": as_objects("source", "relation", "target"),
     "s, r, o": as_objects("s", "r", "o"),
-    "sorted keys": as_objects("subject", "relation", "object", sort_keys=True),  # object first
-    "relation first": json.dumps([{"p": r, "s": s, "o": o} for s, r, o in GOLD.triples]),
+    "strings": json.dumps({"triples": [" - ".join(triple) for triple in GOLD.triples]}),
 }
-for style, form in {
-    "strings": '"{s} - {r} - {o}"',
-    "tuples": "({s}, {r}, {o})",
-    "angles": "<{s}, {r}, {o}>",
-    "arrows": "{s} -> {r} -> {o}",
-    "long arrows": "{s} --{r}--> {o}",
-    "numbered": "1. {s}, {r}, {o}",
-    "bold": "- **{s}** {r} **{o}**",
-    "bold lines": "2. **{s} - {r} - {o}**",
-    "labeled": "Triple 1: {s} → {r} → {o}.",
-    "quoted": '* "{s}" | "{r}" | "{o}"',
-}.items():
-    lines = [form.format(**pair) for pair in PAIRS]
-    ANSWERS[style] = "Sure, I see, look:\n" + "\n".join(lines)
-ANSWERS["strings"] = json.dumps({"triples": [f"{s} - {r} - {o}" for s, r, o in GOLD.triples]})
 
 
 @pytest.mark.parametrize("style", ANSWERS)
@@ -378,11 +321,18 @@ def test_answers_as_vlms_write_them(style):
 
 
 @pytest.mark.parametrize(
+    "form",
+    ["({}, {}, {})", "<{}, {}, {}>", "{} -> {} -> {}", "1. {}, {}, {}", "- **{}** {} **{}**"],
+)
+def test_lines_as_vlms_write_them(form):
+    text = "Sure, I see, look:\n" + "\n".join(form.format(*triple) for triple in GOLD.triples)
+    assert parse_scene_graph(text, GOLD.objects, ["left of", "above", "on"]).triples == GOLD.triples
+
+
+@pytest.mark.parametrize(
     ("text", "objects"),
     [
         ('{"objects": [], "triples": []}', ()),
-        ("```json\n[]\n```", ()),
-        ('{"scene_graph": [ ]}', ()),
         ('{"objects": ["Sun", "the man\'s_hat", "moon", 3, null]}', ("sun", "man's hat")),
         ("Objects: sun, a man's hat\nNo sea.", ("sun", "man's hat")),
         ('{"objects": [{"name": "sun"}], "relations": ["left of"], "names": ["sea"]}', ("sun",)),
@@ -395,8 +345,8 @@ def test_objects_of_an_answer(text, objects):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "I see no graph [here], none {there}.", "Sure, a dog, a cat.", "<think>[['a', 'on', 'b']]"]
-    + ['[{"bbox_2d": [1, 2, 3, 4], "label": "cat"}]', '[["mat", "on", "hat"]]'],
+    ["", "I see no graph [here], none {there}.", "<think>[['a', 'on', 'b']]"]
+    + ['[["mat", "on", "hat"]]'],
 )
 def test_an_answer_without_a_graph_is_none(text):
     assert parse_scene_graph(text, ["dog", "cat", "a", "b"], ["on"]) is None
@@ -404,19 +354,13 @@ def test_an_answer_without_a_graph_is_none(text):
 
 @pytest.mark.parametrize(
     "text",
-    ['["sun", "on"]', '["sun", "on", null, "sea"]', '["sun", "", "sea"]', '["sun", "on", "se']
+    ['["sun", "on"]', '["sun", "on", null, "sea"]', '["sun", "on", "se']
     + ['{"subject": "sun", "relation": "on"}, {"object": "sea"}', '[["sun", "on"], ["sea", "on"]]']
-    + ['{"objects": ["sun"], "relations": ["on"], "triples": [["sea", "on"]]}']
-    + ["The sun is not on the sea.", "sun, on the left, sea", "sun, one: sea", "sun eats sea"],
+    + ["The sun is not on the sea.", "sun eats sea"],
 )
 def test_an_incomplete_triple_is_no_triple(text):
     graph = parse_scene_graph(text, ["sun", "sea"], ["on"])
     assert not graph or graph.triples == ()
-
-
-def test_names_may_be_keys_too():
-    graph = SceneGraph(["sun", "head", "s"], [("sun", "on", "head"), ("s", "on", "sun")])
-    assert parse_scene_graph(as_json(graph), graph.objects, ["on"]) == graph
 
 
 def test_the_words_come_back_in_the_spelling_given():
@@ -433,20 +377,15 @@ def test_a_graph_brings_its_own_relations_to_the_listed_ones():
 
 
 NAMES = st.lists(PHRASES, min_size=2, max_size=5, unique_by=normalise)
-NOTATIONS = st.sampled_from(
-    ['["{}", "{}", "{}"], ', "({}, {}, {})\n", "{} -> {} -> {}\n", "{} {} {}. "]
-)
 
 
 @settings(max_examples=1000, deadline=None)
-@given(NAMES, st.data(), NOTATIONS)
-def test_what_is_written_is_read(names, data, notation):
+@given(NAMES, st.data())
+def test_what_is_written_is_read(names, data):
     triple = st.tuples(*map(st.sampled_from, (names, RELATIONS, names)))
     graph = SceneGraph(names, data.draw(st.lists(triple, min_size=1, max_size=5)))
-    as_list = parse_scene_graph(as_json(graph, ensure_ascii=False), names, RELATIONS)
-    assert as_list == graph
-    text = "".join(notation.format(*triple) for triple in graph.triples)
-    assert parse_scene_graph(text, names, RELATIONS).triples == graph.triples
+    text = json.dumps({"objects": names, "triples": graph.triples}, ensure_ascii=False)
+    assert parse_scene_graph(text, names, RELATIONS) == graph
 
 
 SHARDS = st.sampled_from(
@@ -474,11 +413,7 @@ def test_any_words_can_be_looked_for(text, words):
         parse_prompt(text, words)
 
 
-HUGE = ["[", '{"a":', "[]", '["', "['a", '["\\"', "\\", '["a\n', '["a", ', " ", "a:", "_:", "the "]
-HUGE += ["<think>", "</think>", "red circle ", "red circle left of ", "red circle, left_of; ", JSON]
-
-
-@pytest.mark.parametrize("shard", HUGE)
+@pytest.mark.parametrize("shard", ["[", '["', "\\", "<think>", "red circle left of ", JSON])
 def test_a_long_answer_takes_seconds_at_most(shard):
     text = shard * (200_000 // len(shard))  # in quadratic time it would take minutes
     start = time.process_time()

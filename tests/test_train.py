@@ -164,16 +164,15 @@ def test_phase2_a_group_shares_all_but_the_noise(tmp_path, watched):
         assert not {"none", None} & set(instructions)
 
 
-@pytest.mark.parametrize("written", [["good", None, "none"], ["none"] * 3])
-def test_phase2_leaves_out_states_without_an_instruction(tmp_path, watched, written):
+def test_phase2_leaves_out_states_without_an_instruction(tmp_path, watched):
     loop = toys.loop()
+    written = ["good", None, "none"]
     loop.actor.propose = lambda images, *_, **__: SimpleNamespace(
         thoughts=[""] * len(images), instructions=written[: len(images)]
     )
     phase2(loop, settings(phase2, tmp_path, "rounds=1"))
-    edited = written.count("good")
-    assert [len(samples.rewards) for samples in watched.rounds[0]] == [4] * edited
-    assert metrics(tmp_path)[1]["unedited"] == pytest.approx(1 - edited / 3)
+    assert [len(samples.rewards) for samples in watched.rounds[0]] == [4]
+    assert metrics(tmp_path)[1]["unedited"] == pytest.approx(2 / 3)
 
 
 def test_phase2_takes_one_group_per_call_where_the_pipeline_takes_one_image(tmp_path):
@@ -210,23 +209,18 @@ def test_a_later_round_continues_from_a_random_sample_if_it_is_better():
 
 
 @PHASES
-def test_the_actor_reads_what_was_tried_and_that_is_not_carried_out_again(tmp_path, phase):
-    loop = toys.loop()
-    propose, told = loop.actor.propose, []
+def test_the_actor_reads_what_was_tried(tmp_path, phase):
+    loop, told = toys.loop(), []
+    propose = loop.actor.propose
 
-    def bad_only(*arguments, tried, **settings):
-        told.append([list(t) for t in tried])
-        proposals = propose(*arguments, tried=tried, **settings)
-        proposals.instructions = ["bad"] * len(proposals.instructions)
-        return proposals
+    def note_tried(*arguments, tried, **settings):
+        if len(tried) > 1:  # not in validation
+            told.extend(map(tuple, tried))
+        return propose(*arguments, tried=tried, **settings)
 
-    loop.actor.propose = bad_only
-    phase(loop, settings(phase, tmp_path, "validation_limit=1", "rounds=2"))
-    told = [tried for tried in told if len(tried) == 3]  # of training, not of validation
-    assert told[0] == [[], [], []]
-    if phase is phase1:
-        assert told[1] == [["bad"]] * 3  # in the toy it always makes the image worse
-        assert sum(len(images) == 3 for images, *_ in loop.editor.edits) == 1
+    loop.actor.propose = note_tried
+    phase(loop, settings(phase, tmp_path, "rounds=3", "groups=8", "validation_limit=1"))
+    assert () in told and ("bad",) in told  # in the toy it always makes the image worse
 
 
 def test_the_states_of_round_1_do_not_satisfy_the_checker(tmp_path):
@@ -377,7 +371,7 @@ def test_the_learning_rate_warms_up():
 @PHASES
 @pytest.mark.parametrize(
     ("samples", "error", "refused"),
-    [(64, 1e-3, True), (64, math.nan, True), (1, 3e-4, False), (1, 5e-2, True)],
+    [(64, 1e-3, True), (64, math.nan, True), (1, 3e-4, False)],
 )
 def test_a_rollout_that_cannot_be_replayed_stops_the_run(tmp_path, phase, samples, error, refused):
     """The mean over the iteration counts: with a bf16 cache, single tokens may differ more."""
@@ -462,19 +456,6 @@ def test_files_have_the_mode_of_the_umask(tmp_path, loop):
     assert len(files) > 10 and {path.stat().st_mode & 0o777 for path in files} == {0o644}
 
 
-@PHASES
-@pytest.mark.parametrize("iterations", [1, 3])
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, phase, iterations):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    phase(toys.loop(), settings(phase, whole, "iterations=4"))
-    phase(toys.loop(), settings(phase, parts, f"iterations={iterations}"))
-    phase(toys.loop(), settings(phase, parts, "iterations=4"), resume=True)
-    assert torch.equal(toys.saved(whole), toys.saved(parts))
-    final = [metrics(folder) for folder in (whole, parts)]
-    final[1][iterations].pop("val_checker")  # its last iteration is always validated
-    assert final[0] == final[1]
-
-
 @contextlib.contextmanager
 def full_disk(after):
     """No file may grow beyond `after` bytes."""
@@ -508,8 +489,8 @@ def flip(content, at):
 
 @pytest.mark.parametrize(
     "damage",
-    [lambda c, n=n: c[:n] for n in (0, 5, 100, 3000, -1)]
-    + [lambda c, n=n: flip(c, n) for n in (0, 20, 300, 3000, -1)],
+    [lambda c, n=n: c[:n] for n in (0, 100, -1)]
+    + [lambda c, n=n: flip(c, n) for n in (0, 300, -1)],
 )
 def test_a_damaged_checkpoint_is_named(tmp_path, damage):
     phase1(toys.loop(), settings(phase1, tmp_path))
@@ -558,12 +539,6 @@ def test_a_folder_that_holds_a_run_is_protected(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
-def test_there_must_be_a_run_to_resume(tmp_path):
-    line = refusal(*command(tmp_path / "new"), "--resume")
-    assert "holds no checkpoint; start without --resume" in line
-    assert not (tmp_path / "new").exists()
-
-
 def test_a_finished_run_says_so_and_cannot_become_shorter(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2"))
@@ -579,12 +554,8 @@ def test_a_changed_config_is_refused_key_by_key(tmp_path):
     phase1(toys.loop(), settings(phase1, tmp_path))
     changed = ["actor.temperature=2", "kl=0.5", "editor.call.new=3", "iterations=2"]
     line = refusal(*command(tmp_path, *changed), "--resume")
-    for difference in (
-        "actor.temperature (1.0 then, 2.0 now)",
-        "kl (0.01 then, 0.5 now)",
-        "editor.call.new (unset then, 3 now)",
-    ):
-        assert difference in line
+    assert "actor.temperature (1.0 then, 2.0 now)" in line
+    assert "editor.call.new (unset then, 3 now)" in line
     assert "iterations" not in line and line.count(" then, ") == 3
 
 
@@ -604,18 +575,8 @@ def test_changed_files_are_refused(tmp_path):
     phase1(toys.loop(), settings(phase1, tmp_path / "run", *words), resume=True)
 
 
-def test_large_files_are_hashed_by_samples(tmp_path):
-    path = tmp_path / "weights.safetensors"
-    found = []
-    for first, size in ((b"a", 100 << 20), (b"b", 100 << 20), (b"a", (100 << 20) + 1)):
-        path.write_bytes(first + bytes(size - 1))
-        found.append(train.sample_hash(path))
-    assert len(set(found)) == 3
-
-
-@pytest.mark.parametrize(("first", "length"), [(7, 1), (0, 8), (4, 4)])
-def test_a_window_that_may_reach_the_last_step(tmp_path, first, length):
-    words = [f"latest_window_start={first}", f"window={length}"]
+def test_a_window_that_may_reach_the_last_step(tmp_path):
+    words = ["latest_window_start=4", "window=4"]  # of 8 steps
     assert "before the last step" in refusal(*command(tmp_path, *words, phase=phase2))
 
 
@@ -673,10 +634,7 @@ def test_two_processes_cannot_train_in_one_folder(tmp_path):
     with running(tmp_path, *command(tmp_path, "iterations=1000")) as process:
         line = refusal(*command(tmp_path, "iterations=1000"), "--resume")
         assert f"{tmp_path}: another process is training" in line and process.poll() is None
-    # In a notebook, a run that failed does not bar the next one.
-    with pytest.raises(ValueError, match="was started with a different config"):
-        phase1(toys.loop(), settings(phase1, tmp_path, "kl=0.5"), resume=True)
-    done = len(whole_lines(tmp_path))
+    done = len(whole_lines(tmp_path))  # the lock ended with the process
     phase1(toys.loop(), settings(phase1, tmp_path, f"iterations={done + 1}"), resume=True)
 
 
@@ -689,7 +647,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, number):
     assert printed.splitlines()[-1] == "stopped; continue with --resume"
 
 
-@pytest.mark.parametrize("seconds", [0.1, 0.2, 1])
+@pytest.mark.parametrize("seconds", [0.2, 1])
 def test_ctrl_c_at_the_start_prints_nothing(tmp_path, seconds):
     """Before main() runs, Python imports torch for seconds."""
     process = subprocess.Popen(

@@ -10,8 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tiny" / "make"), str(ROOT / "tiny")]
@@ -20,13 +18,12 @@ import lessons
 import models
 import questions
 import world
-from world import CELL, GRID, GROUND, NAMES, OPPOSITE, RELATIONS, SIZE, SPRITE, Thing
+from world import GRID, GROUND, NAMES, RELATIONS, SIZE, Thing
 
 from actor import parse_completion
-from sgiou import SceneGraph, load_graphs, parse_prompt, parse_scene_graph, sg_iou
+from sgiou import SceneGraph, load_graphs, sg_iou
 
 SPLITS = {"train": 2000, "val": 240, "test": 1000}
-positions = st.builds(Thing, st.sampled_from(NAMES), st.integers(0, 26), st.integers(0, 26))
 
 
 def drawn(*scenes):
@@ -45,19 +42,8 @@ def test_a_picture_by_hand():
     assert (image[~red] == GROUND).all()
 
 
-def test_later_things_cover_earlier_ones():
-    image = world.render([Thing("red square", 0, 0), Thing("blue square", 0, 0)])
-    assert (image[3, 3] == (45, 85, 230)).all()
-
-
 def test_parse_finds_exactly_what_is_drawn():
-    rng = random.Random(0)
-    scenes = [world.random_scene(rng, rng.randint(2, 6)) for _ in range(1000)]
-    for scene, found in zip(scenes, drawn(*scenes)):
-        assert sorted(found) == sorted(scene)
-
-
-def test_parse_of_crowds_with_twins():
+    """In crowds too, with several things of the same name."""
     rng = random.Random(1)
     scenes = [
         [
@@ -68,14 +54,6 @@ def test_parse_of_crowds_with_twins():
     ]
     for scene, found in zip(scenes, drawn(*scenes)):
         assert sorted(found) == sorted(scene)
-
-
-def test_parse_reads_in_reading_order_and_takes_pil_images():
-    from PIL import Image
-
-    scene = [Thing("red circle", 17, 2), Thing("blue square", 1, 9), Thing("green triangle", 2, 1)]
-    found = world.parse([Image.fromarray(world.render(scene))])[0]
-    assert found == [scene[2], scene[0], scene[1]]
 
 
 def test_parse_stands_noise_but_finds_nothing_in_it():
@@ -95,39 +73,14 @@ def test_a_half_erased_sprite_is_not_found():
             image[10:16, 9:15][half] = GROUND
             images.append(image)
     assert world.parse(images) == [[]] * len(images)
-    assert {world.debris(image) for image in images} == {1.0}  # all that is left of it is debris
-
-
-def test_debris_is_what_belongs_to_no_thing():
-    rng = random.Random(16)
-    for scene in [[], *(world.random_scene(rng, rng.randint(2, 6)) for _ in range(50))]:
-        assert world.debris(world.render(scene)) == 0
-    image = world.render([Thing("red square", 9, 2)])
-    image[20:23, 20:23] = (45, 85, 230)
-    assert world.debris(image) == 9 / (36 + 9)
-    image[2:8, 15] = (220, 40, 45)  # one pixel beside the square: as blurred edges are
-    assert world.debris(image) == 9 / (36 + 6 + 9)
-
-
-@settings(deadline=None)
-@given(positions, positions)
-def test_relation_is_antisymmetric_and_true(first, second):
-    word = world.relation(first, second)
-    back = world.relation(second, first)
-    assert back == (OPPOSITE[word] if word else None)
-    dx, dy = second.x - first.x, second.y - first.y
-    if abs(dx) == abs(dy):
-        assert word is None
-    if word in ("left of", "right of"):
-        assert abs(dx) > abs(dy) and (dx > 0) == (word == "left of")
-    if word in ("above", "below"):
-        assert abs(dy) > abs(dx) and (dy > 0) == (word == "above")
 
 
 def test_relation_has_a_margin():
     here = Thing("red circle", 10, 10)
     assert world.relation(here, Thing("sun", 14, 10)) == "left of"
     assert world.relation(here, Thing("sun", 13, 10)) is None
+    assert world.relation(here, Thing("sun", 6, 10)) == "right of"
+    assert world.relation(here, Thing("sun", 10, 14)) == "above"
     assert world.relation(here, Thing("sun", 10, 6)) == "below"
     assert world.relation(here, Thing("sun", 18, 14)) == "left of"
     assert world.relation(here, Thing("sun", 18, 15)) is None
@@ -140,11 +93,12 @@ def test_exact_graph_by_hand():
     )
     things = [
         Thing("red circle", 1, 1),
-        Thing("blue square", 25, 2),
+        Thing("blue square", 17, 2),
+        Thing("green circle", 25, 10),  # diagonal to the square: no relation
         Thing("yellow circle", 9, 9),
     ]
     objects, triples = world.exact_graph(things, gold)
-    assert objects == ["red circle", "blue square", "yellow circle"]
+    assert objects == ["red circle", "blue square", "green circle", "yellow circle"]
     assert triples == [("red circle", "left of", "blue square")]
 
 
@@ -157,12 +111,6 @@ def test_contradictory_twins_cost():
     assert sg_iou(SceneGraph(objects, triples), gold)["sg_iou"] == 0.5
 
 
-def test_a_diagonal_pair_has_no_triple():
-    gold = SceneGraph(["red circle", "blue square"], [("red circle", "left of", "blue square")])
-    things = [Thing("red circle", 1, 1), Thing("blue square", 9, 9)]
-    assert world.exact_graph(things, gold)[1] == []
-
-
 def test_random_triples_are_true_and_name_every_thing():
     rng = random.Random(2)
     for number in range(300):
@@ -173,15 +121,6 @@ def test_random_triples_are_true_and_name_every_thing():
         assert {name for a, _, b in triples for name in (a, b)} == set(by_name)
         assert len({frozenset((a, b)) for a, _, b in triples}) == len(triples)
         assert all(world.relation(by_name[a], by_name[b]) == word for a, word, b in triples)
-
-
-def test_cells():
-    rng = random.Random(3)
-    for cell in range(GRID**2):
-        for _ in range(8):
-            thing = world.place(rng, "red circle", cell)
-            assert world.cell_of(thing) == cell
-            assert thing.x // CELL == (thing.x + SPRITE - 1) // CELL == cell % GRID
 
 
 # ---- the shipped data ----
@@ -199,21 +138,11 @@ def test_the_data_are_what_the_generator_makes(tmp_path):
         assert (tmp_path / "again" / f"{split}.json").read_bytes() == shipped
 
 
-def test_the_data_load_whole(graphs, capsys):
+def test_the_data_load_whole_and_no_graph_stands_twice(graphs, capsys):
     for split, total in SPLITS.items():
         path = ROOT / "tiny" / "data" / f"{split}.json"
         assert len(load_graphs(path)) == total == len(json.loads(path.read_text()))
     assert capsys.readouterr().err == ""
-    ids = [graph.id for split in SPLITS for graph in graphs[split]]
-    assert len(set(ids)) == len(ids)
-
-
-def test_captions_and_prompts_agree(graphs):
-    for graph in graphs["val"]:
-        assert graph.prompt() == graph.caption
-
-
-def test_no_graph_stands_twice(graphs):
     everything = [frozenset(graph.triples) for split in SPLITS for graph in graphs[split]]
     assert len(set(everything)) == sum(SPLITS.values())
 
@@ -230,15 +159,6 @@ def test_splits_share_no_set_of_objects(graphs):
     assert not sets["train"] & sets["test"]
     assert not sets["train"] & sets["val"]
     assert not sets["val"] & sets["test"]
-    for split in SPLITS:
-        assert {world.split_of(objects) for objects in sets[split]} == {split}
-
-
-def test_split_depends_on_the_set_alone():
-    rng = random.Random(4)
-    for _ in range(50):
-        names = rng.sample(NAMES, 3)
-        assert len({world.split_of(rng.sample(names, 3) + names[:1]) for _ in range(5)}) == 1
 
 
 def test_prompts_and_instructions_fit_the_text_encoder(graphs):
@@ -259,19 +179,7 @@ def test_prompts_and_instructions_fit_the_text_encoder(graphs):
 
 # ---- lessons: what a perfect editor makes of an instruction ----
 
-
-def performed(rng, things, instruction):
-    """Performs, draws and parses: (things before, things after) as the parser sees them."""
-    result = lessons.perform(rng, things, instruction)
-    assert result is not None
-    before, after = drawn(things, result)
-    assert sorted(before) == sorted(things)
-    return before, after
-
-
-def scenes(count, seed):
-    rng = random.Random(seed)
-    return [(rng, world.random_scene(rng, rng.choice((3, 4)))) for _ in range(count)]
+CORNER = [Thing("red circle", 1, 1), Thing("blue square", 26, 26), Thing("green square", 9, 1)]
 
 
 def one(things, name):
@@ -279,127 +187,45 @@ def one(things, name):
     return thing
 
 
-def free_spot(things, anchor, word):
-    """Whether the next cell in the direction of a relation is on the grid and free."""
-    dx, dy = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}[word]
-    column, row = anchor.x // CELL + dx, anchor.y // CELL + dy
-    taken = {(thing.x // CELL, thing.y // CELL) for thing in things}
-    return 0 <= column < GRID and 0 <= row < GRID and (column, row) not in taken
-
-
 def test_move_and_add():
-    done = {"move": 0, "add": 0}
-    for rng, things in scenes(150, 6):
-        first, anchor = things[:2]
-        word = rng.choice(RELATIONS)
-        absent = next(name for name in NAMES if name not in {thing.name for thing in things})
-        for action, text, name in (
-            ("move", f"move the {first.name} {word} the {anchor.name}", first.name),
-            ("add", f"add a {absent} {word} the {anchor.name}", absent),
-        ):
-            if lessons.perform(rng, things, text) is None and not free_spot(things, anchor, word):
-                continue
-            before, after = performed(rng, things, text)
-            done[action] += 1
-            assert world.relation(one(after, name), anchor) == word
-            assert [t for t in after if t.name != name] == [t for t in before if t.name != name]
-    assert min(done.values()) >= 75
+    for name, text in (
+        ("red circle", "move the red circle above the blue square"),
+        ("yellow circle", "add a yellow circle left of the blue square"),
+    ):
+        after = lessons.perform(random.Random(0), CORNER, text)
+        assert world.relation(one(after, name), CORNER[1]) in text
+        assert [t for t in after if t.name != name] == [t for t in CORNER if t.name != name]
 
 
-def test_remove():
-    for rng, things in scenes(50, 7):
-        before, after = performed(rng, things, f"remove the {things[0].name}")
-        assert after == [thing for thing in before if thing != things[0]]
-
-
-def test_remove_takes_one_of_twins():
-    twins = [Thing("red circle", 1, 1), Thing("red circle", 17, 1), Thing("blue square", 9, 9)]
-    left = {
-        tuple(lessons.perform(random.Random(i), twins, "remove the red circle")) for i in range(9)
-    }
-    assert left == {(twins[1], twins[2]), (twins[0], twins[2])}
-
-
-def test_swap():
-    for rng, things in scenes(50, 8):
-        first, second = things[:2]
-        before, after = performed(rng, things, f"swap the {first.name} and the {second.name}")
-        assert one(after, first.name) == second._replace(name=first.name)
-        assert one(after, second.name) == first._replace(name=second.name)
-        assert set(things[2:]) < set(after) and len(after) == len(before)
-
-
-def test_change():
-    for rng, things in scenes(50, 9):
-        absent = next(name for name in NAMES if name not in {thing.name for thing in things})
-        before, after = performed(rng, things, f"change the {things[0].name} to a {absent}")
-        assert one(after, absent) == things[0]._replace(name=absent)
-        assert set(things[1:]) < set(after) and len(after) == len(before)
-
-
-CORNER = [Thing("red circle", 1, 1), Thing("blue square", 26, 26), Thing("green square", 9, 1)]
-TEMPLATES = "move the {} {} the {}|add a {} {} the {}|swap the {} {} the {}|change the {} {} a {}"
+def test_remove_swap_and_change():
+    red, blue, green = CORNER
+    for text, expected in (
+        ("remove the red circle", [blue, green]),
+        (
+            "swap the red circle and the blue square",
+            [red._replace(name="blue square"), blue._replace(name="red circle"), green],
+        ),
+        (
+            "change the red circle to a blue circle",
+            [red._replace(name="blue circle"), blue, green],
+        ),
+    ):
+        assert sorted(lessons.perform(random.Random(0), CORNER, text)) == sorted(expected)
 
 
 @pytest.mark.parametrize(
     "instruction",
     [
-        "",
         "none",
-        "paint the red circle",
-        "move the red circle",
-        "move the red circle left of",
         "move the red circle near the blue square",
-        "move the red circle None the blue square",
-        "move left of the blue square",
-        "move the yellow circle above the blue square",
-        "move the red circle left of the yellow circle",
-        "move the red circle left of the red circle",
+        "move the yellow circle above the blue square",  # it is not there
         "move the blue square left of the red circle",  # it stands in the corner
-        "please move the red circle above the blue square",
-        "move the red circle above the blue square now",
-        "move the red circle above the blue square green square",
-        "add a yellow circle above the red circle",
-        "add a yellow circle left of the yellow square",
-        "add a yellow circle None the blue square",
-        "add a yellow circle above the blue square green square",
-        "add a yellow circle",
-        "remove the yellow circle",
-        "remove the red circle and the blue square",
-        "remove",
-        "swap the red circle and the yellow circle",
-        "swap the red circle and the red circle",
-        "swap the red circle",
-        "change the yellow circle to a yellow square",
         "change the red circle to a purple dog",
-        "change the red circle",
     ],
 )
 def test_what_cannot_be_done_is_none(instruction):
     for seed in range(5):
         assert lessons.perform(random.Random(seed), CORNER, instruction) is None
-
-
-def test_nothing_can_be_done_in_an_empty_scene():
-    for text in ("remove the red circle", "add a red circle above the blue square", "none"):
-        assert lessons.perform(random.Random(0), [], text) is None
-
-
-words = st.sampled_from(
-    "move add remove swap change the a to and None".split() + RELATIONS + NAMES[:2] + NAMES[7:8]
-)
-texts_near = st.lists(words, max_size=9).map(" ".join) | st.builds(
-    str.format, st.sampled_from(TEMPLATES.split("|")), words, words, words
-)
-
-
-@settings(max_examples=300, deadline=None)
-@given(st.text(max_size=60) | texts_near, st.integers(0, 3))
-def test_perform_takes_any_text(text, count):
-    result = lessons.perform(random.Random(0), CORNER[:count], text)
-    assert result is None or all(isinstance(thing, Thing) for thing in result)
-    if result is not None:
-        assert len({(thing.x, thing.y) for thing in result}) == len(result)
 
 
 def test_lessons_stay_in_their_split_and_can_be_done():
@@ -416,78 +242,24 @@ def test_lessons_stay_in_their_split_and_can_be_done():
     assert actions == {"move", "add", "remove", "swap", "change"}
 
 
-def holding(things, triples):
-    """How many of some triples a scene shows, as the parser sees it."""
-    (seen,) = drawn(things)
-    return sum(questions.shows(seen, triple) for triple in triples)
-
-
-def test_composed_images_show_every_triple(graphs):
-    rng = random.Random(11)
-    for graph in graphs["train"][:200]:
-        things = lessons.compose(rng, list(graph.objects), graph.triples)
-        assert [thing.name for thing in things] == list(graph.objects)
-        assert len({world.cell_of(thing) for thing in things}) == len(things)
-        assert holding(things, graph.triples) == len(graph.triples)
-    with pytest.raises(ValueError):
-        contradiction = [("red circle", word, "blue square") for word in RELATIONS]
-        lessons.compose(rng, ["red circle", "blue square"], contradiction)
-
-
-def test_captions_garble_as_told():
-    rng = random.Random(12)
-    bare, total, right = 0, {0.0: 0, 1.0: 0}, {0.0: 0, 1.0: 0}
-    for garble in total:
-        for _ in range(200):
-            things, text = lessons.captioned_image(rng, garble, (0, 3, 4, 4, 3))
-            told = parse_prompt(text, RELATIONS)
-            assert set(told.objects) == {thing.name for thing in things}
-            assert world.split_of(told.objects) == "train"
-            bare += not told.triples
-            total[garble] += len(told.triples)
-            right[garble] += holding(things, told.triples)
-    assert 4 <= bare <= 45  # of 400, one in twenty
-    things, text = lessons.captioned_image(rng, 0.5, (1, 0, 0, 0, 0))
-    assert [thing.name for thing in things] == [text]
-    assert right[0.0] == total[0.0]
-    assert 0.15 < right[1.0] / total[1.0] < 0.35  # a random word is right one time in four
-
-
 # ---- questions: what the VLM is taught ----
 
 
 @pytest.fixture(scope="module")
 def asked():
-    """(things, graph, drill and questions) of faulty images of every split."""
+    """(things, questions) of 300 faulty images."""
     rng = random.Random(15)
     found = []
-    for number in range(450):
-        image, graph = questions.faulty_image(rng, tuple(SPLITS)[number % 3])
+    for _ in range(300):
+        image, graph = questions.faulty_image(rng)
         (things,) = world.parse([image])
-        texts = list(questions.drill(rng, things))
-        for writing in ("extract", "repair"):
-            texts += questions.questions(rng, things, graph, writing)
-        found.append((things, graph, texts))
+        found.append((things, list(questions.questions(rng, things, graph, "repair"))))
     return found
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    words = ["<image>", "<answer>", *questions.vocabulary()]
-    return models.word_tokenizer(words, 512, end=False)
-
-
-def test_every_word_is_known(asked, tokenizer):
-    texts = {text for _, _, triples in asked for pair in triples for text in pair[:2]}
-    unknown = {
-        text for text in texts if tokenizer.unk_token_id in tokenizer(text.lower()).input_ids
-    }
-    assert not unknown, sorted(unknown)[:5]
 
 
 def test_verdicts_are_true_of_the_picture(asked):
     told = {"yes": 0, "no": 0}
-    for things, _, texts in asked:
+    for things, texts in asked:
         names = [thing.name for thing in things]
         for text, answer, _ in texts:
             asked_for = re.fullmatch(r'Does the image show "(.*)"\?', text)
@@ -505,129 +277,19 @@ def test_verdicts_are_true_of_the_picture(asked):
     assert min(told.values()) > 0.25 * sum(told.values())
 
 
-def last(texts, start):
-    return next(answer for text, answer, _ in texts if text.startswith(start))
-
-
-def spoken(tokenizer, answer):
-    """An answer after the tokenizer's round trip: lower case, tokens apart."""
-    return tokenizer.decode(tokenizer(answer).input_ids, skip_special_tokens=True)
-
-
-def test_extraction_reads_back_as_the_exact_graph(asked, tokenizer):
-    some = 0
-    for things, _, texts in asked:
+def test_repairs_are_well_formed_and_not_among_the_tried(asked):
+    kinds, some = set(), 0
+    for _, texts in asked:
         for text, answer, _ in texts:
-            if not (match := re.fullmatch(r"Objects: (.*)\. Pairs: (.*)\. Relations: .*", text)):
+            if not text.startswith("Prompt: "):
                 continue
-            names, pairs = match[1].split(", "), [p.split(" - ") for p in match[2].split(", ")]
-            graph = SceneGraph(names, [(a, "left of", b) for a, b in pairs])
-            objects, triples = world.exact_graph(things, graph)
-            for written in (answer, spoken(tokenizer, answer)):
-                read = parse_scene_graph(written, names, RELATIONS)
-                assert set(read.objects) == set(objects) & set(names), written
-                assert set(read.triples) == set(triples), written
-            some += len(triples)
-    assert some > 300
-
-
-def repairs(texts):
-    """(prompt, tried instructions, completion) of what the Actor is taught in some questions."""
-    for text, answer, _ in texts:
-        if match := re.fullmatch(r"Prompt: (.*?)\. (.*?)\.( Tried without success: (.*)\.)?", text):
-            yield match[1], match[4].split("; ") if match[4] else [], answer
-
-
-def test_repairs_are_well_formed_and_not_among_the_tried(asked, tokenizer):
-    kinds, lengths = set(), []
-    for _, _, texts in asked:
-        for _, tried, answer in repairs(texts):
+            tried = text.partition("Tried without success: ")[2].rstrip(".").split("; ")
             thought, instruction = parse_completion(answer)
             assert thought and instruction and instruction not in tried
-            assert parse_completion(spoken(tokenizer, answer)) == (thought, instruction)
             kinds.add(instruction.split()[0])
-            lengths.append(len(tried))
+            some += tried != [""]
+    assert some > 100
     assert kinds == {"none", "move", "swap", "add", "remove", "change"}
-    assert set(lengths) == set(range(7)) and 0.3 < np.mean([n > 0 for n in lengths]) < 0.6
-
-
-def test_repairs_of_a_violated_relation_are_plausible_not_wise():
-    """Red stands in the right margin: neither kind looks whether there is room."""
-    things = [Thing("red circle", 25, 1), Thing("blue square", 9, 1), Thing("green square", 1, 25)]
-    triples = [("red circle", "left of", "blue square"), ("green square", "below", "red circle")]
-    graph = SceneGraph(["red circle", "blue square", "green square"], triples)
-    ((thought, kinds), _) = questions.faults(random.Random(0), things, graph)
-    assert thought == "red circle left of blue square is wrong; it is right of it"
-    assert kinds == [
-        ["move the red circle left of the blue square"],
-        ["move the blue square right of the red circle"],
-        ["swap the red circle and the blue square"],
-        ["move the red circle above the green square"],
-        ["remove the red circle"],
-        ["add a red circle left of the blue square"],
-    ]
-    texts = {text for kind in kinds for text in kind}
-    told = {questions.repair(random.Random(seed), things, graph)[1] for seed in range(200)}
-    assert texts <= told
-    left = {questions.repair(random.Random(s), things, graph, texts)[1] for s in range(50)}
-    assert left and not left & texts
-
-
-def test_repairs_mend_some_faults():
-    """Carried out to perfection, a part of them mends a fault: what phase 1 starts from."""
-    rng = random.Random(13)
-    outcomes = []
-    for _ in range(300):
-        image, graph = questions.faulty_image(rng)
-        (things,) = world.parse([image])
-
-        def faults(shown, graph=graph):
-            missing = sum(questions.count(shown, name) != 1 for name in graph.objects)
-            return missing + sum(not questions.shows(shown, triple) for triple in graph.triples)
-
-        _, instruction = questions.repair(rng, things, graph)
-        assert (instruction == "none") == (faults(things) == 0)
-        if instruction != "none":
-            result = lessons.perform(rng, things, instruction)
-            outcomes.append(result is not None and faults(result) < faults(things))
-    assert 0.25 < np.mean(outcomes) < 0.6
-
-
-def test_judgments_count_the_triples_that_hold(asked):
-    digits = set()
-    for things, _, texts in asked:
-        for text, answer, _ in texts:
-            if match := re.fullmatch(r"How well does the image fit: (.*)\?", text):
-                triples = parse_prompt(match[1], RELATIONS).triples
-                held = np.mean([questions.shows(things, triple) for triple in triples])
-                assert abs(int(answer) - 9 * held) <= 0.5
-                digits.add(answer)
-    assert {"0", "9"} < digits
-
-
-def test_drills_tell_what_is_there(asked):
-    kinds = set()
-    for things, _, texts in asked:
-        names = [thing.name for thing in things]
-        cells = [world.cell_of(thing) for thing in things]
-        for text, answer, _ in texts:
-            if match := re.fullmatch(r"where is the (.*)\?", text):
-                assert names.count(match[1]) == 1
-                assert int(answer) == cells[names.index(match[1])]
-            elif match := re.fullmatch(r"what is at (\d+)\?", text):
-                assert answer in [n for n, cell in zip(names, cells) if cell == int(match[1])]
-            elif match := re.fullmatch(r"relate the (.*) and the (.*)\.", text):
-                word = world.relation(one(things, match[1]), one(things, match[2]))
-                assert answer == (word or "nothing")
-            elif text == "list what you see.":
-                listed = sorted(f"{name} {cell}" for name, cell in zip(names, cells))
-                assert sorted(answer.split(" ; ")) == (listed or ["nothing"])
-            elif match := re.fullmatch(r"list the prompt: (.*)\.", text):
-                assert answer == match[1]
-            else:
-                continue
-            kinds.add(text.split()[0])
-    assert kinds == {"where", "what", "relate", "list"}
 
 
 def test_faulty_images_are_seeded_and_stay_in_their_split():
