@@ -298,9 +298,8 @@ def edited(saved, folder, change=lambda tensors: tensors, **config):
 )
 def test_an_adapter_that_does_not_fit_is_refused(saved, tmp_path, change, message):
     actor = load()
-    with pytest.raises(ValueError, match=f"no adapter of this Actor .*{message}") as caught:
+    with pytest.raises(ValueError, match=f"no adapter of this Actor .*{message}"):
         actor.load_adapter(edited(saved, tmp_path / "adapter", change))
-    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_another_lora_alpha_is_seen_by_its_checksum(saved, tmp_path, monkeypatch):

@@ -47,9 +47,9 @@ def settings(phase, folder, *overrides):
     return load_config(path, TrainConfig, [*toy_words(phase), f"run={folder}", *overrides])
 
 
-def toy_words(phase, *overrides):
+def toy_words(phase):
     more = ["window=2", "clip_low=0.2", "clip_high=0.3", "editor.call.num_inference_steps=8"]
-    return [*SMALL, *(more if phase is phase2 else []), *overrides]
+    return [*SMALL, *(more if phase is phase2 else [])]
 
 
 def trained(loop, phase):
@@ -396,25 +396,22 @@ def test_a_rollout_that_cannot_be_replayed_stops_the_run(tmp_path, phase, sample
     assert len(metrics(tmp_path)) == (1 if refused else 2)
 
 
-def with_infinite_gradient(part):
-    """The log-probs are right, but the derivative of the square root at 0 is infinite."""
+@PHASES
+def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path, phase, capsys):
+    loop = toys.loop()
+    part = trained(loop, phase)
     log_probs = part.log_probs
 
     def sick(*arguments):
+        """The log-probs are right, but the derivative of the square root at 0 is infinite."""
         found = log_probs(*arguments)
         extra = part.current().sub(part.current().detach()).abs().sqrt().sum()
         return (found[0] + extra, *found[1:]) if isinstance(found, tuple) else found + extra
 
     part.log_probs = sick
-
-
-@PHASES
-def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path, phase, capsys):
-    loop = toys.loop()
-    with_infinite_gradient(trained(loop, phase))
-    phase(loop, settings(phase, tmp_path, "iterations=5", "updates=2", "kl=0", "groups=9"))
-    assert all(row["skipped"] == 2 for row in metrics(tmp_path)[1:])
-    assert torch.equal(trained(loop, phase).weights, torch.zeros(4))
+    phase(loop, settings(phase, tmp_path, "iterations=5", "kl=0", "groups=9"))
+    assert all(row["skipped"] > 0 for row in metrics(tmp_path)[1:])
+    assert torch.equal(part.weights, torch.zeros(4))
     assert "nothing was learned in 5 iterations" in capsys.readouterr().out
 
 
@@ -432,10 +429,7 @@ def test_what_a_run_writes(tmp_path, phase, capsys):
     seconds = [json.loads(line) for line in (tmp_path / "seconds.jsonl").open()]
     assert [row["iteration"] for row in seconds] == [1, 2, 3]
     assert {"generate", "act", "edit", "check", "update"} <= set(seconds[0])
-    samples = [json.loads(path.read_text()) for path in sorted((tmp_path / "samples").iterdir())]
-    assert len(samples) == 3  # of iterations 0, 2 and 3: always from the same images
-    starts = [[sample["steps"][0]["image"] for sample in each] for each in samples]
-    assert starts[0] == starts[1] == starts[2]
+    assert len(list((tmp_path / "samples").iterdir())) == 3  # of iterations 0, 2 and 3
     assert load_config(tmp_path / "config.yaml", TrainConfig) == config
     assert (tmp_path / "report.html").exists() and (tmp_path / "command.txt").exists()
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
@@ -647,18 +641,22 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, number):
     assert printed.splitlines()[-1] == "stopped; continue with --resume"
 
 
-@pytest.mark.parametrize("seconds", [0.2, 1])
-def test_ctrl_c_at_the_start_prints_nothing(tmp_path, seconds):
-    """Before main() runs, Python imports torch for seconds."""
+def test_ctrl_c_during_the_imports_shows_no_traceback(tmp_path):
+    """A torch.py that takes forever stands for the libraries."""
+    shutil.copy(ROOT / "train.py", tmp_path)
+    (tmp_path / "torch.py").write_text("print(flush=True)\nwhile True: pass\n")
+    command = [sys.executable, "train.py", "--phase", "1"]
     process = subprocess.Popen(
-        [sys.executable, "train.py", *command(tmp_path)],
-        cwd=ROOT,
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
-    time.sleep(seconds)
+    process.stdout.readline()
     process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=60)[1] == b"" and process.returncode != 0
+    assert process.communicate(timeout=60) == (b"", b"")
+    assert process.returncode == -signal.SIGINT
 
 
 # ---- the shipped models ----
