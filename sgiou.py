@@ -295,7 +295,11 @@ def parse_scene_graph(text, objects, relations):
     Thoughts, which end at "</think>" or start at a last "<think>", are not part of the answer.
     objects, relations: the words to look for; the graph has them in the spelling given here.
     """
-    text = text.rpartition("</think>")[2].partition("<think>")[0].lower().replace("_", " ")
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    text = re.sub(
+        r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text
+    )  # JSON escapes
+    text = text.lower().replace("_", " ")
     text = re.sub(r"\{[^{}]*\}", lambda match: in_order(match[0]), text)
     names = {without_the(clean_name(name)): name for name in objects}
     words = {without_the(relation): relation for relation in relations}

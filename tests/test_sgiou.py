@@ -419,3 +419,12 @@ def test_a_long_answer_takes_seconds_at_most(shard):
     start = time.process_time()
     parse_scene_graph(text, GOLD.objects, RELATIONS)
     assert time.process_time() - start < 10
+
+
+def test_an_answer_with_json_escapes():
+    answer = json.dumps(
+        {"objects": ["caf\u00e9", "dog"], "triples": [["dog", "near", "caf\u00e9"]]}
+    )
+    assert "\\u00e9" in answer
+    seen = parse_scene_graph(answer, ["caf\u00e9", "dog"], ["near"])
+    assert seen.triples == (tuple(triple),) and len(seen.objects) == 2
