@@ -427,4 +427,4 @@ def test_an_answer_with_json_escapes():
     )
     assert "\\u00e9" in answer
     seen = parse_scene_graph(answer, ["caf\u00e9", "dog"], ["near"])
-    assert seen.triples == (tuple(triple),) and len(seen.objects) == 2
+    assert seen.triples == (("dog", "near", "caf\u00e9"),) and len(seen.objects) == 2
