@@ -114,7 +114,8 @@ class Actor(VLM):
         """Sample n completions for each of B images: `Proposals` of N = B * n.
 
         Args: B PIL images; B prompts; B `Reflection.feedback`; B ints; tried: B lists of strings;
-        temperature: if not the Actor's own, which is that of `log_probs`.
+        temperature: of these completions only, instead of the Actor's own, at which `log_probs`
+        replays them.
         Completion k of an image depends on its seed and on k, not on what else is in the batch.
         """
         tried = tried or [()] * len(images)

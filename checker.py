@@ -60,7 +60,7 @@ def questions(graph):
 def reflect(graph, probs, mass=1.0):
     """The `Reflection` made of P(yes) per object and triple of a graph; numbers or tensors.
 
-    Raises ValueError if there is not one for each.
+    Raises ValueError if there is not one probability for each.
     """
     probs = tuple(float(prob) for prob in probs)
     if not 0 < len(probs) == len(graph.objects) + len(graph.triples):
