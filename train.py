@@ -5,7 +5,7 @@ Both phases repeat the same seven steps in every iteration:
 
     1 states      images of training prompts that the Checker is not satisfied with
     2 sample      a group of G samples per state
-    3 reward      the Checker's score of the edited image; phase 1: of the old image if that is better
+    3 reward      the Checker's score of the edited image; phase 1: of the old image if better
     4 advantages  each sample compared with the other samples of its group
     5 reference   the same actions under the base model (its adapter off), for the KL
     6 replay      log-probs of the recorded actions again, now with gradient
