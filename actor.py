@@ -21,6 +21,7 @@ from random import Random
 
 import safetensors.torch
 import torch
+from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from checker import VLM
@@ -110,6 +111,18 @@ class Actor(VLM):
         self.visual_ids = list(visual - {None})
         self.end_ids = [*ends, *self.visual_ids]
 
+    def probe(self):
+        """Call once after loading: try two blank images, and turn sharing on if it works."""
+        blank = [Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "gray")]
+        text = self.processor.tokenizer("red circle left of", add_special_tokens=False)
+        ids = torch.tensor([text["input_ids"]] * 4, device=self.model.device)  # (4, T)
+        requests = [request("red circle", ""), request("blue square left of red circle", "")]
+        rows = [blank[0], blank[0], blank[1], blank[1]], [requests[0]] * 2 + [requests[1]] * 2
+        # With checkpointing there is nothing to share: transformers then keeps no key-value cache.
+        attempt = self.single_logits if self.checkpointing else self.try_sharing
+        with torch.no_grad():
+            attempt(*rows, ids, torch.ones_like(ids))
+
     def propose(self, images, prompts, feedback, seeds, n=1, tried=None, temperature=None):
         """Sample n completions for each of B images: `Proposals` of N = B * n.
 
@@ -151,22 +164,39 @@ class Actor(VLM):
 
     def log_probs(self, proposals, rows):
         """Replay: log pi of the completions in `rows` (a slice) with gradient, (R, T) fp32."""
-        inputs = self.inputs(SYSTEM, proposals.images[rows], proposals.requests[rows])
         ids, mask = proposals.ids[rows], proposals.mask[rows]  # (R, T)
-        shape = inputs["input_ids"].shape  # (R, prompt tokens)
+        # The model would look for the image of a sampled image token.
         read = ids.masked_fill(torch.isin(ids, ids.new_tensor(self.visual_ids)), self.end_ids[0])
-        completion = {"input_ids": read, "attention_mask": mask}
+        logits = self.shared_logits if self.share else self.single_logits
+        # transformers recomputes activations in training mode only.
+        self.model.train(self.checkpointing)
+        found = logits(proposals.images[rows], proposals.requests[rows], read, mask)  # (R, T, V)
+        self.model.eval()
+        return chunked_token_log_probs(found, ids, self.temperature)
+
+    def single_logits(self, images, requests, ids, mask):
+        """Logits (R, T, V) of completions, one sequence each. Args: ids (R, T); mask (R, T)."""
+        inputs = self.inputs(SYSTEM, images, requests)
+        shape = inputs["input_ids"].shape  # (R, prompt tokens)
+        completion = {"input_ids": ids, "attention_mask": mask}
         for name, value in inputs.items():
             if value.shape == shape:  # an input per token: append that of the completion
                 added = completion.get(name, torch.zeros_like(ids))  # zeros: token types and such
                 inputs[name] = torch.cat([value, added.to(value)], 1)  # (R, prompt tokens + T)
         if not hasattr(self.model.model, "get_rope_index"):  # Qwen-VL makes its own 3-D positions
             inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
-        # transformers recomputes activations in training mode only.
-        self.model.train(self.checkpointing)
-        logits = self.model(**inputs, logits_to_keep=ids.shape[1] + 1, use_cache=False).logits
-        self.model.eval()
-        return chunked_token_log_probs(logits[:, :-1], ids, self.temperature)
+        output = self.model(**inputs, logits_to_keep=ids.shape[1] + 1, use_cache=False)
+        return output.logits[:, :-1]
+
+    def shared_logits(self, images, requests, ids, mask):
+        """The same, with one reading of an image and its request for all completions."""
+        pairs = [(id(image), text) for image, text in zip(images, requests)]  # (R)
+        distinct = list(dict.fromkeys(pairs))  # (B)
+        first = [pairs.index(pair) for pair in distinct]
+        head = self.inputs(SYSTEM, [images[i] for i in first], [requests[i] for i in first])
+        owner = torch.tensor([distinct.index(pair) for pair in pairs], device=ids.device)
+        start, rest = self.read_on(head, owner, ids, mask, keep=ids.shape[1])
+        return torch.cat([start[:, None], rest[:, :-1]], 1)
 
     # ---- the adapter ----
 

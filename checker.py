@@ -104,6 +104,7 @@ class VLM:
         self.processor = processor
         self.processor.tokenizer.padding_side = "left"
         self.batch_size = batch_size
+        self.share = False  # one encoding of an image for all texts about it; see `try_sharing`
 
     @classmethod
     def load(cls, path, device="cpu", dtype="float32", attention="", **settings):
@@ -147,6 +148,59 @@ class VLM:
         batch = self.processor(images=images, text=chats, **settings)
         return batch.to(self.model.device, self.model.dtype)
 
+    def try_sharing(self, *rows):
+        """Share from now on if `shared_logits` finds what `single_logits` does, else say why not.
+
+        Both belong to the subclass and take `rows`. Returns what the second one found.
+        """
+        import torch
+
+        single = self.single_logits(*rows)
+        try:
+            shared = self.shared_logits(*rows)
+            error = (shared.log_softmax(-1) - single.log_softmax(-1)).abs().mean().item()
+            self.share = error <= max(1e-3, 32 * torch.finfo(self.model.dtype).eps)
+            reason = f"else the log-probs would differ by {error:.1e}"
+        except Exception as failure:  # of any kind: it comes from the depths of transformers
+            reason = " ".join(str(failure).split())[:200]
+        if not self.share:
+            kind, name = type(self).__name__, self.processor.tokenizer.name_or_path
+            print(f"{kind} {name}: every text encodes its image anew; {reason}", file=sys.stderr)
+        return single
+
+    def read_on(self, head, owner, ids, mask, keep):
+        """Read tails that continue one of B heads each, reading every head only once.
+
+        A head is read into a key-value cache (with gradient, unless that is off). A tail continues
+        from a copy of it, at the positions that it would have in a sequence of its own.
+
+        Args: head: the model's inputs for the B heads, padded on the left; owner (R): index of the
+        head of each tail; ids (R, T): the tails; mask (R, T): False for padding, on either side.
+        Returns the logits (R, V) after each tail's head, and (R, keep, V) of the last `keep` tokens
+        of the tails.
+        """
+        import torch
+
+        head_mask = head["attention_mask"]  # (B, head tokens)
+        has_rope_index = hasattr(self.model.model, "get_rope_index")  # Qwen-VL: 3-D positions
+        if not has_rope_index:
+            head["position_ids"] = (head_mask.cumsum(1) - 1).clamp(min=0)
+        read = self.model(**head, logits_to_keep=1, use_cache=True)
+        cache = read.past_key_values
+        cache.batch_select_indices(owner)
+        mask = torch.cat([head_mask[owner], mask.to(head_mask)], 1)  # (R, head tokens + T)
+        positions = mask.cumsum(1)[:, -ids.shape[1] :] - 1
+        if has_rope_index:
+            positions = (positions + self.model.model.rope_deltas[owner]).expand(3, *ids.shape)
+        tails = self.model(
+            input_ids=ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            logits_to_keep=keep,
+        )
+        return read.logits[owner, -1], tails.logits
+
 
 class Checker(VLM):
     """Says what an image shows: one question per object and triple of the graph."""
@@ -154,7 +208,6 @@ class Checker(VLM):
     def __init__(self, model, processor, batch_size=64):
         super().__init__(model, processor, batch_size)
         self.yes_no = self.token_ids("yes", "no")
-        self.share = False  # one encoding of an image among its questions; see `probe`
 
     def probe(self):
         """Call once after loading: try two blank images, and turn sharing on if it works.
@@ -170,22 +223,14 @@ class Checker(VLM):
         asked = [object_question("red circle"), triple_question(("cup", "left of", "red book"))]
         rows = SYSTEM, [blank[0], blank[0], blank[1], blank[1]], asked * 2
         with torch.no_grad():
-            single = self.single_logits(*rows).log_softmax(-1)  # (4, V)
+            single = self.try_sharing(*rows).log_softmax(-1)  # (4, V)
             mass = single[:, sum(self.yes_no, [])].exp().sum(1).mean().item()
-            in_thought = "<think>" in self.chat(SYSTEM, "").rpartition("</think>")[2]
-            if in_thought or not mass >= LEAST_MASS:  # `not >=` also catches NaN
-                raise ValueError(
-                    f"{name} gives yes and no together a probability of {mass:.1e} on a blank "
-                    "image: its chat template ends inside <think>, or belongs to another model"
-                )
-            try:
-                error = (self.shared_logits(*rows).log_softmax(-1) - single).abs().mean().item()
-                self.share = error <= max(1e-3, 32 * torch.finfo(self.model.dtype).eps)
-                reason = f"else the log-probs would differ by {error:.1e}"
-            except Exception as failure:  # of any kind: it comes from the depths of transformers
-                reason = " ".join(str(failure).split())[:200]
-        if not self.share:
-            print(f"{name}: every question encodes its image anew; {reason}", file=sys.stderr)
+        in_thought = "<think>" in self.chat(SYSTEM, "").rpartition("</think>")[2]
+        if in_thought or not mass >= LEAST_MASS:  # `not >=` also catches NaN
+            raise ValueError(
+                f"{name} gives yes and no together a probability of {mass:.1e} on a blank image: "
+                "its chat template ends inside <think>, or belongs to another model"
+            )
 
     def check(self, images, graphs):
         """One `Reflection` per image. Args: B PIL images and one `SceneGraph` each.
@@ -229,8 +274,7 @@ class Checker(VLM):
     def shared_logits(self, system, images, texts):
         """The same, with one encoding of an image for all its questions.
 
-        The model reads each image, up to its last image token, into a key-value cache. Every
-        question continues from a copy of it, at the positions that it would have alone.
+        The head of a question is its prompt up to the last image token, the tail is the rest.
         """
         import torch
         from PIL import Image
@@ -247,30 +291,13 @@ class Checker(VLM):
         shape = head["input_ids"].shape  # (B, tokens), of which the last few come after the image
         length = shape[1] - after_image(head["input_ids"])[0].sum()
         head = {k: v[:, :length] if v.shape == shape else v for k, v in head.items()}
-        head_mask = head["attention_mask"]  # (B, length), padded on the left
-        has_rope_index = hasattr(self.model.model, "get_rope_index")  # Qwen-VL: 3-D positions
-        if not has_rope_index:
-            head["position_ids"] = (head_mask.cumsum(1) - 1).clamp(min=0)
-        cache = self.model(**head, logits_to_keep=1, use_cache=True).past_key_values
-        cache.batch_select_indices(torch.tensor(owner, device=head_mask.device))
-
-        # The text after the image does not depend on the image, so a small blank one serves here.
+        # The tail does not depend on the image, so a small blank one serves here.
         ids = self.inputs(system, [Image.new("RGB", (64, 64))] * len(texts), texts)["input_ids"]
         own = after_image(ids)  # (Q, tokens), padded on the left
         length = own.sum(1).max()
-        ids, own = ids[:, -length:], own[:, -length:]
-        mask = torch.cat([head_mask[owner], own.to(head_mask)], 1)  # (Q, head + tail)
-        positions = mask.cumsum(1)[:, -length:] - 1
-        if has_rope_index:
-            positions = (positions + self.model.model.rope_deltas[owner]).expand(3, *ids.shape)
-        output = self.model(
-            input_ids=ids,
-            attention_mask=mask,
-            position_ids=positions,
-            past_key_values=cache,
-            logits_to_keep=1,
-        )
-        return output.logits[:, -1].float()
+        owner = torch.tensor(owner, device=ids.device)
+        _, logits = self.read_on(head, owner, ids[:, -length:], own[:, -length:], keep=1)
+        return logits[:, 0].float()
 
     def token_ids(self, *words):
         """For each word the ids of the vocabulary entries that decode to a spelling of it.

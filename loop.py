@@ -181,9 +181,8 @@ def build(config):
     import diffusers
     import torch
     import transformers
-    from PIL import Image
 
-    from actor import SYSTEM, Actor
+    from actor import Actor
     from checker import VLM, Checker
     from diffuser import Diffuser, check_call
     from editor import Editor
@@ -218,7 +217,7 @@ def build(config):
     with naming(config, "actor.model"):
         sampling = own.batch_size, own.max_new_tokens, own.temperature, own.checkpointing
         actor = Actor(vlm.model, vlm.processor, *sampling)
-        actor.inputs(SYSTEM, [Image.new("RGB", (64, 64))], ["hello"])  # its chat template works
+        actor.probe()
 
     own = config.diffuser
     pipeline = load("diffuser", Diffuser).pipeline

@@ -226,7 +226,7 @@ def test_one_encoding_of_an_image_answers_all_questions_as_one_each(vlm, monkeyp
     checker.probe()
     if hasattr(vlm[0].config.text_config, "linear_key_head_dim"):  # its state cannot be copied
         assert not checker.share
-        assert "every question encodes its image anew" in capsys.readouterr().err
+        assert "every text encodes its image anew" in capsys.readouterr().err
         return
     assert checker.share
     monkeypatch.setattr(checker, "single_logits", None)  # so that it cannot be what answers
@@ -273,6 +273,7 @@ FEEDBACK = ["missing: red circle", "", "wrong: blue circle"]
 def actor(vlm):
     """An Actor with an adapter that does something, on the family's model."""
     actor = Actor(*vlm[:2], max_new_tokens=6)
+    actor.probe()
     disturb(actor.add_adapter(4), 0.3)
     yield actor
     vlm[0].delete_adapter("actor")
@@ -298,6 +299,32 @@ def test_replay_gives_the_recorded_log_probs(actor):
             assert (actor.log_probs(proposals, rows) - recorded)[mask].abs().max() > 1e-3
 
 
+def test_one_reading_of_a_request_gives_the_gradient_of_one_each(actor, capsys):
+    if hasattr(actor.model.config.text_config, "linear_key_head_dim"):
+        assert not actor.share  # its state cannot be copied
+        return
+    assert actor.share and not capsys.readouterr().err
+    proposals = actor.propose(images(), PROMPTS, FEEDBACK, seeds=[5, 6, 7], n=3)
+    parameters = actor.add_adapter(4)
+    weight = torch.randn(proposals.mask.shape)
+    found = []
+    for actor.share in (False, True):
+        passes = []
+        hook = actor.model.register_forward_pre_hook(
+            lambda *_, passes=passes, **__: passes.append(1), with_kwargs=True
+        )
+        with actor.adapter():
+            log_probs = actor.log_probs(proposals, slice(1, 9))
+            (log_probs * (weight * proposals.mask)[1:9]).sum().backward()
+        hook.remove()
+        assert len(passes) == 1 + actor.share
+        found.append(torch.cat([p.grad.flatten() for p in parameters]))
+        for p in parameters:
+            p.grad = None
+    assert found[0].norm() > 0.1
+    assert (found[0] - found[1]).norm() < 1e-4 * found[0].norm()
+
+
 def test_a_sampled_image_token_is_not_shown_an_image(actor):
     proposals = actor.propose(images()[:1], PROMPTS[:1], FEEDBACK[:1], seeds=[5])
     proposals.ids[0, 1] = actor.visual_ids[0]
@@ -321,6 +348,7 @@ def test_a_saved_adapter_loads_in_peft_and_here(actor, vlm, tmp_path):
     from peft import PeftModel
     from transformers import AutoModelForImageTextToText
 
+    actor.share = False  # as in an Actor that was not probed
     proposals = actor.propose(images()[:2], PROMPTS[:2], FEEDBACK[:2], seeds=[5, 6])
     with actor.adapter(), torch.no_grad():
         expected = actor.log_probs(proposals, slice(None))
