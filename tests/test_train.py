@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -639,6 +640,27 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, number):
         printed, errors = process.communicate(timeout=60)
     assert process.returncode not in (0, None) and errors == ""
     assert printed.splitlines()[-1] == "stopped; continue with --resume"
+
+
+def test_a_pipe_that_breaks_does_not_stop_a_run(tmp_path):
+    with running(tmp_path, *command(tmp_path, "iterations=12")) as process:
+        process.stdout.close()  # "| head" has seen enough
+        errors = process.stderr.read()
+        assert process.wait(60) == 0 and errors == ""
+    assert len(whole_lines(tmp_path)) == 1 + 12
+
+
+@PHASES
+def test_a_start_that_failed_does_not_block_the_corrected_one(tmp_path, phase, monkeypatch):
+    """Before the first iteration is done there is no checkpoint, so nothing to protect."""
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no memory"):
+        patch.setattr(train, "check_on_policy", Mock(side_effect=ValueError("no memory")))
+        phase(toys.loop(), settings(phase, tmp_path))
+    folder = tmp_path / "never failed"
+    for run in (tmp_path, folder):
+        phase(toys.loop(), settings(phase, run))
+    assert metrics(tmp_path) == metrics(folder)
+    assert torch.equal(toys.saved(tmp_path), toys.saved(folder))
 
 
 def test_ctrl_c_during_the_imports_shows_no_traceback(tmp_path):
