@@ -1,11 +1,10 @@
 """Where the time goes, measured side by side in one run: `python tiny/make/bench.py`.
 
 Both phases of the embedded default for a few iterations: iterations per minute, and the share of
-the time that is spent inside the models' forward and backward passes. Then the Checker with one
-encoding of an image for all its questions against one for each, and the share of the vision tower
-in the Actor's update, which encodes the image of a group once per completion. Then the log-probs of
-grpo.py, both ways, at the vocabulary of a real model. Machines differ, so nothing here is a
-requirement; ratios within one run differ less.
+the time that is spent inside the models' forward and backward passes. Then what it saves to read an
+image once: for all questions of the Checker, and for all completions of a group in the Actor's
+update. Then the log-probs of grpo.py, both ways, at the vocabulary of a real model. Machines
+differ, so nothing here is a requirement; ratios within one run differ less.
 """
 
 import argparse
@@ -110,41 +109,37 @@ def cpu_seconds(run):
 
 
 def bench_vlm(loop, groups=8, group_size=8):
-    """Prints the ratio of both ways to check images, and what encoding costs in the update."""
+    """Prints what one reading of an image for all texts about it saves."""
     checker, actor = loop.checker, loop.actor
     graphs = load_graphs(ROOT / "tiny" / "data" / "val.json", (), 64)
     images = loop.diffuser.generate([graph.prompt() for graph in graphs], range(len(graphs)))
-    seconds = {}
-    for share in (False, True):
-        checker.share = share
-        seconds[share] = cpu_seconds(lambda: checker.check(images, graphs))
-    print(
-        f"Checker, {len(images)} images, {sum(len(questions(g)) for g in graphs)} questions: "
-        f"one by one {seconds[False]:.2f} s, shared {seconds[True]:.2f} s, "
-        f"ratio {seconds[False] / seconds[True]:.2f}"
+    compare(
+        checker,
+        f"Checker, {len(images)} images, {sum(len(questions(g)) for g in graphs)} questions",
+        lambda: checker.check(images, graphs),
     )
 
     actor.add_adapter(16)
     prompts = [graph.prompt() for graph in graphs[:groups]]
     feedback = [f"wrong: {prompt}" for prompt in prompts]
     proposals = actor.propose(images[:groups], prompts, feedback, range(groups), group_size)
-    rows, encode = slice(0, groups * group_size), actor.model.model.get_image_features
-    encoding = []
 
-    def timed(*arguments, **settings):
-        began = time.process_time()
-        features = encode(*arguments, **settings)
-        encoding.append(time.process_time() - began)
-        return features
-
-    def replay():
+    def update():
         with actor.adapter():
-            actor.log_probs(proposals, rows).sum().backward()
+            actor.log_probs(proposals, slice(None)).sum().backward()
 
-    actor.model.model.get_image_features = timed
-    total = cpu_seconds(replay)
-    share = min(encoding) / total
-    print(f"update of {groups} x {group_size} completions: {share:.1%} of it in the vision tower")
+    compare(actor, f"Actor, update of {groups} groups of {group_size} completions", update)
+
+
+def compare(part, what, run):
+    """Prints the time of `run` if the part reads an image anew for every text, and if it shares."""
+    seconds = []
+    for part.share in (False, True):
+        seconds.append(cpu_seconds(run))
+    print(
+        f"{what}: one by one {seconds[0]:.2f} s, shared {seconds[1]:.2f} s, "
+        f"ratio {seconds[0] / seconds[1]:.2f}"
+    )
 
 
 def peak_bytes(function):
