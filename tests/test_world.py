@@ -23,7 +23,7 @@ from world import GRID, GROUND, NAMES, RELATIONS, SIZE, Thing
 from actor import parse_completion
 from sgiou import SceneGraph, load_graphs, sg_iou
 
-SPLITS = {"train": 2000, "val": 240, "test": 1000}
+SPLITS = {"train": 2000, "val": 720, "test": 1000}
 
 
 def drawn(*scenes):

@@ -280,14 +280,14 @@ def laion_entry(index, triples):
 
 
 def write_data(folder):
-    """Writes train (2,000 graphs), val (240) and test (1,000); no graph appears twice.
+    """Writes train (2,000 graphs), val (720) and test (1,000); no graph appears twice.
 
     The numbers of relations take turns (3, 4, 5, 6, 3, ...), so the first N graphs of a file, which
     `limit` takes, are of the same mix.
     """
     folder.mkdir(exist_ok=True)
     seen = set()
-    for split, total, seed in (("train", 2000, 1), ("val", 240, 2), ("test", 1000, 3)):
+    for split, total, seed in (("train", 2000, 1), ("val", 720, 2), ("test", 1000, 4)):
         rng = random.Random(seed)
         entries = []
         while len(entries) < total:
