@@ -127,7 +127,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     flat_range: NonNegative = 0.02  # groups whose rewards span no more than this are left out
     updates: Count = 2  # optimizer steps on the samples of an iteration; at 1 the clip never acts
     micro_batch: Count = 64  # samples of a backward pass; phase 2 takes whole groups
-    malformed: NonNegative = 0.2  # what a malformed completion costs, in reward (phase 1)
+    malformed_penalty: NonNegative = 0.2  # what a malformed completion costs, in reward (phase 1)
     noise_level: Positive = 0.8  # a of the SDE (phase 2)
     window: Count = 3  # SDE steps of an edit (phase 2)
     latest_window_start: Natural = 2  # the window's first step is drawn from 0 to this (phase 2)

@@ -12,13 +12,15 @@ is one denoising step.
     SDE step   s = a sqrt(sigma / (1 - sigma))                    Flow-GRPO, arXiv 2505.05470
                mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt
                x' = mean + std z,  std = s sqrt(-dt),  z ~ N(0, I)
+               at sigma = 1, where s is infinite: s = a sqrt(sigma / (1 - sigma_next))
     its KL     |mean - mean_ref|^2 / (2 std^2)
 
 Symbols: r reward, A advantage, rho ratio, v velocity, x sample, x' next_sample, a noise_level.
 As in DAPO, and unlike GRPO, there are two clip bounds, the loss is divided once, by the number of
-actions in the optimizer step, and groups with equal rewards are left out. As in Flow-GRPO's code,
-the log-prob and the KL of a denoising step are means over the latent dimensions, not sums. Unlike
-that code, `gaussian_kl` keeps the -dt of std^2, as in the formula: our KL weight = theirs * |dt|.
+actions in the optimizer step, and groups with (nearly) equal rewards are left out. As in
+Flow-GRPO's code, the log-prob and the KL of a denoising step are means over the latent dimensions,
+not sums. Unlike that code, `gaussian_kl` keeps the -dt of std^2, as in the formula: our KL
+weight = theirs * |dt|.
 
 Needs torch only: copy this file anywhere.
 """
@@ -144,8 +146,9 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
             not depend on what else is in the batch.
 
     Returns (next_sample, log_prob (B,), mean, std). log_prob is the MEAN over the D latent
-    dimensions of log N(next_sample; mean, std^2), so rho is the D-th root of the true ratio. As a
-    mean of D noisy terms its log shrinks like 1 / sqrt(D), so the clip range has to as well. An ODE
+    dimensions of log N(next_sample; mean, std^2), so rho is the D-th root of the true ratio. The
+    spread of the true log ratio grows like sqrt(D), so that of log rho shrinks like 1 / sqrt(D),
+    and the clip range has to as well. An ODE
     step has log_prob None and std 0; the step to sigma_next = 0 is one, or its noise would stay.
     Raises ValueError for sigmas out of order.
     """

@@ -148,7 +148,8 @@ class Loop:
         """A (thought, instruction) for the best image of each trajectory.
 
         No instruction is carried out twice on the same image. An Actor that writes one again gets
-        up to `ATTEMPTS` attempts in all; the last one stays, whatever it is. Training makes an
+        up to `ATTEMPTS` attempts in all; the last one stays, whatever it is. Only a repeat is asked
+        again: a malformed completion and "none" just use up the round. Training makes an
         Actor sure of itself, so it would write the same again: every attempt is hotter than the
         one before.
         """

@@ -9,7 +9,8 @@ Both phases repeat the same seven steps in every iteration:
     4 advantages  each sample compared with the other samples of its group
     5 reference   the same actions under the base model (its adapter off), for the KL
     6 replay      log-probs of the recorded actions again, now with gradient
-    7 update      clipped loss + KL, then an optimizer step; steps 6 and 7 run `updates` times
+    7 update      clipped loss + KL, then an optimizer step; steps 6 and 7 run `updates` times,
+                  each time on all samples of the iteration
 
                    phase 1: the Actor                 phase 2: the Editor
     a sample       a completion, and the edit         an edited image
@@ -89,7 +90,7 @@ def phase1(loop, config, resume=False):
 
     for iteration in range(run.first, config.iterations):
         # 1. States: new images that do not satisfy the Checker.
-        states, satisfied = unsatisfied_images(loop, run.graphs, config, iteration)
+        states, solved_at_once = unsatisfied_images(loop, run.graphs, config, iteration)
         run.lap("generate")
         batches = []  # (proposals, rows, advantages (R, 1), mask (R, T))
         figures = defaultdict(list)  # one value per sample, to be averaged
@@ -102,13 +103,13 @@ def phase1(loop, config, resume=False):
             # 2. Sample G completions per state.
             proposals = sample_completions(actor, states, seed, G)
             before = [state for state in states for _ in range(G)]  # (N)
-            groups = [group for group in range(len(states)) for _ in range(G)]  # (N)
+            group_of = [group for group in range(len(states)) for _ in range(G)]  # (N)
             run.lap("act")
 
             # Carry out the instructions. All edits of a group have one seed, so that their rewards
             # differ only by the instruction, and equal instructions are carried out only once.
             instructions = proposals.instructions  # (N); None: malformed, "none": no edit wanted
-            pairs = list(zip(groups, instructions))  # (N)
+            pairs = list(zip(group_of, instructions))  # (N)
             edits = [(g, text) for g, text in dict.fromkeys(pairs) if is_new_edit(states[g], text)]
             images = loop.editor.edit(
                 [states[g].image for g, _ in edits],
@@ -120,15 +121,17 @@ def phase1(loop, config, resume=False):
             reflections = loop.checker.check(images, graphs)
             run.lap("check")
             edited = dict(zip(edits, map(State, graphs, images, reflections)))
-            after = [edited.get(pair, old) for pair, old in zip(pairs, before)]  # (N)
+            # (N); where no edit was carried out, the state as it was
+            after = [edited.get(pair, old) for pair, old in zip(pairs, before)]
 
             # 3. Reward: the Checker's score of the better of the two images, the one that the loop
             # keeps. If an edit that makes things worse cost something, the Actor would learn to
-            # write "none". A malformed completion has a penalty.
+            # write "none". So "none" and a repeat earn the old score; a malformed completion earns
+            # less.
             rewards = []  # (N)
             for old, new, text in zip(before, after, instructions):
                 score = max(old.reflection.score, new.reflection.score)
-                rewards.append(score - config.malformed * (text is None))
+                rewards.append(score - (config.malformed_penalty if text is None else 0))
 
             # 4. Advantages within each group.
             advantages, kept = advantages_of(rewards, config, proposals.mask.device)  # (N, 1) each
@@ -147,11 +150,12 @@ def phase1(loop, config, resume=False):
             figures["truncated"] += proposals.truncated
             figures["length"] += proposals.mask.sum(1).tolist()  # tokens
             states = next_states(before, after, instructions, G, rng)
-        metrics = averages(figures, satisfied, config)
+        metrics = averages(figures, solved_at_once, config)
         count = sum(mask.sum().item() for *_, mask in batches)  # trained tokens of the iteration
 
-        # 5. Reference: the base model, even if this run started from a trained adapter. Outside
-        # `adapter()` the Actor is just that.
+        # 5. Reference: the base model, even if this run started from a trained adapter. `propose`
+        # turns the adapter on itself, `log_probs` does not: outside `adapter()` it scores with the
+        # base model.
         references = [None] * len(batches)  # (R, T) each, the same for all updates
         if config.kl > 0:
             with torch.no_grad():
@@ -197,7 +201,7 @@ def phase2(loop, config, resume=False):
 
     for iteration in range(run.first, config.iterations):
         # 1. States: new images that do not satisfy the Checker.
-        states, satisfied = unsatisfied_images(loop, run.graphs, config, iteration)
+        states, solved_at_once = unsatisfied_images(loop, run.graphs, config, iteration)
         run.lap("generate")
         batches = []  # (recorded step, advantages (R, 1), mask (R, 1))
         figures = defaultdict(list)  # one value per sample, to be averaged
@@ -223,8 +227,8 @@ def phase2(loop, config, resume=False):
             before = [state for state, _ in edits for _ in range(G)]  # (N)
             instructions = [text for _, text in edits for _ in range(G)]  # (N)
             seeds = [seed + EDIT_SEEDS + group for group in range(len(edits)) for _ in range(G)]
-            start = rng.randint(0, config.latest_window_start)
-            window = range(start, start + config.window)
+            start = rng.randint(0, config.latest_window_start)  # one window for the whole round
+            window = range(start, start + config.window)  # of steps; the others have no noise
             # A call takes whole groups: as many as `micro_batch` allows but at least one, and just
             # one if the pipeline cannot edit different images together.
             chunk = G * (max(config.micro_batch // G, 1) if editor.batched else 1)
@@ -263,15 +267,16 @@ def phase2(loop, config, resume=False):
 
             note(figures, before, after, rewards, kept)
             states = next_states(before, after, instructions, G, rng)
-        metrics = averages(figures, satisfied, config)
+        metrics = averages(figures, solved_at_once, config)
         metrics["unedited"] = (asked - metrics["groups"]) / max(asked, 1)
         count = sum(mask.sum().item() for *_, mask in batches)  # trained steps of the iteration
 
-        # 5. Reference. Outside `adapter()` the Editor is the base model.
+        # 5. Reference. `edit` and `rollout` turn the adapter on themselves, `log_probs` does not.
         references = [None] * len(batches)  # the base model's means, (R, tokens, channels) each
         if config.kl > 0:
             with torch.no_grad():
-                references = [editor.log_probs(step)[1] for step, *_ in batches]
+                for index, (step, *_) in enumerate(batches):
+                    _, references[index], _ = editor.log_probs(step)
 
         for update in range(config.updates if batches else 0):  # no kept group: no step
             optimizer.zero_grad()
@@ -285,9 +290,10 @@ def phase2(loop, config, resume=False):
                     if update == 0:
                         check_on_policy(log_probs, old, mask, count, config, metrics)
 
-                    # 7. Update, as in phase 1. But the mean of log rho is -KL(old || new), which
-                    # over thousands of dimensions is below the clip range whatever the samples
-                    # are. With the KL added back it is 0 (GRPO-Guard, arXiv 2510.22319).
+                    # 7. Update, as in phase 1. But once the policy has moved (with `updates` above
+                    # 1), the mean of log rho is -KL(old || new), which over thousands of dimensions
+                    # is below the clip range whatever the samples are. With the KL added back, and
+                    # its gradient, the mean is 0 (GRPO-Guard, arXiv 2510.22319).
                     log_probs = log_probs + gaussian_kl(mean, step.mean, std)[:, None]
                     loss, stats = clipped_loss(
                         log_probs, old, advantages, mask, count, config.clip_low, config.clip_high
@@ -345,10 +351,10 @@ def advantages_of(rewards, config, device):
 
 
 def next_states(before, after, instructions, group_size, rng):
-    """The states of the next round: one per group, as the loop continues from its best image.
+    """The states of the next round. One random member of each group decides.
 
-    Continue from one random sample of the group if it scored higher than the image it started from.
-    Otherwise continue from that image, and let the Actor read that the instruction did not help.
+    If its image scored higher than the one it started from, continue from that image. Otherwise
+    continue from the old one, and let the Actor read that the member's instruction did not help.
     A state that satisfies the Checker is done.
     """
     states = []
@@ -410,10 +416,10 @@ def note(figures, before, after, rewards, kept):
     figures["flat_groups"] += (~kept).flatten().tolist()
 
 
-def averages(figures, satisfied, config):
+def averages(figures, solved_at_once, config):
     """The metrics of an iteration (docs/training.md explains each)."""
     samples = len(figures["reward"])
-    metrics = {"solved_at_once": satisfied, "samples": samples, "skipped": 0}
+    metrics = {"solved_at_once": solved_at_once, "samples": samples, "skipped": 0}
     metrics["groups"] = samples // config.group_size
     return metrics | {name: fmean(values) for name, values in figures.items() if values}
 

@@ -116,7 +116,7 @@ def test_phase1_a_group_shares_state_and_edit_seed(tmp_path, watched):
 
 
 def test_phase1_rewards_the_better_image_and_malformed_costs(tmp_path, watched):
-    phase1(toys.loop(), settings(phase1, tmp_path, "rounds=1", "groups=8", "malformed=0.2"))
+    phase1(toys.loop(), settings(phase1, tmp_path, "rounds=1", "groups=8", "malformed_penalty=0.2"))
     samples = watched.rounds[0][0]
     instructions = samples.recorded.instructions
     assert set(instructions) == {"good", "bad", "none", None}
