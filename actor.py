@@ -77,7 +77,8 @@ class Actor(VLM):
             end tokens are kept.
         max_new_tokens: longest completion.
         temperature: of sampling, above 0. Log-probs are of the distribution at this temperature.
-        checkpointing: recompute activations in `log_probs`: less memory, a third more time.
+        checkpointing: recompute activations in `log_probs`: less memory, a third more time. The
+            completions of a group then cannot share one reading of their request.
     """
 
     def __init__(
