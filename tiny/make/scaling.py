@@ -34,7 +34,8 @@ COLORS["loop + phase 1 + 2"] = "#c8501e"
 def scores(trajectories):
     """Exact SG-IoU of every trajectory's best image so far."""
     images = [t.best.image for t in trajectories]
-    return [score["sg_iou"] for score in exact_scores(images, [t.graph for t in trajectories])]
+    measured = exact_scores(images, [t.graph for t in trajectories])
+    return [round(score["sg_iou"], 4) for score in measured]
 
 
 def measure(loop, graphs, settings):
