@@ -166,7 +166,7 @@ class Actor(VLM):
     def log_probs(self, proposals, rows):
         """Replay: log pi of the completions in `rows` (a slice) with gradient, (R, T) fp32."""
         ids, mask = proposals.ids[rows], proposals.mask[rows]  # (R, T)
-        # The model would look for the image of a sampled image token.
+        # A sampled image token is read as an end token: the model would look for its image.
         read = ids.masked_fill(torch.isin(ids, ids.new_tensor(self.visual_ids)), self.end_ids[0])
         logits = self.shared_logits if self.share else self.single_logits
         # transformers recomputes activations in training mode only.

@@ -148,8 +148,8 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
     Returns (next_sample, log_prob (B,), mean, std). log_prob is the MEAN over the D latent
     dimensions of log N(next_sample; mean, std^2), so rho is the D-th root of the true ratio. The
     spread of the true log ratio grows like sqrt(D), so that of log rho shrinks like 1 / sqrt(D),
-    and the clip range has to as well. An ODE
-    step has log_prob None and std 0; the step to sigma_next = 0 is one, or its noise would stay.
+    and the clip range has to as well. An ODE step has log_prob None and std 0; the step to
+    sigma_next = 0 is one, or its noise would stay.
     Raises ValueError for sigmas out of order.
     """
     if not 0 <= sigma_next < sigma <= 1:

@@ -149,9 +149,8 @@ class Loop:
 
         No instruction is carried out twice on the same image. An Actor that writes one again gets
         up to `ATTEMPTS` attempts in all; the last one stays, whatever it is. Only a repeat is asked
-        again: a malformed completion and "none" just use up the round. Training makes an
-        Actor sure of itself, so it would write the same again: every attempt is hotter than the
-        one before.
+        again: a malformed completion and "none" just use up the round. Training makes an Actor sure
+        of itself, so it would write the same again: every attempt is hotter than the one before.
         """
         proposed = {}  # index of a trajectory -> (thought, instruction)
         asked = range(len(trajectories))
