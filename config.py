@@ -125,6 +125,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     kl: NonNegative = 0.01  # weight of the KL to the model without adapter; 0 skips that pass
     advantage_eps: Positive = 0.05  # added to the std so that Checker noise is not amplified
     flat_range: NonNegative = 0.02  # groups whose rewards span no more than this are left out
+    replace_flat: bool = False  # new images take the places of flat groups in the next round
     updates: Count = 2  # optimizer steps on the samples of an iteration; at 1 the clip never acts
     micro_batch: Count = 64  # samples of a backward pass; phase 2 takes whole groups
     malformed_penalty: NonNegative = 0.2  # what a malformed completion costs, in reward (phase 1)

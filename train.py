@@ -90,7 +90,8 @@ def phase1(loop, config, resume=False):
 
     for iteration in range(run.first, config.iterations):
         # 1. States: new images that do not satisfy the Checker.
-        states, solved_at_once = unsatisfied_images(loop, run.graphs, config, iteration)
+        rng = random.Random(f"{config.seed} states {iteration}")
+        states, solved_at_once = unsatisfied_images(loop, run.graphs, config.groups, rng)
         run.lap("generate")
         batches = []  # (proposals, rows, advantages (R, 1), mask (R, T))
         figures = defaultdict(list)  # one value per sample, to be averaged
@@ -149,7 +150,10 @@ def phase1(loop, config, resume=False):
             figures["repeated"] += [text in old.tried for old, text in zip(before, instructions)]
             figures["truncated"] += proposals.truncated
             figures["length"] += proposals.mask.sum(1).tolist()  # tokens
-            states = next_states(before, after, instructions, G, rng)
+            states = next_states(before, after, instructions, kept, config, rng)
+            if config.replace_flat and len(states) < config.groups:
+                missing = config.groups - len(states)
+                states += unsatisfied_images(loop, run.graphs, missing, rng)[0]
         metrics = averages(figures, solved_at_once, config)
         count = sum(mask.sum().item() for *_, mask in batches)  # trained tokens of the iteration
 
@@ -201,7 +205,8 @@ def phase2(loop, config, resume=False):
 
     for iteration in range(run.first, config.iterations):
         # 1. States: new images that do not satisfy the Checker.
-        states, solved_at_once = unsatisfied_images(loop, run.graphs, config, iteration)
+        rng = random.Random(f"{config.seed} states {iteration}")
+        states, solved_at_once = unsatisfied_images(loop, run.graphs, config.groups, rng)
         run.lap("generate")
         batches = []  # (recorded step, advantages (R, 1), mask (R, 1))
         figures = defaultdict(list)  # one value per sample, to be averaged
@@ -266,7 +271,10 @@ def phase2(loop, config, resume=False):
                     batches += [(step, advantages[rows], kept[rows]) for step in rollout.steps]
 
             note(figures, before, after, rewards, kept)
-            states = next_states(before, after, instructions, G, rng)
+            states = next_states(before, after, instructions, kept, config, rng)
+            if config.replace_flat and len(states) < config.groups:
+                missing = config.groups - len(states)
+                states += unsatisfied_images(loop, run.graphs, missing, rng)[0]
         metrics = averages(figures, solved_at_once, config)
         metrics["unedited"] = (asked - metrics["groups"]) / max(asked, 1)
         count = sum(mask.sum().item() for *_, mask in batches)  # trained steps of the iteration
@@ -311,19 +319,18 @@ def phase2(loop, config, resume=False):
     run.lock.close()
 
 
-def unsatisfied_images(loop, graphs, config, iteration):
-    """Up to `groups` states for round 1, and the share of new images that satisfy the Checker."""
-    rng = random.Random(f"{config.seed} states {iteration}")
+def unsatisfied_images(loop, graphs, count, rng):
+    """Up to `count` states of new images, and the share of these that satisfy the Checker."""
     states, generated = [], 0
-    while len(states) < config.groups and generated < 10 * config.groups:
-        chosen = rng.sample(graphs, min(config.groups, len(graphs)))
+    while len(states) < count and generated < 10 * count:
+        chosen = rng.sample(graphs, min(count, len(graphs)))
         generated += len(chosen)
         seeds = [rng.randrange(1 << 30) for _ in chosen]
         images = loop.diffuser.generate([graph.prompt() for graph in chosen], seeds)
         reflections = loop.checker.check(images, chosen)
         made = list(map(State, chosen, images, reflections))
         states += [state for state in made if not state.reflection.satisfied]
-    return states[: config.groups], 1 - len(states) / generated
+    return states[:count], 1 - len(states) / generated
 
 
 def sample_completions(actor, states, seed, n=1):
@@ -350,16 +357,18 @@ def advantages_of(rewards, config, device):
     return advantages.reshape(-1, 1), kept.expand_as(rewards).reshape(-1, 1)
 
 
-def next_states(before, after, instructions, group_size, rng):
+def next_states(before, after, instructions, kept, config, rng):
     """The states of the next round. One random member of each group decides.
 
     If its image scored higher than the one it started from, continue from that image. Otherwise
     continue from the old one, and let the Actor read that the member's instruction did not help.
-    A state that satisfies the Checker is done.
+    A state that satisfies the Checker is done, and so is, with `replace_flat`, a flat group's.
     """
     states = []
-    for first in range(0, len(before), group_size):
-        member = first + rng.randrange(group_size)
+    for first in range(0, len(before), config.group_size):
+        member = first + rng.randrange(config.group_size)
+        if config.replace_flat and not kept[first]:
+            continue
         state, new, instruction = before[member], after[member], instructions[member]
         if new.reflection.score > state.reflection.score:
             state = new

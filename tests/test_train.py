@@ -187,9 +187,16 @@ def state(score, tried=()):
     return train.State(GRAPH, None, reflect(GRAPH, [score] * 3), tried)
 
 
-def next_state(before, after, instruction="good"):
+def next_states(before, after, instructions, rng, kept=True, replace_flat=False):
+    """`train.next_states` for groups of four samples."""
+    config = SimpleNamespace(group_size=4, replace_flat=replace_flat)
+    return train.next_states(before, after, instructions, [kept] * len(before), config, rng)
+
+
+def next_state(before, after, instruction="good", **settings):
     """The state that follows a group of four samples that are all the same."""
-    states = train.next_states([before] * 4, [after] * 4, [instruction] * 4, 4, random.Random(0))
+    rng = random.Random(0)
+    states = next_states([before] * 4, [after] * 4, [instruction] * 4, rng, **settings)
     return states[0] if states else None
 
 
@@ -201,11 +208,13 @@ def test_a_later_round_continues_from_a_random_sample_if_it_is_better():
     assert worse.reflection is before.reflection and worse.tried == ("bad", "good")
     assert next_state(before, before, "bad") is before  # tried before: not carried out, not noted
     assert next_state(before, before, "none") is next_state(before, before, None) is before
+    assert next_state(before, better, kept=False) is better
+    assert next_state(before, better, kept=False, replace_flat=True) is None
 
     before, after = [state(0.2)] * 8, [state(0.3)] + [state(0.1)] * 7  # two groups
     for sample, score in ((0, 0.3), (1, 0.2)):
         rng = SimpleNamespace(randrange=lambda size, sample=sample: sample)
-        states = train.next_states(before, after, ["good"] * 8, 4, rng)
+        states = next_states(before, after, ["good"] * 8, rng)
         assert [s.reflection.score for s in states] == pytest.approx([score, 0.2])
 
 
@@ -224,19 +233,38 @@ def test_the_actor_reads_what_was_tried(tmp_path, phase):
     assert () in told and ("bad",) in told  # in the toy it always makes the image worse
 
 
+@PHASES
+def test_new_images_take_the_places_of_flat_groups(tmp_path, phase):
+    loop, counts = toys.loop(), []
+    propose = loop.actor.propose
+
+    def count_states(images, *arguments, **options):
+        counts.append(len(images))
+        return propose(images, *arguments, **options)
+
+    loop.actor.propose = count_states
+    options = "rounds=3", "groups=8", "flat_range=1", "iterations=1", "validation_limit=1"
+    phase(loop, settings(phase, tmp_path / "off", *options))
+    without = [n for n in counts if n > 1]  # one image: validation
+    counts.clear()
+    phase(loop, settings(phase, tmp_path / "on", *options, "replace_flat=true"))
+    assert [n for n in counts if n > 1] == [8, 8, 8]  # every group is flat here
+    assert without[2] < 8
+
+
 def test_the_states_of_round_1_do_not_satisfy_the_checker(tmp_path):
     loop, config = toys.loop(), settings(phase1, tmp_path, "groups=5")
     graphs = train.load_graphs(config.data, limit=20)
-    states, solved = train.unsatisfied_images(loop, graphs, config, iteration=0)
+    states, solved = train.unsatisfied_images(loop, graphs, 5, random.Random(0))
     assert len(states) == 5 and not any(state.reflection.satisfied for state in states)
     assert 0 <= solved < 1
-    again, _ = train.unsatisfied_images(loop, graphs, config, iteration=0)
-    other, _ = train.unsatisfied_images(loop, graphs, config, iteration=1)
+    again, _ = train.unsatisfied_images(loop, graphs, 5, random.Random(0))
+    other, _ = train.unsatisfied_images(loop, graphs, 5, random.Random(1))
     scores = [[s.image.score for s in each] for each in (states, again, other)]
     assert scores[0] == scores[1] != scores[2]
     # If every image is right at once, the search ends.
     loop.diffuser.generate = lambda prompts, seeds: [toys.image(0.9) for _ in seeds]
-    assert train.unsatisfied_images(loop, graphs, config, 0) == ([], 1.0)
+    assert train.unsatisfied_images(loop, graphs, 5, random.Random(0)) == ([], 1.0)
     phase1(loop, config)
     assert metrics(tmp_path)[1]["samples"] == 0
 
