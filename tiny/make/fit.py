@@ -77,13 +77,13 @@ def load_checkpoint(folder, modules, average, optimizers):
     return step
 
 
-def fit(stage, modules, loss_of, steps, learning_rate, save, last, muon):
-    """Minimises `loss_of(rng, step)`; saves the moving average of the weights with `save()`.
+def fit(stage, modules, loss_of, steps, learning_rate, save, last, muon, seed=SEED, work=WORK):
+    """Minimizes `loss_of(rng, step)`; saves the moving average of the weights with `save()`.
 
     muon: Muon's learning rate over AdamW's; last: share of the steps, at the end, over which the
-    learning rate falls to zero.
+    learning rate falls to zero; work: folder of the stage's folder with its checkpoint.
     """
-    folder = WORK / stage
+    folder = work / stage
     chosen = optimizers(modules, muon)
     average = {name: value.clone() for name, value in modules.state_dict().items()}
     first = load_checkpoint(folder, modules, average, chosen)
@@ -94,8 +94,8 @@ def fit(stage, modules, loss_of, steps, learning_rate, save, last, muon):
         rate = learning_rate * min(1, (step + 1) / 200)
         if step > steps * (1 - last):
             rate *= (steps - step) / (steps * last)
-        torch.manual_seed(SEED * 1_000_003 + step)
-        loss, shown = loss_of(random.Random(f"{SEED} {stage} {step}"), step)
+        torch.manual_seed(seed * 1_000_003 + step)
+        loss, shown = loss_of(random.Random(f"{seed} {stage} {step}"), step)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(modules.parameters(), 1.0)
         for optimizer in chosen:

@@ -1,12 +1,13 @@
 """Trains the embedded models on the CPU: `python tiny/make/pretrain.py`.
 
-Five stages. Each is seeded, and resumable: a run that was killed goes on from its last checkpoint.
+Six stages. Each is seeded, and resumable: a run that was killed goes on from its last checkpoint.
 
     vae       autoencoder of 32 x 32 images
     flow      rectified-flow transformer with its text encoders: text-to-image and editing at once
     images    what the flow model generates and edits for training prompts
     see       LLaVA-type model, Checker and Actor, on drawn images alone
     vlm       the same model on drawn and generated images
+    judge     a second such model from another seed, which only evaluates
 
 Without arguments all of them run, `see` in a second process beside the first three, because it
 needs nothing of them. A stage depends on its seed and on the stages before it alone, so this gives
@@ -203,9 +204,9 @@ def ask_everything(rng, model, processor, images, drilled):
     return vlm_loss(model, processor.tokenizer, pixels, asked, emphasis)
 
 
-def train_see(steps=3500):
+def train_see(seed=SEED, work=WORK, steps=3500):
     """Finding first, then the drill, then every question."""
-    model, processor = models.build_vlm(questions.vocabulary(), SEED)
+    model, processor = models.build_vlm(questions.vocabulary(), seed)
 
     def loss_of(rng, step):
         if step < FINDING:
@@ -223,15 +224,15 @@ def train_see(steps=3500):
         return ask_everything(rng, model, processor, images, drilled=step >= ASKING)
 
     def save():
-        save_file(model.state_dict(), WORK / "see" / "model.safetensors")
+        save_file(model.state_dict(), work / "see" / "model.safetensors")
 
-    fit("see", model, loss_of, steps, VLM_RATE, save, last=0, muon=2.0)
+    fit("see", model, loss_of, steps, VLM_RATE, save, last=0, muon=2.0, seed=seed, work=work)
 
 
-def train_vlm(steps=1550):
-    """Every question, on drawn images and twice as many generated ones."""
-    model, processor = models.build_vlm(questions.vocabulary(), SEED)
-    model.load_state_dict(load_file(WORK / "see" / "model.safetensors"))
+def train_vlm(name="vlm", seed=SEED, work=WORK, steps=1550):
+    """Every question, on drawn images and twice as many generated ones. name: of the model."""
+    model, processor = models.build_vlm(questions.vocabulary(), seed)
+    model.load_state_dict(load_file(work / "see" / "model.safetensors"))
     pixels = load_file(WORK / "images" / "pixels.safetensors")["pixels"].numpy()
     pool = []
     for image, triples in zip(pixels, json.loads((WORK / "images" / "triples.json").read_text())):
@@ -243,10 +244,16 @@ def train_vlm(steps=1550):
         return ask_everything(rng, model, processor, images, drilled=True)
 
     def save():
-        model.half().save_pretrained(SHIPPED / "vlm")
-        processor.save_pretrained(SHIPPED / "vlm")
+        model.half().save_pretrained(SHIPPED / name)
+        processor.save_pretrained(SHIPPED / name)
 
-    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.6, muon=2.0)
+    fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.6, muon=2.0, seed=seed, work=work)
+
+
+def train_judge():
+    """What `see` and `vlm` do, from another seed."""
+    train_see(1, WORK / "judge")
+    train_vlm("judge", 1, WORK / "judge")
 
 
 STAGES = {
@@ -255,6 +262,7 @@ STAGES = {
     "images": make_images,
     "see": train_see,
     "vlm": train_vlm,
+    "judge": train_judge,
 }
 
 
@@ -269,6 +277,7 @@ def everything():
     finally:
         beside.terminate()
     train_vlm()
+    train_judge()
 
 
 if __name__ == "__main__":
