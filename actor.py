@@ -4,8 +4,10 @@
     <edit>move the red circle left of the blue square</edit>
 
 A completion of any other form is malformed and edits nothing; `<edit>none</edit>` asks for no edit.
-(RL-RIG, arXiv 2602.19974, leaves the form open.) Phase 1 trains a LoRA adapter: `propose` samples
-completions and keeps their ids and log-probs, `log_probs` scores the same ids again with gradient.
+(What is public of RL-RIG, arXiv 2602.19974, does not say which form the paper uses.)
+
+Phase 1 trains a LoRA adapter: `propose` samples completions and keeps their ids and log-probs,
+`log_probs` scores the same ids again with gradient.
 
 The adapter is active only inside `propose` and `adapter()`. A Checker that shares the model never
 sees it; otherwise the policy would grade itself.
@@ -78,7 +80,7 @@ class Actor(VLM):
         max_new_tokens: longest completion.
         temperature: of sampling, above 0. Log-probs are of the distribution at this temperature.
         checkpointing: recompute activations in `log_probs`: less memory, a third more time. The
-            completions of a group then cannot share one reading of their request.
+            completions of a group then cannot share one encoding of their request.
     """
 
     def __init__(
@@ -118,11 +120,11 @@ class Actor(VLM):
         text = self.processor.tokenizer("red circle left of", add_special_tokens=False)
         ids = torch.tensor([text["input_ids"]] * 4, device=self.model.device)  # (4, T)
         requests = [request("red circle", ""), request("blue square left of red circle", "")]
-        rows = [blank[0], blank[0], blank[1], blank[1]], [requests[0]] * 2 + [requests[1]] * 2
+        pairs = [blank[0], blank[0], blank[1], blank[1]], [requests[0]] * 2 + [requests[1]] * 2
         # With checkpointing there is nothing to share: transformers then keeps no key-value cache.
         attempt = self.single_logits if self.checkpointing else self.try_sharing
         with torch.no_grad():
-            attempt(*rows, ids, torch.ones_like(ids))
+            attempt(*pairs, ids, torch.ones_like(ids))
 
     def propose(self, images, prompts, feedback, seeds, n=1, tried=None, temperature=None):
         """Sample n completions for each of B images: `Proposals` of N = B * n.
@@ -167,13 +169,15 @@ class Actor(VLM):
         """Replay: log pi of the completions in `rows` (a slice) with gradient, (R, T) fp32."""
         ids, mask = proposals.ids[rows], proposals.mask[rows]  # (R, T)
         # A sampled image token is read as an end token: the model would look for its image.
-        read = ids.masked_fill(torch.isin(ids, ids.new_tensor(self.visual_ids)), self.end_ids[0])
-        logits = self.shared_logits if self.share else self.single_logits
+        visual = torch.isin(ids, ids.new_tensor(self.visual_ids))
+        ids_to_read = ids.masked_fill(visual, self.end_ids[0])
+        logits_of = self.shared_logits if self.share else self.single_logits
+        texts = proposals.requests[rows]
         # transformers recomputes activations in training mode only.
         self.model.train(self.checkpointing)
-        found = logits(proposals.images[rows], proposals.requests[rows], read, mask)  # (R, T, V)
+        logits = logits_of(proposals.images[rows], texts, ids_to_read, mask)  # (R, T, V)
         self.model.eval()
-        return chunked_token_log_probs(found, ids, self.temperature)
+        return chunked_token_log_probs(logits, ids, self.temperature)
 
     def single_logits(self, images, requests, ids, mask):
         """Logits (R, T, V) of completions, one sequence each. Args: ids (R, T); mask (R, T)."""

@@ -7,11 +7,12 @@ token, never from sampled text:
     P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)    over all spellings of both
     score  = mean P(yes) over all triples and the objects that no triple names        in [0, 1]
 
-A triple's question asks for its two objects too, so these are not counted a second time: a missing
-object, put in the wrong place, would then raise the score, and the metric would fall.
+A triple's question asks for its two objects too, so these are not counted a second time. Otherwise
+adding a missing object in the wrong place would raise the score, while SG-IoU falls because of the
+wrong triple.
 
-The paper leaves the form of the answer open. A probability carries more signal than a sampled yes:
-the rewards of a group are rarely all the same.
+What is public of the paper does not say which form the answer has. A probability carries more
+signal than a sampled yes: the rewards of a group are rarely all the same.
 """
 
 import sys
@@ -148,16 +149,16 @@ class VLM:
         batch = self.processor(images=images, text=chats, **settings)
         return batch.to(self.model.device, self.model.dtype)
 
-    def try_sharing(self, *rows):
+    def try_sharing(self, *inputs):
         """Share from now on if `shared_logits` finds what `single_logits` does, else say why not.
 
-        Both belong to the subclass and take `rows`. Returns what the second one found.
+        Both belong to the subclass and take `inputs`. Returns what the second one found.
         """
         import torch
 
-        single = self.single_logits(*rows)
+        single = self.single_logits(*inputs)
         try:
-            shared = self.shared_logits(*rows)
+            shared = self.shared_logits(*inputs)
             error = (shared.log_softmax(-1) - single.log_softmax(-1)).abs().mean().item()
             self.share = error <= max(1e-3, 32 * torch.finfo(self.model.dtype).eps)
             reason = f"else the log-probs would differ by {error:.1e}"
@@ -218,13 +219,14 @@ class Checker(VLM):
         import torch
         from PIL import Image
 
+        yes, no = self.yes_no
         name = self.processor.tokenizer.name_or_path
         blank = [Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "gray")]
         asked = [object_question("red circle"), triple_question(("cup", "left of", "red book"))]
-        rows = SYSTEM, [blank[0], blank[0], blank[1], blank[1]], asked * 2
+        questions = SYSTEM, [blank[0], blank[0], blank[1], blank[1]], asked * 2
         with torch.no_grad():
-            single = self.try_sharing(*rows).log_softmax(-1)  # (4, V)
-            mass = single[:, sum(self.yes_no, [])].exp().sum(1).mean().item()
+            log_probs = self.try_sharing(*questions).log_softmax(-1)  # (4, V)
+        mass = log_probs[:, yes + no].exp().sum(1).mean().item()
         in_thought = "<think>" in self.chat(SYSTEM, "").rpartition("</think>")[2]
         if in_thought or not mass >= LEAST_MASS:  # `not >=` also catches NaN
             raise ValueError(
@@ -239,8 +241,9 @@ class Checker(VLM):
         """
         asked = [questions(graph) for graph in graphs]
         counts = [len(texts) for texts in asked]
-        rows = [image for image, count in zip(images, counts, strict=True) for _ in range(count)]
-        log_probs = self.answers(SYSTEM, rows, sum(asked, []), self.yes_no)  # (Q, 2)
+        pairs = zip(images, counts, strict=True)
+        image_of = [image for image, count in pairs for _ in range(count)]  # (Q)
+        log_probs = self.answers(SYSTEM, image_of, sum(asked, []), self.yes_no)  # (Q, 2)
         if not log_probs.isfinite().all():
             raise ValueError("the Checker answers NaN; set 'checker.dtype' to bfloat16 or float32")
         probs = (log_probs[:, 0] - log_probs[:, 1]).sigmoid()  # (Q,) P(yes) / P(yes or no)
@@ -255,15 +258,16 @@ class Checker(VLM):
         """
         import torch
 
-        read = self.shared_logits if self.share else self.single_logits
-        log_probs = [torch.zeros(0, len(words))]
+        logits_of = self.shared_logits if self.share else self.single_logits
+        batches = [torch.zeros(0, len(words))]
         for start in range(0, len(texts), self.batch_size):
-            rows = slice(start, start + self.batch_size)
+            part = slice(start, start + self.batch_size)
             with torch.no_grad():
-                found = read(system, images[rows], texts[rows]).log_softmax(-1)  # (rows, V)
-            found = [found[:, ids].logsumexp(1) for ids in words]
-            log_probs.append(torch.stack(found, 1).cpu())
-        return torch.cat(log_probs)
+                logits = logits_of(system, images[part], texts[part])  # (R, V)
+            log_probs = logits.log_softmax(-1)
+            per_word = [log_probs[:, ids].logsumexp(1) for ids in words]  # (R) each
+            batches.append(torch.stack(per_word, 1).cpu())
+        return torch.cat(batches)
 
     def single_logits(self, system, images, texts):
         """fp32 logits (Q, V) of the first answer token, one sequence per question."""

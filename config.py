@@ -96,7 +96,7 @@ class LoopConfig:  # what every entry point needs (eval.yaml)
     actor: ActorConfig  # image, prompt, verdicts -> instruction; trained in phase 1
     editor: EditorConfig  # image, instruction -> image; trained in phase 2
     relations: Words  # the relation words of typed prompts and of scene-graph extraction
-    rounds: Natural = 3  # most edits of a trajectory; 0: generate only
+    rounds: Natural = 3  # a trajectory has at most so many edits; 0: generate only
     offload: bool = False  # the models of a pipeline take turns on the GPU; VLMs stay there
     evaluation: EvaluationConfig | None = None  # used by eval.py only
 
@@ -114,18 +114,19 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     run: RunFolder = field(kw_only=True)  # folder for adapter, checkpoint and metrics
     seed: Seed = 0  # of all randomness of the run
     iterations: Count = 50  # each of `rounds` rounds and `updates` optimizer steps
-    groups: Count = 8  # states of round 1 in an iteration; later rounds add to them
+    groups: Count = 8  # states of round 1 in an iteration; later rounds continue them
     group_size: GroupSize = 8  # G, samples of one state
     rank: Count = 16  # of the LoRA adapter
     learning_rate: Positive = 1e-3  # of AdamW
     warmup: Natural = 5  # iterations of linear warm-up
     max_grad_norm: Positive = 1.0
-    clip_low: NonNegative = 0.2  # the ratio rho is clipped to [1 - clip_low, 1 + clip_high]
+    clip_low: NonNegative = 0.2  # rho is clipped to [1 - clip_low, 1 + clip_high]. Phase 2: set
+    # both to about 0.026 / sqrt(latent dimensions), see `sde_step` in grpo.py
     clip_high: NonNegative = 0.28
     kl: NonNegative = 0.01  # weight of the KL to the model without adapter; 0 skips that pass
     advantage_eps: Positive = 0.05  # added to the std so that Checker noise is not amplified
     flat_range: NonNegative = 0.02  # groups whose rewards span no more than this are left out
-    replace_flat: bool = False  # new images take the places of flat groups in the next round
+    refill: bool = False  # later rounds drop the states of flat groups and fill up with new images
     updates: Count = 2  # optimizer steps on the samples of an iteration; at 1 the clip never acts
     micro_batch: Count = 64  # samples of a backward pass; phase 2 takes whole groups
     malformed_penalty: NonNegative = 0.2  # what a malformed completion costs, in reward (phase 1)
@@ -138,6 +139,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
 # Arguments of a pipeline's call. Sigmas would move the steps that the phase 2 window counts.
 REFUSED = "prompt prompt_2 prompt_3 image generator output_type return_dict sigmas".split()
 REFUSED += ["num_images_per_prompt"]
+# Whole numbers of 1 or more, where they are given.
 COUNTS = "num_inference_steps max_sequence_length max_area height width".split()
 
 

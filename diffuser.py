@@ -112,7 +112,7 @@ def text_problem(pipeline, call, text):
     call: the arguments of the pipeline's call, such as max_sequence_length.
     """
     if re.search("[\ud800-\udfff]", text):
-        return "it holds half a character"
+        return "it holds a lone surrogate, half of a character"
     names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the highest-numbered reads the most
     found = [getattr(pipeline, name, None) for name in names]
     tokenizer = next((part for part in found if hasattr(part, "is_fast")), None)
@@ -144,11 +144,11 @@ def check_call(key, kind, call):
         if name not in takes or re.search("embeds|latents|callback", name):
             raise ValueError(f"key '{key}': {kind.__name__} takes no {name} from a file")
         default = takes[name].default
-        fits = {float: (int, float), tuple: (list, tuple), type(None): (int, float, str, list)}
-        fits = fits.get(type(default), (type(default),))
+        several = {float: (int, float), tuple: (list, tuple), type(None): (int, float, str, list)}
+        accepted = several.get(type(default), (type(default),))
         # Not isinstance, which takes True for an int.
-        if (type(value) not in fits and value is not default) or value == []:
-            wanted = " or ".join(each.__name__ for each in fits)
+        if (type(value) not in accepted and value is not default) or value == []:
+            wanted = " or ".join(each.__name__ for each in accepted)
             raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}")
     if "true_cfg_scale" in takes:
         negative = [n for n in call if n.startswith("negative_prompt") and call[n] is not None]

@@ -8,7 +8,7 @@ but a window of its denoising steps becomes stochastic (`sde_step` in grpo.py) a
 
     recorded step = what the transformer was called with, x, x', sigma, sigma_next, log-prob, mean
 
-`log_probs` calls the transformer again with just that, now with gradient. No pipeline code is
+`replay` calls the transformer again with just that, now with gradient. No pipeline code is
 copied. Stochastic steps: Flow-GRPO (arXiv 2505.05470); the window: MixGRPO (arXiv 2507.21802).
 
 The adapter is active only inside `edit`, `rollout` and `adapter()`. A Diffuser that shares the
@@ -39,9 +39,9 @@ SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 class Kind(NamedTuple):
     """What differs between the pipelines that can be the Editor."""
 
-    batched: bool = False  # edits different images in one call; to the others they are references
-    rescaled: bool = False  # guidance keeps the length of the conditional answer, per token
-    last: bool = False  # the latents' tokens come after those of the image that is edited
+    batched: bool = False  # one call edits several images; elsewhere these would be references
+    rescaled: bool = False  # guidance keeps the length of the conditional output, per token
+    latents_last: bool = False  # the latents' tokens come after those of the image that is edited
     call: dict = {}  # arguments of its call that are always set
 
 
@@ -54,7 +54,7 @@ PIPELINES = {
     "QwenImageEditPlusPipeline": Kind(rescaled=True),
     # By default its later steps read keys and values that the first one cached. A replay would read
     # them too, and the gradient through the cached tokens would be missing.
-    "QwenImage21Pipeline": Kind(last=True, call={"use_kv_cache": False}),
+    "QwenImage21Pipeline": Kind(latents_last=True, call={"use_kv_cache": False}),
     "BriaFiboEditPipeline": Kind(),
     "BriaFibo2Pipeline": Kind(),
 }
@@ -64,7 +64,7 @@ PIPELINES = {
 class RecordedStep:
     """One stochastic denoising step of B images; tensors in fp32 except those in `calls`."""
 
-    calls: list[tuple]  # (positional, keyword) arguments of a transformer call, with guidance two
+    calls: list[tuple]  # (positional, keyword) arguments; with guidance there are two calls
     sample: torch.Tensor  # (B, tokens, channels) latents x before the step
     next_sample: torch.Tensor  # (B, tokens, channels) latents x' after it
     sigma: float
@@ -141,11 +141,11 @@ class Editor:
             edited = self._call(images, instructions, seeds)
         return Rollout(edited, steps)
 
-    def log_probs(self, step):
-        """Replay a `RecordedStep` with gradient: (log_prob (B,), mean (B, tokens, C), std)."""
+    def replay(self, step):
+        """A `RecordedStep` again, with gradient: (log_prob (B,), mean (B, tokens, C), std)."""
         transformer = self.pipeline.transformer
-        answers = [transformer(*given, **named)[0] for given, named in step.calls]
-        velocity = self._velocity(answers, step.sample)
+        outputs = [transformer(*given, **named)[0] for given, named in step.calls]
+        velocity = self._velocity(outputs, step.sample)
         return sde_step(
             velocity, step.sample, step.sigma, step.sigma_next, step.noise_level, step.next_sample
         )[1:]
@@ -158,13 +158,13 @@ class Editor:
         replaced by `sde_step`, which is Euler's ODE step outside the window.
         """
         scheduler = self.pipeline.scheduler
-        calls, answers, steps = [], [], []
+        calls, outputs, steps = [], [], []
         latents = None  # kept in fp32, whatever the pipeline's dtype
         index = 0  # of the denoising step
 
         def keep(_, positional, keywords, output):
             calls.append((positional, keywords))
-            answers.append(output[0])
+            outputs.append(output[0])
 
         def step(velocity, timestep, sample, **_):
             nonlocal latents, index
@@ -173,9 +173,9 @@ class Editor:
             sigma, sigma_next = scheduler.sigmas[index : index + 2].tolist()
             level = noise_level if index in window else 0.0
             velocity = velocity.float()
-            if level > 0:  # use what a replay will compute, which has to be the same
-                replayed = self._velocity(answers, velocity)
-                tolerance = max(1e-4, 2 * torch.finfo(answers[0].dtype).eps)
+            if level > 0:  # go on with exactly the velocity that a replay will compute
+                replayed = self._velocity(outputs, velocity)
+                tolerance = max(1e-4, 2 * torch.finfo(outputs[0].dtype).eps)
                 if not (replayed - velocity).norm() <= tolerance * velocity.norm():  # or NaN
                     raise ValueError("its guidance cannot be replayed; turn it off")
                 velocity = replayed
@@ -188,7 +188,7 @@ class Editor:
                 )
                 steps.append(recorded)
             calls.clear()
-            answers.clear()
+            outputs.clear()
             latents = next_latents
             index += 1
             return (next_latents.to(sample.dtype),)
@@ -199,30 +199,31 @@ class Editor:
             yield steps
         finally:
             hook.remove()
-            del scheduler.step
+            del scheduler.step  # the method of its class comes back
 
-    def _velocity(self, answers, sample):
-        """What the transformer answered to the velocity of B latents: (B, tokens, channels) fp32.
+    def _velocity(self, outputs, like):
+        """The velocity (B, tokens, channels) in fp32, from the outputs of the transformer.
 
-        The other tokens belong to the image that is edited. One answer per image is the velocity.
+        It has the shape of `like`. The other tokens of an output belong to the image that is
+        edited. Without guidance there is one output, and it is the velocity.
         """
-        tokens = sample.shape[1]
-        part = slice(-tokens, None) if self.kind.last else slice(tokens)
-        answers = [answer[:, part].float() for answer in answers]
-        if len(answers) == 1 and len(answers[0]) == len(sample):
-            return answers[0]
-        return self._guided_velocity(answers)
+        tokens = like.shape[1]
+        part = slice(-tokens, None) if self.kind.latents_last else slice(tokens)
+        outputs = [output[:, part].float() for output in outputs]
+        if len(outputs) == 1 and len(outputs[0]) == len(like):
+            return outputs[0]
+        return self._guided_velocity(outputs)
 
-    def _guided_velocity(self, answers):
+    def _guided_velocity(self, outputs):
         """Classifier-free guidance, as the pipelines of PIPELINES do it; skip on a first reading.
 
-        v = u + s (c - u)            c: answer to the instruction, u: without it, s: scale
+        v = u + s (c - u)            c: output for the instruction, u: without it, s: scale
         v = (u + s (c - u)) |c| / |u + s (c - u)|    rescaled, per token
         """
-        if len(answers) == 1:  # one call with a batch twice as large
-            unconditional, conditional = answers[0].chunk(2)
+        if len(outputs) == 1:  # one call with a batch twice as large
+            unconditional, conditional = outputs[0].chunk(2)
         else:
-            conditional, unconditional = answers
+            conditional, unconditional = outputs
         name = "true_cfg_scale" if "true_cfg_scale" in self.defaults else "guidance_scale"
         scale = (self.defaults | self.call)[name]
         velocity = unconditional + scale * (conditional - unconditional)

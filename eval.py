@@ -81,7 +81,8 @@ def evaluate(loop, graphs, settings, relations, judge, rows, save):
         if name in done:
             continue
         trajectories = first_images(first)
-        with copy.copy(generation) as meter:  # the first images are part of the cost
+        meter = copy.copy(generation)  # the first images are part of the cost
+        with meter:
             for _ in range(loop.rounds):
                 system.advance(trajectories)
         add(name, trajectories, meter)
@@ -283,7 +284,8 @@ def tables(rows, counts):
     for row in rows:
         mean = "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(row.values[main]))
         gains.append([row.name, mean, *(gain(row, o) for o in (diffuser, best_of, before))])
-        before = before if row is best_of else row
+        if row is not best_of:
+            before = row
 
     kinds = sorted(set(counts))
     complexity = [["", *(f"{n} ({counts.count(n)} prompts)" for n in kinds)]]
@@ -323,11 +325,11 @@ def run(arguments):
     made_with = {"config": asdict(config), "prompts": len(graphs)}
     rows = finished_rows(folder / "results.json", made_with, arguments.resume)
     loop = build(config)
-    judge, by = loop.checker, "the Checker's own model"
+    judge, judge_name = loop.checker, "the Checker's own model"
     if settings.judge:
-        part, by = settings.judge, settings.judge.model
+        part, judge_name = settings.judge, settings.judge.model
         with naming(config, "evaluation.judge.model"):
-            weights = (by, *device_and_dtype(part), part.attention)
+            weights = (part.model, *device_and_dtype(part), part.attention)
             judge = Checker.load(*weights, batch_size=part.batch_size)
             judge.probe()
     graphs = loop.diffuser.readable(graphs, settings.data)
@@ -345,7 +347,7 @@ def run(arguments):
 
     say(f"evaluating {len(graphs)} prompts of {settings.data}; finished rows:")
     evaluate(loop, graphs, settings, config.relations, judge, rows, save)
-    judged = f"The columns VLM and Judge are by {by}."
+    judged = f"The columns VLM and Judge are by {judge_name}."
     text = markdown(tables(rows, counts))
     return f"\n{text}{judged}\n{folder / 'table.md'}\n{folder / 'report.html'}"
 

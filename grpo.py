@@ -31,13 +31,13 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 
-def group_advantages(rewards, eps=1e-4, flat_range=0.02):
+def group_advantages(rewards, eps=0.05, flat_range=0.02):
     """Compare each sample with the other samples of its group (GRPO, arXiv 2402.03300).
 
     Args:
         rewards: (groups, G) floats; a row holds G >= 2 samples of one identical state.
-        eps: added to the std. Choose it above the noise of the reward (train.py: 0.05). Otherwise
-            a group that differs by noise alone counts as much as the others.
+        eps: added to the std. Choose it above the noise of the reward, here one in [0, 1].
+            Otherwise a group that differs by noise alone counts as much as the others.
         flat_range: a group with max - min <= flat_range is flat: there is nothing to learn from it.
 
     Returns (advantages (groups, G) fp32, kept (groups, 1) bool). kept is False for a flat group:
@@ -93,9 +93,10 @@ def clipped_loss(log_probs, old_log_probs, advantages, mask, count, clip_low=0.2
     clipped_high: A > 0). Only for ratio_error, max |rho - 1|, take the maximum instead.
     Raises ValueError for shapes that would broadcast, FloatingPointError if rho is not finite.
     """
-    shapes = [tuple(x.shape) for x in (log_probs, old_log_probs, advantages, mask)]
-    if shapes != [shapes[0], shapes[0], (len(log_probs), 1), shapes[0]] or count <= 0:
-        raise ValueError(f"{shapes=}, {count=}: need (B, T) (B, T) (B, 1) (B, T) and count > 0")
+    shapes = [tuple(x.shape) for x in (log_probs, old_log_probs, mask, advantages)]
+    shape = shapes[0]
+    if shapes != [shape, shape, shape, (shape[0], 1)] or count <= 0:
+        raise ValueError(f"{shapes=}, {count=}: need three (B, T), then (B, 1), and count > 0")
     log_ratio = log_probs.float() - old_log_probs.float()
     ratio = torch.where(mask, log_ratio, 0).exp()  # where first: padding may hold NaN
     clipped = ratio.clamp(1 - clip_low, 1 + clip_high)
@@ -116,8 +117,10 @@ def k3_kl(log_probs, ref_log_probs, bound=20.0):
     """k3 estimate of KL(pi || pi_ref) per token: exp(D) - D - 1 >= 0, D = log pi_ref - log pi.
 
     Both arguments of one shape, at tokens sampled from pi; returns that shape in fp32.
-    The value is unbiased (Schulman 2020; used in arXiv 2402.03300). As a loss term it has the
-    gradient of KL(pi_ref || pi), the same to first order near pi_ref. `bound` keeps exp(D) finite.
+    The value is unbiased (Schulman 2020; used in arXiv 2402.03300), but in the second and later
+    updates on the same samples, as in GRPO, only about: they come from the policy before. As a loss
+    term it has the gradient of KL(pi_ref || pi), which agrees with that of KL(pi || pi_ref) to
+    first order near pi_ref. `bound` keeps exp(D) finite.
     """
     delta = (ref_log_probs.float() - log_probs.float()).clamp(max=bound)
     return delta.expm1() - delta  # expm1, because exp(D) - 1 loses its digits near 0
@@ -156,8 +159,9 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
         raise ValueError(f"sigma {sigma} to {sigma_next}: need 1 >= sigma > sigma_next >= 0")
     velocity, sample = velocity.float(), sample.float()
     dt = sigma_next - sigma
-    below_one = sigma if sigma < 1 else sigma_next  # 1 - sigma would be 0 at the first step
-    s = noise_level * math.sqrt(sigma / (1 - below_one)) if sigma_next > 0 else 0.0
+    # s is infinite at sigma = 1, the first step. Flow-GRPO's code puts sigma_next there.
+    sigma_in_s = sigma if sigma < 1 else sigma_next
+    s = noise_level * math.sqrt(sigma / (1 - sigma_in_s)) if sigma_next > 0 else 0.0
     pull = s**2 / (2 * sigma)
     mean = sample * (1 + pull * dt) + velocity * ((1 + pull * (1 - sigma)) * dt)
     std = s * math.sqrt(-dt)

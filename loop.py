@@ -19,7 +19,7 @@ import signal
 
 if __name__ == "__main__":  # Ctrl-C ends it at once, without a traceback even during the imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # two processes would slow each other down
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 import argparse
 import functools
@@ -96,7 +96,7 @@ class Loop:
     checker: object
     actor: object
     editor: object
-    rounds: int = 3  # most edits of a trajectory
+    rounds: int = 3  # a trajectory has at most so many edits
 
     def run(self, graphs, seeds):
         """Generate, then reflect and edit. Args: `SceneGraph`s and a seed each. -> Trajectories.
@@ -127,8 +127,9 @@ class Loop:
             return
         edits = []  # (trajectory, step) of those whose image changes
         for t, (thought, instruction) in zip(active, self.propose(active)):
-            best, repeated = t.best, instruction in t.tried
-            # It holds the old image until it is edited below.
+            best = t.best
+            repeated = instruction in t.tried
+            # With the old image and verdict, which are replaced below if the edit is carried out.
             step = Step(best.image, best.reflection, t.best_index, thought, instruction, repeated)
             if step.edited:
                 edits.append((t, step))
@@ -149,24 +150,24 @@ class Loop:
 
         No instruction is carried out twice on the same image. An Actor that writes one again gets
         up to `ATTEMPTS` attempts in all; the last one stays, whatever it is. Only a repeat is asked
-        again: a malformed completion and "none" just use up the round. Training makes an Actor sure
-        of itself, so it would write the same again: every attempt is hotter than the one before.
+        again: a malformed completion and "none" just use up the round. A trained Actor has little
+        entropy and would write the same again, so every attempt is hotter than the one before.
         """
         proposed = {}  # index of a trajectory -> (thought, instruction)
-        asked = range(len(trajectories))
+        pending = range(len(trajectories))
         for attempt in range(ATTEMPTS):
-            some = [trajectories[index] for index in asked]
+            asked = [trajectories[index] for index in pending]
             proposals = self.actor.propose(
-                [t.best.image for t in some],
-                [t.graph.prompt() for t in some],
-                [t.best.reflection.feedback for t in some],
-                seeds=[t.step_seed * ATTEMPTS + attempt for t in some],
-                tried=[t.tried for t in some],
+                [t.best.image for t in asked],
+                [t.graph.prompt() for t in asked],
+                [t.best.reflection.feedback for t in asked],
+                seeds=[t.step_seed * ATTEMPTS + attempt for t in asked],
+                tried=[t.tried for t in asked],
                 temperature=self.actor.temperature * HOTTER**attempt,
             )
-            proposed.update(zip(asked, zip(proposals.thoughts, proposals.instructions)))
-            asked = [index for index in asked if proposed[index][1] in trajectories[index].tried]
-            if not asked:
+            proposed.update(zip(pending, zip(proposals.thoughts, proposals.instructions)))
+            pending = [i for i in pending if proposed[i][1] in trajectories[i].tried]
+            if not pending:
                 break
         return [proposed[index] for index in range(len(trajectories))]
 
@@ -237,7 +238,7 @@ def build(config):
                     raise ValueError(f"{sums} does not match: a file is damaged or was changed")
                 part.load_adapter(folder)
     if config.editor.checkpointing:
-        pipeline.transformer.enable_gradient_checkpointing()
+        editor.pipeline.transformer.enable_gradient_checkpointing()
     if config.offload:
         for part, settings in ((diffuser, config.diffuser), (editor, config.editor)):
             part.pipeline.enable_model_cpu_offload(device=device_and_dtype(settings)[0])

@@ -295,15 +295,19 @@ def parse_scene_graph(text, objects, relations):
     Thoughts, which end at "</think>" or start at a last "<think>", are not part of the answer.
     objects, relations: the words to look for; the graph has them in the spelling given here.
     """
+    # 1. Leave out thoughts, undo JSON escapes, put the parts of JSON triples in order.
     text = text.rpartition("</think>")[2].partition("<think>")[0]
     text = re.sub(
         r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text
     )  # JSON escapes
     text = text.lower().replace("_", " ")
     text = re.sub(r"\{[^{}]*\}", lambda match: in_order(match[0]), text)
+    # 2. Find the known words.
     names = {without_the(clean_name(name)): name for name in objects}
     words = {without_the(relation): relation for relation in relations}
     found = list(re.finditer(rf"(?<!\w)(?:({either(names)})|({either(words)}))(?!\w)", text))
+    # 3. A triple is a name, a relation and a name with only filler between them: keys, small
+    # words, punctuation but for brackets.
     filler = r"\w+[\"'”’]?\s?:|\b(?:is|are|to|on|the|an?)\b|[^\w{}\[\]]"
     triples = []
     for s, r, o in zip(found, found[1:], found[2:]):
@@ -311,6 +315,7 @@ def parse_scene_graph(text, objects, relations):
         if s[1] and r[2] and o[1] and len(gaps) < 80 and not re.sub(filler, "", gaps):
             subject, relation, object = (without_the(match[0]) for match in (s, r, o))
             triples.append((names[subject], words[relation], names[object]))
+    # 4. Objects that are listed apart from triples.
     listed = re.search(r"\b(?:objects|object list|entities)\b(?:\W{0,9}\[[^\]]*|.*)", text)
     seen = [m for m in found if m[1] and listed and listed.start() < m.start() < listed.end()]
     seen = [names[without_the(match[0])] for match in seen] + names_in(triples)

@@ -1,16 +1,20 @@
 """Reflection-GRPO (RL-RIG, arXiv 2602.19974): trains the Actor (phase 1) or the Editor (phase 2).
 
 Read `phase1`, then `phase2`, then the functions that they call; stop at `Run`, the rest is files.
-Both phases repeat the same seven steps in every iteration:
+Both phases do this:
 
-    1 states      images of training prompts that the Checker is not satisfied with
-    2 sample      a group of G samples per state
-    3 reward      the Checker's score of the edited image; phase 1: of the old image if better
-    4 advantages  each sample compared with the other samples of its group
-    5 reference   the same actions under the base model (its adapter off), for the KL
-    6 replay      log-probs of the recorded actions again, now with gradient
-    7 update      clipped loss + KL, then an optimizer step; steps 6 and 7 run `updates` times,
-                  each time on all samples of the iteration
+    for every iteration:
+        1 states          freshly generated images that the Checker is not satisfied with
+        for every round:
+            2 sample      a group of G samples per state
+            3 reward      the Checker's score of the edited image; phase 1: the better of its score
+                          and that of the old image
+            4 advantages  each sample compared with the other samples of its group
+              then        the states of the next round: `next_states`
+        5 reference       the same actions under the base model (its adapter off), for the KL
+        for every update, on all samples of the iteration:
+            6 replay      log-probs of the recorded actions again, now with gradient
+            7 update      clipped loss + KL, then an optimizer step
 
                    phase 1: the Actor                 phase 2: the Editor
     a sample       a completion, and the edit         an edited image
@@ -19,11 +23,12 @@ Both phases repeat the same seven steps in every iteration:
     a group        one state (image, feedback, tried  one state, one instruction, one seed of the
     shares         instructions) and one seed of all  latents and all steps before the window
                    its edits
-    it compares    completions, not the Editor's luck the noise in the window
+    its samples    in the completion, not in the      in the noise inside the window
+    differ         Editor's luck
 
-Steps 2-4 run `rounds` times; `next_states` picks what a later round starts from. All randomness is
-drawn from the seed, the iteration and the round, so a resumed run ends with the same adapter, on a
-CPU bit for bit. `TrainConfig` in config.py has the meaning and the default of every `config.` key.
+All randomness is drawn from the seed, the iteration and the round, so a resumed run ends with the
+same adapter, on a CPU bit for bit. `TrainConfig` in config.py has the meaning and the default of
+every `config.` key, phase1.yaml and phase2.yaml have the values of the embedded world.
 
     python train.py --phase 1 --config phase1.yaml
     python train.py --phase 2 --config phase2.yaml kl=0 --resume
@@ -79,6 +84,17 @@ class State:
     tried: tuple = ()  # instructions that were carried out on this image and did not help
 
 
+@dataclass
+class Batch:
+    """What one backward pass trains on: R samples of up to T actions each."""
+
+    actions: object  # what is replayed; phase 1: (proposals, rows), phase 2: a `RecordedStep`
+    old_log_probs: torch.Tensor  # (R, T) of the policy that sampled
+    advantages: torch.Tensor  # (R, 1)
+    mask: torch.Tensor  # (R, T) True for the actions that are trained
+    reference: object = None  # phase 1: log-probs (R, T), phase 2: means, of the base model
+
+
 def phase1(loop, config, resume=False):
     """Train the Actor. The Editor is frozen and only makes the images that are rewarded."""
     actor, G = loop.actor, config.group_size
@@ -88,17 +104,21 @@ def phase1(loop, config, resume=False):
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     run = Run(loop, config, actor, parameters, optimizer, saved)
 
-    for iteration in range(run.first, config.iterations):
+    for iteration in range(run.first_iteration, config.iterations):
         # 1. States: new images that do not satisfy the Checker.
         rng = random.Random(f"{config.seed} states {iteration}")
         states, solved_at_once = unsatisfied_images(loop, run.graphs, config.groups, rng)
         run.lap("generate")
-        batches = []  # (proposals, rows, advantages (R, 1), mask (R, T))
+        batches = []
         figures = defaultdict(list)  # one value per sample, to be averaged
         for round in range(config.rounds):
+            rng = random.Random(f"{config.seed} round {iteration} {round}")
+            free = config.groups - len(states)
+            if round > 0 and free and config.refill:
+                states += unsatisfied_images(loop, run.graphs, free, rng)[0]
+                run.lap("generate")
             if not states:
                 break
-            rng = random.Random(f"{config.seed} round {iteration} {round}")
             seed = rng.randrange(1 << 30)
 
             # 2. Sample G completions per state.
@@ -107,8 +127,9 @@ def phase1(loop, config, resume=False):
             group_of = [group for group in range(len(states)) for _ in range(G)]  # (N)
             run.lap("act")
 
-            # Carry out the instructions. All edits of a group have one seed, so that their rewards
-            # differ only by the instruction, and equal instructions are carried out only once.
+            # Carry out the instructions. A repeat is not asked again, as the loop would do. All
+            # edits of a group have one seed, so that their rewards differ only by the instruction,
+            # and equal instructions are carried out only once.
             instructions = proposals.instructions  # (N); None: malformed, "none": no edit wanted
             pairs = list(zip(group_of, instructions))  # (N)
             edits = [(g, text) for g, text in dict.fromkeys(pairs) if is_new_edit(states[g], text)]
@@ -127,8 +148,8 @@ def phase1(loop, config, resume=False):
 
             # 3. Reward: the Checker's score of the better of the two images, the one that the loop
             # keeps. If an edit that makes things worse cost something, the Actor would learn to
-            # write "none". So "none" and a repeat earn the old score; a malformed completion earns
-            # less.
+            # write "none". No edit ("none" or a repeat) earns the old score, and a malformed
+            # completion earns the old score minus `malformed_penalty`.
             rewards = []  # (N)
             for old, new, text in zip(before, after, instructions):
                 score = max(old.reflection.score, new.reflection.score)
@@ -142,7 +163,8 @@ def phase1(loop, config, resume=False):
                 rows = slice(first, first + config.micro_batch)
                 mask = proposals.mask[rows] & kept[rows]
                 if mask.any():
-                    batches.append((proposals, rows, advantages[rows], mask))
+                    old = proposals.log_probs[rows]
+                    batches.append(Batch((proposals, rows), old, advantages[rows], mask))
 
             note(figures, before, after, rewards, kept)
             figures["malformed"] += [text is None for text in instructions]
@@ -150,40 +172,43 @@ def phase1(loop, config, resume=False):
             figures["repeated"] += [text in old.tried for old, text in zip(before, instructions)]
             figures["truncated"] += proposals.truncated
             figures["length"] += proposals.mask.sum(1).tolist()  # tokens
+            figures["entropy"] += (-proposals.log_probs[proposals.mask]).tolist()  # per token
             states = next_states(before, after, instructions, kept, config, rng)
-            if config.replace_flat and len(states) < config.groups:
-                missing = config.groups - len(states)
-                states += unsatisfied_images(loop, run.graphs, missing, rng)[0]
         metrics = averages(figures, solved_at_once, config)
-        count = sum(mask.sum().item() for *_, mask in batches)  # trained tokens of the iteration
+        count = sum(b.mask.sum().item() for b in batches)  # trained tokens of the iteration
 
         # 5. Reference: the base model, even if this run started from a trained adapter. `propose`
-        # turns the adapter on itself, `log_probs` does not: outside `adapter()` it scores with the
-        # base model.
-        references = [None] * len(batches)  # (R, T) each, the same for all updates
+        # turns the adapter on itself, `log_probs` does not: here, outside `adapter()`, it is off.
         if config.kl > 0:
             with torch.no_grad():
-                references = [actor.log_probs(proposals, rows) for proposals, rows, *_ in batches]
+                for batch in batches:
+                    batch.reference = actor.log_probs(*batch.actions)
 
-        for update in range(config.updates if batches else 0):  # no kept group: no step
+        updates = config.updates if batches else 0  # Adam would move even on a zero gradient
+        for update in range(updates):
             optimizer.zero_grad()
-            all_stats = []  # one per micro-batch
-            for (proposals, rows, advantages, mask), reference in zip(batches, references):
-                old = proposals.log_probs[rows]  # of the policy that sampled, (R, T)
+            all_stats = []  # one per batch
+            for batch in batches:
                 with actor.adapter():  # `backward` too: outside, peft freezes the adapter
                     # 6. Replay. In the first update the policy is still the one that sampled, so
                     # the log-probs must be the recorded ones.
-                    log_probs = actor.log_probs(proposals, rows)  # (R, T)
+                    log_probs = actor.log_probs(*batch.actions)  # (R, T)
                     if update == 0:
-                        check_on_policy(log_probs, old, mask, count, config, metrics)
+                        check_on_policy(log_probs, batch, count, config, metrics)
 
                     # 7. Update. Dividing by the count of the whole iteration makes the gradients
-                    # of the micro-batches add up to that of one large batch.
+                    # of the batches add up to that of one large batch.
                     loss, stats = clipped_loss(
-                        log_probs, old, advantages, mask, count, config.clip_low, config.clip_high
+                        log_probs,
+                        batch.old_log_probs,
+                        batch.advantages,
+                        batch.mask,
+                        count,
+                        config.clip_low,
+                        config.clip_high,
                     )
                     if config.kl > 0:
-                        kl = torch.where(mask, k3_kl(log_probs, reference), 0).sum()
+                        kl = torch.where(batch.mask, k3_kl(log_probs, batch.reference), 0).sum()
                         loss = loss + config.kl * kl / count
                         stats["kl"] = kl.item() / count
                     loss.backward()
@@ -203,18 +228,22 @@ def phase2(loop, config, resume=False):
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     run = Run(loop, config, editor, parameters, optimizer, saved)
 
-    for iteration in range(run.first, config.iterations):
+    for iteration in range(run.first_iteration, config.iterations):
         # 1. States: new images that do not satisfy the Checker.
         rng = random.Random(f"{config.seed} states {iteration}")
         states, solved_at_once = unsatisfied_images(loop, run.graphs, config.groups, rng)
         run.lap("generate")
-        batches = []  # (recorded step, advantages (R, 1), mask (R, 1))
+        batches = []
         figures = defaultdict(list)  # one value per sample, to be averaged
         asked = 0  # states for which the Actor was asked for an instruction
         for round in range(config.rounds):
+            rng = random.Random(f"{config.seed} round {iteration} {round}")
+            free = config.groups - len(states)
+            if round > 0 and free and config.refill:
+                states += unsatisfied_images(loop, run.graphs, free, rng)[0]
+                run.lap("generate")
             if not states:
                 break
-            rng = random.Random(f"{config.seed} round {iteration} {round}")
             seed = rng.randrange(1 << 30)
 
             # 2. One instruction per state. A state is dropped for this iteration if its completion
@@ -236,8 +265,9 @@ def phase2(loop, config, resume=False):
             window = range(start, start + config.window)  # of steps; the others have no noise
             # A call takes whole groups: as many as `micro_batch` allows but at least one, and just
             # one if the pipeline cannot edit different images together.
-            chunk = G * (max(config.micro_batch // G, 1) if editor.batched else 1)
-            calls = [slice(first, first + chunk) for first in range(0, len(before), chunk)]
+            groups_per_call = max(config.micro_batch // G, 1) if editor.batched else 1
+            size = G * groups_per_call
+            calls = [slice(first, first + size) for first in range(0, len(before), size)]
             noise_seeds = range(seed + NOISE_SEEDS, seed + NOISE_SEEDS + len(before))
             with torch.no_grad():
                 rollouts = [
@@ -253,7 +283,8 @@ def phase2(loop, config, resume=False):
                 ]
             run.lap("edit")
 
-            # 3. Reward: the score of the edited image, even if it is worse: no Editor can abstain.
+            # 3. Reward: the score of the edited image, even if it is worse. The Editor always
+            # edits, so there is no "none" that it could learn instead.
             images = [image for rollout in rollouts for image in rollout.images]  # (N)
             graphs = [state.graph for state in before]
             reflections = loop.checker.check(images, graphs)
@@ -265,50 +296,54 @@ def phase2(loop, config, resume=False):
             device = rollouts[0].steps[0].log_prob.device
             advantages, kept = advantages_of(rewards, config, device)  # (N, 1) each
 
-            # Micro-batches: one recorded step of the R edits of a call. Flat groups are masked out.
+            # A batch: one recorded step of the R edits of a call. Flat groups are masked out.
             for rows, rollout in zip(calls, rollouts):
                 if kept[rows].any():
-                    batches += [(step, advantages[rows], kept[rows]) for step in rollout.steps]
+                    for step in rollout.steps:
+                        old = step.log_prob[:, None]  # (R, 1)
+                        batches.append(Batch(step, old, advantages[rows], kept[rows]))
 
             note(figures, before, after, rewards, kept)
             states = next_states(before, after, instructions, kept, config, rng)
-            if config.replace_flat and len(states) < config.groups:
-                missing = config.groups - len(states)
-                states += unsatisfied_images(loop, run.graphs, missing, rng)[0]
         metrics = averages(figures, solved_at_once, config)
         metrics["unedited"] = (asked - metrics["groups"]) / max(asked, 1)
-        count = sum(mask.sum().item() for *_, mask in batches)  # trained steps of the iteration
+        count = sum(b.mask.sum().item() for b in batches)  # trained steps of the iteration
 
-        # 5. Reference. `edit` and `rollout` turn the adapter on themselves, `log_probs` does not.
-        references = [None] * len(batches)  # the base model's means, (R, tokens, channels) each
+        # 5. Reference: the base model. `edit` and `rollout` turn the adapter on, `replay` does not.
         if config.kl > 0:
             with torch.no_grad():
-                for index, (step, *_) in enumerate(batches):
-                    _, references[index], _ = editor.log_probs(step)
+                for batch in batches:
+                    _, batch.reference, _ = editor.replay(batch.actions)
 
-        for update in range(config.updates if batches else 0):  # no kept group: no step
+        updates = config.updates if batches else 0  # Adam would move even on a zero gradient
+        for update in range(updates):
             optimizer.zero_grad()
-            all_stats = []  # one per micro-batch
-            for (step, advantages, mask), reference in zip(batches, references):
-                old = step.log_prob[:, None]  # of the policy that sampled, (R, 1)
+            all_stats = []  # one per batch
+            for batch in batches:
                 with editor.adapter():  # `backward` too: outside, peft freezes the adapter
                     # 6. Replay, as in phase 1.
-                    log_prob, mean, std = editor.log_probs(step)  # (R,), (R, tokens, channels)
+                    log_prob, mean, std = editor.replay(batch.actions)  # (R,), (R, tokens, C)
                     log_probs = log_prob[:, None]  # (R, 1)
                     if update == 0:
-                        check_on_policy(log_probs, old, mask, count, config, metrics)
+                        check_on_policy(log_probs, batch, count, config, metrics)
 
                     # 7. Update, as in phase 1. But once the policy has moved (with `updates` above
                     # 1), the mean of log rho is -KL(old || new), which over thousands of dimensions
                     # is below the clip range whatever the samples are. With the KL added back, and
                     # its gradient, the mean is 0 (GRPO-Guard, arXiv 2510.22319).
-                    log_probs = log_probs + gaussian_kl(mean, step.mean, std)[:, None]
+                    log_probs = log_probs + gaussian_kl(mean, batch.actions.mean, std)[:, None]
                     loss, stats = clipped_loss(
-                        log_probs, old, advantages, mask, count, config.clip_low, config.clip_high
+                        log_probs,
+                        batch.old_log_probs,
+                        batch.advantages,
+                        batch.mask,
+                        count,
+                        config.clip_low,
+                        config.clip_high,
                     )
                     if config.kl > 0:
-                        kl = gaussian_kl(mean, reference, std)[:, None]  # (R, 1)
-                        kl = torch.where(mask, kl, 0).sum()
+                        kl = gaussian_kl(mean, batch.reference, std)[:, None]  # (R, 1)
+                        kl = torch.where(batch.mask, kl, 0).sum()
                         loss = loss + config.kl * kl / count
                         stats["kl"] = kl.item() / count
                     loss.backward()
@@ -320,7 +355,11 @@ def phase2(loop, config, resume=False):
 
 
 def unsatisfied_images(loop, graphs, count, rng):
-    """Up to `count` states of new images, and the share of these that satisfy the Checker."""
+    """Up to `count` states of freshly generated images that do not satisfy the Checker.
+
+    Also returns which share of all images generated for it does satisfy the Checker. Gives up when
+    ten times as many images are not enough.
+    """
     states, generated = [], 0
     while len(states) < count and generated < 10 * count:
         chosen = rng.sample(graphs, min(count, len(graphs)))
@@ -360,14 +399,16 @@ def advantages_of(rewards, config, device):
 def next_states(before, after, instructions, kept, config, rng):
     """The states of the next round. One random member of each group decides.
 
-    If its image scored higher than the one it started from, continue from that image. Otherwise
-    continue from the old one, and let the Actor read that the member's instruction did not help.
-    A state that satisfies the Checker is done, and so is, with `replace_flat`, a flat group's.
+    Not the best one: with one sample per state, as in use, the loop rarely gets the best of G. If
+    the member's image scored higher than the one it started from, continue from that image, on
+    which nothing was tried yet. Otherwise continue from the old one, and let the Actor read that
+    the instruction did not help. Dropped are states that satisfy the Checker and, with `refill`,
+    those of flat groups.
     """
     states = []
     for first in range(0, len(before), config.group_size):
         member = first + rng.randrange(config.group_size)
-        if config.replace_flat and not kept[first]:
+        if config.refill and not kept[first]:
             continue
         state, new, instruction = before[member], after[member], instructions[member]
         if new.reflection.score > state.reflection.score:
@@ -379,14 +420,15 @@ def next_states(before, after, instructions, kept, config, rng):
     return states
 
 
-def check_on_policy(log_probs, old, mask, count, config, metrics):
+def check_on_policy(log_probs, batch, count, config, metrics):
     """Raise ValueError if an iteration's first replay does not give the recorded log-probs.
 
     Some trainers use `log_probs.detach()` as `old` instead, which hides every bug of the rollout.
     What is compared is the mean over all trained actions of the iteration (count), summed up
     batch by batch: with a bf16 KV cache single tokens differ a lot although nothing is wrong.
     """
-    error = (log_probs.detach() - old).abs()[mask].sum().item() / count
+    difference = (log_probs.detach() - batch.old_log_probs).abs()
+    error = difference[batch.mask].sum().item() / count
     metrics["replay_error"] = metrics.get("replay_error", 0.0) + error
     if not metrics["replay_error"] <= config.tolerance:  # `not <=` also catches NaN
         raise ValueError(
@@ -399,15 +441,16 @@ def check_on_policy(log_probs, old, mask, count, config, metrics):
 def optimizer_step(optimizer, parameters, iteration, config, stats, metrics):
     """Clip the gradient and step, or skip a step whose gradient is not finite.
 
-    stats: one per micro-batch. Those of an iteration's last step stay in its metrics.
+    stats: one per batch. Those of an iteration's last step stay in its metrics.
     """
+    # The rate rises over the first iterations, whatever the number of updates in each.
     warm_up = min(1, (iteration + 1) / max(config.warmup, 1))
     optimizer.param_groups[0]["lr"] = config.learning_rate * warm_up
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
     if not math.isfinite(norm):
         metrics["skipped"] += 1
         return
-    for parameter, state in optimizer.state.items():  # on the CPU after `restore`
+    for parameter, state in optimizer.state.items():  # `restore` leaves it on the CPU
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(parameter.device)
     optimizer.step()
@@ -417,11 +460,14 @@ def optimizer_step(optimizer, parameters, iteration, config, stats, metrics):
     metrics["grad_norm"] = norm
 
 
+# Figures are lists with a value per sample, stats belong to a batch, metrics to an iteration.
+
+
 def note(figures, before, after, rewards, kept):
-    """Add the N samples of a round to the figures that are averaged over an iteration."""
+    """Add the N samples of a round to the figures."""
     figures["reward"] += rewards
     figures["before"] += [state.reflection.score for state in before]
-    figures["answered"] += [state.reflection.mass for state in after]
+    figures["answered"] += [state.reflection.mass for state in after]  # P(yes) + P(no)
     figures["flat_groups"] += (~kept).flatten().tolist()
 
 
@@ -433,9 +479,12 @@ def averages(figures, solved_at_once, config):
     return metrics | {name: fmean(values) for name, values in figures.items() if values}
 
 
-def validate(loop, first, config):
-    """Run the loop from the images generated first. Returns metrics of the best images, and all."""
-    trajectories = [Trajectory(t.graph, t.seed, list(t.steps)) for t in first]
+def validate(loop, first_trajectories, config):
+    """Run the loop from the images generated first. Returns metrics and trajectories.
+
+    With the rounds and the temperature of training, so do not compare it with eval.py's table.
+    """
+    trajectories = [Trajectory(t.graph, t.seed, list(t.steps)) for t in first_trajectories]
     for _ in range(config.rounds):
         loop.advance(trajectories)
     metrics = {"val_checker": fmean(t.best.reflection.score for t in trajectories)}
@@ -458,7 +507,7 @@ class Run:
         self.lock = lock(self.folder)
         self.graphs = self.read(config.data, config.data_limit or None)
         held_out = self.read(config.validation, config.validation_limit)
-        self.first_images = loop.start(held_out, list(range(len(held_out))))
+        self.first_trajectories = loop.start(held_out, list(range(len(held_out))))
         self.made_with = fingerprint(config)
         self.rows = saved["metrics"] if saved else []  # by iteration; row 0: before training
         lines = [json.dumps(row) + "\n" for row in self.rows]
@@ -469,7 +518,7 @@ class Run:
             restore(saved["tensors"], parameters, optimizer)
         else:
             self.finish(0, {})
-        self.first = len(self.rows) - 1
+        self.first_iteration = len(self.rows) - 1
 
     def read(self, path, limit):
         graphs = load_graphs(path, self.config.relations, limit)
@@ -486,8 +535,8 @@ class Run:
         config, folder = self.config, self.folder
         validated = done % config.validate_every == 0 or done == config.iterations
         if validated:
-            scores, trajectories = validate(self.loop, self.first_images, config)
-            metrics |= scores
+            scores, trajectories = validate(self.loop, self.first_trajectories, config)
+            metrics = metrics | scores
             self.lap("validate")
         self.rows.append({"iteration": done} | metrics)
         with (folder / "metrics.jsonl").open("a") as file:
@@ -621,7 +670,9 @@ def save_checkpoint(path, parameters, optimizer, about):
     metadata = {"about": text, "checksum": checksum(text, tensors)}
     aside = path.with_name("aside.safetensors")
     try:
-        aside.write_bytes(save(tensors, metadata))  # `save_file` gives mode 0600
+        with aside.open("wb") as file:
+            file.write(save(tensors, metadata))  # `save_file` gives mode 0600
+            os.fsync(file.fileno())  # on the disk before the rename is
         os.replace(aside, path)
     except OSError as error:  # it does not name the file
         aside.unlink(missing_ok=True)
@@ -681,7 +732,8 @@ def main():
         loop = build(config)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)
-        (phase1, phase2)[phase - 1](loop, config, arguments.resume)
+        train = phase1 if phase == 1 else phase2
+        train(loop, config, arguments.resume)
         say(f"adapter: {Path(config.run) / 'adapter'}")
     except (ValueError, FloatingPointError, RuntimeError, OSError, SafetensorError) as error:
         sys.exit(" ".join(f"train.py: {error}".split()))

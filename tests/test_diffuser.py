@@ -70,7 +70,7 @@ def test_prompts_that_it_cannot_read(loop, graphs):
     assert [loop.diffuser.problem(graph.prompt()) for graph in graphs] == [None] * len(graphs)
     assert "'purple circle'" in loop.diffuser.problem("purple circle left of red circle")
     assert loop.diffuser.problem(LONG) == "it has 24 tokens, and the text encoder takes 18"
-    assert "half a character" in loop.diffuser.problem("red \udcff circle")
+    assert "half of a character" in loop.diffuser.problem("red \udcff circle")
 
 
 def test_any_pipeline_s_text_can_be_tested(loop):

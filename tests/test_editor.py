@@ -142,13 +142,13 @@ def test_it_replays_what_it_sampled(loop, images):
     assert len(recorded.images) == 6 and len(recorded.steps) == 3
     for step in recorded.steps:
         with loop.editor.adapter(), torch.no_grad():
-            log_prob, mean, std = loop.editor.log_probs(step)
+            log_prob, mean, std = loop.editor.replay(step)
         assert (log_prob - step.log_prob).abs().max() <= 1e-6
         assert (mean - step.mean).abs().max() <= 1e-5
         by_hand = torch.distributions.Normal(mean, std).log_prob(step.next_sample)
         assert (by_hand.mean((1, 2)) - step.log_prob).abs().max() <= 1e-5
         with torch.no_grad():
-            base = loop.editor.log_probs(step)[0]
+            base = loop.editor.replay(step)[0]
         assert (base - step.log_prob).abs().max() > 1e-4
 
 
@@ -173,7 +173,7 @@ def test_activation_checkpointing_changes_no_gradient(loop, images):
 
     def gradient():
         with loop.editor.adapter():
-            loss = loop.editor.log_probs(step)[0].sum()
+            loss = loop.editor.replay(step)[0].sum()
             return torch.autograd.grad(loss, parameters)
 
     before = gradient()
@@ -191,7 +191,7 @@ def test_offloaded_models_are_recorded_and_replayed_alike(loop, images):
     step = record(loop.editor, images).steps[0]
     assert torch.equal(step.next_sample, expected.next_sample)
     with loop.editor.adapter():
-        log_prob, _, _ = loop.editor.log_probs(step)
+        log_prob, _, _ = loop.editor.replay(step)
         log_prob.sum().backward()
     assert torch.equal(log_prob, expected.log_prob)
     assert all(p.grad is not None for p in parameters)
@@ -334,7 +334,7 @@ def test_training_goes_on_from_a_loaded_adapter(images, adapter, fresh):
         parameters = editor.add_adapter(4)
         step = record(editor, images).steps[0]
         with editor.adapter():
-            editor.log_probs(step)[0].sum().backward()
+            editor.replay(step)[0].sum().backward()
         assert len(parameters) == len(load_file(adapter))
         assert all(p.grad.abs().sum() > 0 and p.dtype == torch.float32 for p in parameters)
     assert not editor.pipeline.transformer.training

@@ -291,11 +291,11 @@ def test_recorded_is_replayed_and_gradient_is_finite_difference(name, guided, fo
     assert calls == (1 if not guided or name == "BriaFiboEditPipeline" else 2)
     for step in rollout.steps:
         with editor.adapter(), torch.no_grad():
-            log_prob, mean, _ = editor.log_probs(step)
+            log_prob, mean, _ = editor.replay(step)
             assert (log_prob - step.log_prob).abs().max() < 1e-6
             assert (mean - step.mean).abs().max() < 1e-5
         with torch.no_grad():  # without adapter it would have done something else
-            assert (editor.log_probs(step)[1] - step.mean).abs().max() > 1e-3
+            assert (editor.replay(step)[1] - step.mean).abs().max() > 1e-3
     check_gradient(editor, group, rollout.steps[1], parameters)
 
 
@@ -305,7 +305,7 @@ def check_gradient(editor, group, step, parameters):
     Measured: errors of 0.0003 of the gradient's length at most, and of 0.01 to 0.03 with a cache.
     """
     with editor.adapter():
-        editor.log_probs(step)[0].sum().backward()
+        editor.replay(step)[0].sum().backward()
     gradient = [parameter.grad.clone() for parameter in parameters]
     generator = torch.Generator().manual_seed(1)
     directions = [gradient]
@@ -361,7 +361,7 @@ def test_the_cache_of_qwen_image_21_would_make_the_gradient_wrong(folder):
     with torch.no_grad():
         step = editor.rollout(*group, range(1, 3), 0.8).steps[1]
     with editor.adapter(), torch.no_grad():
-        assert (editor.log_probs(step)[0] - step.log_prob).abs().max() < 1e-5  # looks right
+        assert (editor.replay(step)[0] - step.log_prob).abs().max() < 1e-5  # looks right
     with pytest.raises(AssertionError):
         check_gradient(editor, group, step, parameters)
 

@@ -40,6 +40,7 @@ SMALL = [
     "validation_limit=2",
 ]
 PHASES = pytest.mark.parametrize("phase", [phase1, phase2])
+REPLAY = {phase1: "log_probs", phase2: "replay"}  # method of the part that is trained
 
 
 def settings(phase, folder, *overrides):
@@ -187,9 +188,9 @@ def state(score, tried=()):
     return train.State(GRAPH, None, reflect(GRAPH, [score] * 3), tried)
 
 
-def next_states(before, after, instructions, rng, kept=True, replace_flat=False):
+def next_states(before, after, instructions, rng, kept=True, refill=False):
     """`train.next_states` for groups of four samples."""
-    config = SimpleNamespace(group_size=4, replace_flat=replace_flat)
+    config = SimpleNamespace(group_size=4, refill=refill)
     return train.next_states(before, after, instructions, [kept] * len(before), config, rng)
 
 
@@ -209,7 +210,7 @@ def test_a_later_round_continues_from_a_random_sample_if_it_is_better():
     assert next_state(before, before, "bad") is before  # tried before: not carried out, not noted
     assert next_state(before, before, "none") is next_state(before, before, None) is before
     assert next_state(before, better, kept=False) is better
-    assert next_state(before, better, kept=False, replace_flat=True) is None
+    assert next_state(before, better, kept=False, refill=True) is None
 
     before, after = [state(0.2)] * 8, [state(0.3)] + [state(0.1)] * 7  # two groups
     for sample, score in ((0, 0.3), (1, 0.2)):
@@ -247,7 +248,7 @@ def test_new_images_take_the_places_of_flat_groups(tmp_path, phase):
     phase(loop, settings(phase, tmp_path / "off", *options))
     without = [n for n in counts if n > 1]  # one image: validation
     counts.clear()
-    phase(loop, settings(phase, tmp_path / "on", *options, "replace_flat=true"))
+    phase(loop, settings(phase, tmp_path / "on", *options, "refill=true"))
     assert [n for n in counts if n > 1] == [8, 8, 8]  # every group is flat here
     assert without[2] < 8
 
@@ -406,19 +407,19 @@ def test_a_rollout_that_cannot_be_replayed_stops_the_run(tmp_path, phase, sample
     """The mean over the iteration counts: with a bf16 cache, single tokens may differ more."""
     loop = toys.loop()
     part = trained(loop, phase)
-    log_probs = part.log_probs
+    replay = getattr(part, REPLAY[phase])
     errors = torch.zeros((64, 1) if phase is phase1 else (64,))
     errors[:samples] = error
 
     def wrong(*arguments):
-        found = log_probs(*arguments)
+        found = replay(*arguments)
         if not part.active or not torch.is_grad_enabled():
             return found
         if isinstance(found, tuple):
             return found[0] + errors[: len(found[0])], *found[1:]
         return found + errors[: len(found)]
 
-    part.log_probs = wrong
+    setattr(part, REPLAY[phase], wrong)
     overrides = ["tolerance=1e-4", "rounds=1", "groups=16", "flat_range=0", "updates=1"]
     with pytest.raises(ValueError, match="differ from") if refused else contextlib.nullcontext():
         phase(loop, settings(phase, tmp_path, *overrides))
@@ -429,15 +430,15 @@ def test_a_rollout_that_cannot_be_replayed_stops_the_run(tmp_path, phase, sample
 def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path, phase, capsys):
     loop = toys.loop()
     part = trained(loop, phase)
-    log_probs = part.log_probs
+    replay = getattr(part, REPLAY[phase])
 
     def sick(*arguments):
         """The log-probs are right, but the derivative of the square root at 0 is infinite."""
-        found = log_probs(*arguments)
+        found = replay(*arguments)
         extra = part.current().sub(part.current().detach()).abs().sqrt().sum()
         return (found[0] + extra, *found[1:]) if isinstance(found, tuple) else found + extra
 
-    part.log_probs = sick
+    setattr(part, REPLAY[phase], sick)
     phase(loop, settings(phase, tmp_path, "iterations=5", "kl=0", "groups=9"))
     assert all(row["skipped"] > 0 for row in metrics(tmp_path)[1:])
     assert torch.equal(part.weights, torch.zeros(4))

@@ -133,7 +133,7 @@ class Editor(Policy):
             with self.adapter(), torch.no_grad():
                 after = x + self.current() + STD * torch.stack(noise)
                 step = SimpleNamespace(sample=x, next_sample=after)
-                step.log_prob, step.mean, _ = self.log_probs(step)
+                step.log_prob, step.mean, _ = self.replay(step)
             steps.append(step)
             x = after
         scores = [
@@ -143,7 +143,7 @@ class Editor(Policy):
         made.append(Rollout([image(min(max(score, 0.0), 1.0)) for score in scores], steps))
         return made[-1]
 
-    def log_probs(self, step):
+    def replay(self, step):
         mean = step.sample + self.current()  # (B, 4)
         normal = torch.distributions.Normal(mean, STD)
         return normal.log_prob(step.next_sample).mean(1), mean, STD
