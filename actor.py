@@ -103,9 +103,9 @@ class Actor(VLM):
             self.model.activation_checkpointing_enable()
             self.model.disable_input_require_grads()  # for the reentrant kind only
         ends = self.model.generation_config.eos_token_id
-        if ends is None:
+        ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
+        if not ends or None in ends:
             raise ValueError("generation_config.json names no eos_token_id: nothing would end")
-        ends = ends if isinstance(ends, list) else [ends]
         # Drop the folder's sampling defaults, such as a repetition penalty: they would change the
         # distribution whose log-probs we record.
         self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])

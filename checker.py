@@ -15,11 +15,14 @@ What is public of the paper does not say which form the answer has. A probabilit
 signal than a sampled yes: the rewards of a group are rarely all the same.
 """
 
+import re
 import sys
 from dataclasses import dataclass
 
 SYSTEM = "You check images. Answer the question about the image with one word: yes or no."
 LEAST_MASS = 0.05  # of yes and no together, on a blank image
+# At the end of a prompt: <think>, [THINK], <|think|>, or <think> and more without </think>.
+OPEN_THOUGHT = re.compile(r"(?is)[^/\w](\w+:)?(think|thought)\w*\W*$|<think>(?!.*</think>)")
 
 
 @dataclass(frozen=True)
@@ -129,14 +132,32 @@ class VLM:
         return cls(model.to(device), processor, **settings)
 
     def chat(self, system, text):
-        """The chat prompt (str) of one user message about an image."""
-        messages = [
-            {"role": "system", "content": [{"type": "text", "text": system}]},
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]},
-        ]
+        """The chat prompt (str) of one user message about an image.
+
+        Templates take a system message as a list of parts or as a string, or refuse one; then it
+        comes first in the user's message. Raises ValueError if a template takes none of these.
+        """
+
+        def user(text):
+            return {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": text}]}
+
         template = str(getattr(self.processor, "chat_template", ""))
-        settings = {"enable_thinking": False} if "enable_thinking" in template else {}
-        return self.processor.apply_chat_template(messages, add_generation_prompt=True, **settings)
+        settings = {flag: False for flag in ("enable_thinking", "thinking") if flag in template}
+        for messages in (
+            [{"role": "system", "content": [{"type": "text", "text": system}]}, user(text)],
+            [{"role": "system", "content": system}, user(text)],
+            [user(f"{system} {text}")],
+        ):
+            try:
+                chat = self.processor.apply_chat_template(
+                    messages, add_generation_prompt=True, **settings
+                )
+            except Exception as error:  # of any kind: templates are programs
+                reason = error
+                continue
+            if "{'type': 'text'" not in chat:  # the list of parts as a string
+                return chat
+        raise ValueError(f"its chat template fails: {reason}")
 
     def inputs(self, system, images, texts):
         """Tokenized, left-padded model inputs of one user message per image."""
@@ -154,13 +175,13 @@ class VLM:
 
         Both belong to the subclass and take `inputs`. Returns what the second one found.
         """
-        import torch
-
         single = self.single_logits(*inputs)
         try:
-            shared = self.shared_logits(*inputs)
-            error = (shared.log_softmax(-1) - single.log_softmax(-1)).abs().mean().item()
-            self.share = error <= max(1e-3, 32 * torch.finfo(self.model.dtype).eps)
+            log_probs = single.float().log_softmax(-1)
+            error = (self.shared_logits(*inputs).float().log_softmax(-1) - log_probs).abs().mean()
+            # The first input and the last differ in image and text. Rounding in bf16 is at most 3%
+            # of how far apart they are, a wrong attention window is 15%.
+            self.share = bool(error < 0.1 * (log_probs[0] - log_probs[-1]).abs().mean())
             reason = f"else the log-probs would differ by {error:.1e}"
         except Exception as failure:  # of any kind: it comes from the depths of transformers
             reason = " ".join(str(failure).split())[:200]
@@ -176,7 +197,8 @@ class VLM:
         from a copy of it, at the positions that it would have in a sequence of its own.
 
         Args: head: the model's inputs for the B heads, padded on the left; owner (R): index of the
-        head of each tail; ids (R, T): the tails; mask (R, T): False for padding, on either side.
+        head of each tail; ids (R, T): the tails, padded on the right, because padding between head
+        and tail would count in a sliding window; mask (R, T): False for padding.
         Returns the logits (R, V) after each tail's head, and (R, keep, V) of the last `keep` tokens
         of the tails.
         """
@@ -227,11 +249,11 @@ class Checker(VLM):
         with torch.no_grad():
             log_probs = self.try_sharing(*questions).log_softmax(-1)  # (4, V)
         mass = log_probs[:, yes + no].exp().sum(1).mean().item()
-        in_thought = "<think>" in self.chat(SYSTEM, "").rpartition("</think>")[2]
+        in_thought = OPEN_THOUGHT.search(self.chat(SYSTEM, ""))
         if in_thought or not mass >= LEAST_MASS:  # `not >=` also catches NaN
             raise ValueError(
                 f"{name} gives yes and no together a probability of {mass:.1e} on a blank image: "
-                "its chat template ends inside <think>, or belongs to another model"
+                "its chat template ends inside a thought, or belongs to another model"
             )
 
     def check(self, images, graphs):
@@ -282,6 +304,7 @@ class Checker(VLM):
         """
         import torch
         from PIL import Image
+        from torch.nn.utils.rnn import pad_sequence
 
         numbers = {}  # of the B distinct images, by object
         owner = [numbers.setdefault(id(image), len(numbers)) for image in images]  # (Q)
@@ -297,11 +320,14 @@ class Checker(VLM):
         head = {k: v[:, :length] if v.shape == shape else v for k, v in head.items()}
         # The tail does not depend on the image, so a small blank one serves here.
         ids = self.inputs(system, [Image.new("RGB", (64, 64))] * len(texts), texts)["input_ids"]
-        own = after_image(ids)  # (Q, tokens), padded on the left
-        length = own.sum(1).max()
+        tails = [row[own] for row, own in zip(ids, after_image(ids))]
+        lengths = torch.tensor([len(tail) for tail in tails], device=ids.device)
+        ids = pad_sequence(tails, batch_first=True)  # (Q, T)
+        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         owner = torch.tensor(owner, device=ids.device)
-        _, logits = self.read_on(head, owner, ids[:, -length:], own[:, -length:], keep=1)
-        return logits[:, 0].float()
+        from_shortest = ids.shape[1] - int(lengths.min()) + 1  # tokens from its last one on
+        _, logits = self.read_on(head, owner, ids, mask, keep=from_shortest)
+        return logits[torch.arange(len(ids)), lengths - lengths.min()].float()
 
     def token_ids(self, *words):
         """For each word the ids of the vocabulary entries that decode to a spelling of it.

@@ -113,6 +113,8 @@ def text_problem(pipeline, call, text):
     """
     if re.search("[\ud800-\udfff]", text):
         return "it holds a lone surrogate, half of a character"
+    if special := re.search(r"<\W?\w+\W?>", text):  # a VLM would look for an image in "<image>"
+        return f"it holds {special[0]!r}, which may be a special token"
     names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the highest-numbered reads the most
     found = [getattr(pipeline, name, None) for name in names]
     tokenizer = next((part for part in found if hasattr(part, "is_fast")), None)

@@ -108,7 +108,8 @@ def parse_prompt(text, relations):
         raise ValueError(f"prompt {text!r}: list your relation words under `relations`")
     objects, triples, known = [], [], set()
     for clause in text.replace("\ufeff", "").split(";"):
-        clause = " ".join(clause.split()).rstrip(" .")
+        clause = " ".join(clause.split()).strip(" .\"'“”")
+        clause = re.sub("(?i)^an? (?:photo|picture|image) of ", "", clause)
         if not clause:
             continue
         found = find_relation(clause, relations)
@@ -138,7 +139,9 @@ def find_relation(text, relations):
     relations that start at the same place the longest is taken.
     """
     listed = {without_the(relation): relation for relation in relations}
-    before = "(?:(?:is|are|was|were) )?(?:(?:to|on) )?(?:the )?"
+    before = (
+        "(?:(?:that|which) )?(?:(?:is|are|was|were) )?(?:directly )?(?:(?:to|on|at) )?(?:the )?"
+    )
     pattern = rf"(?ai)(?<!\S){before}({either(listed)})(?!\S)"
     match = re.search(pattern, text.replace("_", " "))  # of the same length as text
     if not match:
@@ -154,7 +157,7 @@ def without_the(text):
 def either(words):
     """A pattern for any of some words that `without_the` returned, the longest first."""
     words = sorted(filter(None, words), key=len, reverse=True)
-    patterns = [re.escape(word).replace(r"\ ", " +(?:the +)?") for word in words]
+    patterns = [re.escape(word).replace(r"\ ", r"\s+(?:the\s+)?") for word in words]
     return "|".join(patterns) or "(?!)"  # which matches nothing
 
 
@@ -175,7 +178,7 @@ def clean_name(text):
 def load_graphs(path, relations=(), limit=None):
     """Reads a data set into list[SceneGraph]. The first character of the file says which it is.
 
-    "[": a JSON list of entries, which is read piece by piece; "{": JSON Lines, one entry a line.
+    "[": a JSON list of entries or prompts, read piece by piece; "{": JSON Lines, an entry a line.
         LAION-SG (arXiv 2412.08580): {"img_id", "caption_ori", "items", "relations"}
         GenEval (arXiv 2310.11513): {"include": [{"class", "count", "color", "position"}], "prompt"}
     Anything else: a prompt a line, as in T2I-CompBench (arXiv 2307.06350): "a bee on top of a boy".
@@ -195,10 +198,11 @@ def load_graphs(path, relations=(), limit=None):
                 if len(graphs) == limit:
                     break
                 try:
-                    if first in ("[", "{"):
-                        graphs.append(read_entry(entry, place))
-                    else:
+                    is_prompt = type(entry) is str and not entry.lstrip().startswith("{")
+                    if is_prompt and first != "{":
                         graphs.append(read_line(entry, relations))
+                    else:
+                        graphs.append(read_entry(entry, place))
                 except Exception as error:  # of any type: it is in none of these forms
                     skipped.append(f"{place}: {type(error).__name__}: {error}")
     except (OSError, ValueError, RecursionError) as error:
@@ -231,6 +235,8 @@ def json_list(file):
             continue
         yield f"entry {number}", value
         text, number = text[end:], number + 1
+    if (text[1:] + file.read(2**16)).strip():
+        raise ValueError("something follows its list")
 
 
 def read_line(text, relations):
@@ -248,13 +254,13 @@ def read_entry(entry, place):
         return read_geneval(entry, place)
     names, triples = {}, []  # names by item id as text: ids are written as 0 and as "0"
     for item in entry["items"]:
-        words = (item.get("attributes") or []) + [item["label"]]
+        words = [*(item.get("attributes") or []), clean_name(item["label"])]
         names[str(item["item_id"])] = clean_name(" ".join(words)) if item["label"].strip() else ""
     if len(names) < len(entry["items"]):
         raise ValueError("two items have the same id")
     for record in entry["relations"] or ():
         subject, object = names[str(record["item1"])], names[str(record["item2"])]
-        relation = re.sub("(?i)^(is|are) (?=.)", "", " ".join(record["relation"].split()))
+        relation = re.sub("(?i)^(is|are)[ _](?=.)", "", " ".join(record["relation"].split()))
         if not (subject and relation and object):
             raise ValueError("a relation without a word, or of an item without a label")
         triples.append((subject, relation, object))
@@ -282,53 +288,76 @@ def read_geneval(entry, place):
 
 # ---- answers of VLMs ----
 
-# The keys of a triple that is a JSON object: of its subject, relation, and object.
-KEYS = ("subject item1 head source s", "relation relationship predicate r p")
-KEYS += ("object item2 tail target o",)
+OBJECT_LIST = r"\b(?:objects|object list|object names|entities|nodes)\b"  # a key
+SECOND = r"\b(?:object|obj|tail|target|to|o|\w+ ?2)\b"  # keys of the second name in a triple
+NEGATION = r"\b(?:no|not|never|cannot|false)\b|n['’]t\b"
+CLAUSE_END = r"[.,;\n\[\](){}]"
+# What may stand between the words of a triple: keys, tags, marks but for brackets, small words.
+FILLER = r"\w+[\"'”’]?\s?[:=]|</?\w+>|&\w+;|[^\w{}\[\]]|\b(?:\d+|is|are|be|to|on|at|the|an?"
+FILLER += r"|that|which|appears|seems|located|positioned|placed|directly|slightly)\b"
 
 
 def parse_scene_graph(text, objects, relations):
     """The SceneGraph in a VLM's answer, or None if it has none of the words and no empty list.
 
-    Looks for the given words in any notation: JSON, (s, r, o), s -> r -> o, "s is r o". Between
-    the words of a triple there may be punctuation, small words, and keys such as "tail":.
-    Thoughts, which end at "</think>" or start at a last "<think>", are not part of the answer.
+    Looks for the given words in any notation: JSON, (s, r, o), s -> r -> o, "s is r o", "s - o: r".
+    Thoughts, which end at "</think>" or start at a last "<think>", are not part of the answer, and
+    what a sentence denies is no triple.
     objects, relations: the words to look for; the graph has them in the spelling given here.
     """
-    # 1. Leave out thoughts, undo JSON escapes, put the parts of JSON triples in order.
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
-    text = re.sub(
-        r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text
-    )  # JSON escapes
-    text = text.lower().replace("_", " ")
-    text = re.sub(r"\{[^{}]*\}", lambda match: in_order(match[0]), text)
-    # 2. Find the known words.
     names = {without_the(clean_name(name)): name for name in objects}
     words = {without_the(relation): relation for relation in relations}
-    found = list(re.finditer(rf"(?<!\w)(?:({either(names)})|({either(words)}))(?!\w)", text))
-    # 3. A triple is a name, a relation and a name with only filler between them: keys, small
-    # words, punctuation but for brackets.
-    filler = r"\w+[\"'”’]?\s?:|\b(?:is|are|to|on|the|an?)\b|[^\w{}\[\]]"
-    triples = []
-    for s, r, o in zip(found, found[1:], found[2:]):
-        gaps = f"{text[s.end() : r.start()]} {text[r.end() : o.start()]}"
-        if s[1] and r[2] and o[1] and len(gaps) < 80 and not re.sub(filler, "", gaps):
-            subject, relation, object = (without_the(match[0]) for match in (s, r, o))
-            triples.append((names[subject], words[relation], names[object]))
-    # 4. Objects that are listed apart from triples.
-    listed = re.search(r"\b(?:objects|object list|entities)\b(?:\W{0,9}\[[^\]]*|.*)", text)
+    known = re.compile(rf"(?<!\w)(?:({either(names)})|({either(words)}))(?!\w)")
+    # 1. Leave out thoughts, undo JSON escapes, bring JSON triples into order.
+    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
+    text = text.lower().replace("_", " ")
+    for _ in range(2):  # first what is inside, such as {"name": "red circle"}
+        text = re.sub(r"\{[^{}]*\}", lambda match: in_order(match[0], known), text)
+    # 2. Find triples: a name, a relation and a name with only filler between them.
+    found = list(known.finditer(text))
+    triples = {}  # by place of the relation word
+    for first, second, third in zip(found, found[1:], found[2:]):
+        gaps = text[first.end() : second.start()], text[second.end() : third.start()]
+        s, r, o = first, second, third
+        if re.fullmatch(r"[^\w\n{}\[\]]*", gaps[0]) and re.fullmatch(r"\W?:\W*", gaps[1]):
+            s, o, r = first, second, third  # "red circle - blue square: left of"
+        if not (s[1] and r[2] and o[1]) or r.start() in triples:
+            continue
+        gap = " ".join(gaps)
+        before = re.split(CLAUSE_END, text[max(first.start() - 60, 0) : first.start()])[-1]
+        after = re.split(CLAUSE_END, text[third.end() : third.end() + 60])[0]
+        if len(gap) > 80 or re.sub(FILLER, "", gap) or re.search(NEGATION, f"{before} {after}"):
+            continue
+        subject, relation, object = (without_the(match[0]) for match in (s, r, o))
+        triples[r.start()] = names[subject], words[relation], names[object]
+    # 3. Find objects that are listed apart from triples: in brackets, on the line, or below it.
+    below = r"(?:\n[ \t]*(?:[-•]|\*\s|\d).*)*"
+    listed = re.search(rf"{OBJECT_LIST}(?:\W{{0,9}}\[[^\]]*|.*{below})", text)
     seen = [m for m in found if m[1] and listed and listed.start() < m.start() < listed.end()]
-    seen = [names[without_the(match[0])] for match in seen] + names_in(triples)
+    seen = [names[without_the(match[0])] for match in seen] + names_in(triples.values())
     if not seen and not re.search(r"\[\s*\]", text):
         return None
-    return SceneGraph(dict.fromkeys(seen), triples)
+    return SceneGraph(dict.fromkeys(seen), triples.values())
 
 
-def in_order(text):
-    """A JSON object with the keys of a triple in their order; whatever else it has follows."""
+def in_order(text, known):
+    """A JSON object, without others inside, as "<subject, relation, object>" if it is a triple.
 
-    def place(part):
-        key = re.match(r"\W*(\w*)[\"'”’]?\s?:|", part)[1]
-        return next((number for number, keys in enumerate(KEYS) if key in keys.split()), 3)
-
-    return "{" + ",".join(sorted(text[1:-1].split(","), key=place)) + "}"
+    One that holds a single name becomes this name. Any other stays as it is.
+    """
+    found = list(known.finditer(text))
+    if re.search(rf"{OBJECT_LIST}|\b(?:triples|relations)\b", text):
+        return text
+    if len(found) == 1 and found[0][1]:
+        return found[0][0]
+    named = [match for match in found if match[1]]
+    if len(found) != 3 or len(named) != 2:
+        return text
+    if re.search(NEGATION, known.sub("", text)):  # such as "holds": false
+        return ""
+    subject, object = named
+    relation = next(match for match in found if match[2])
+    if re.search(SECOND, re.split("[{,]", text[: subject.start()])[-1]):  # its key
+        subject, object = object, subject
+    return f"<{subject[0]}, {relation[0]}, {object[0]}>"

@@ -729,6 +729,8 @@ def main():
         if saved and len(saved["metrics"]) > config.iterations:
             say(f"{config.run}: is finished; to train longer, set more iterations")
             return
+        for path in (config.data, config.validation):  # a wrong file shows before models are loaded
+            load_graphs(path, config.relations, 1)
         loop = build(config)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, stop)

@@ -239,7 +239,9 @@ def change_template(folder, ending):
     return Checker.load(folder)
 
 
-@pytest.mark.parametrize("ending", ["<think>\n", "<think> let me see", " yes"])
+@pytest.mark.parametrize(
+    "ending", ["<think>\n", "<think> let me see", " yes", "[THINK]", "<|think|>", "<seed:think>"]
+)
 def test_a_template_that_does_not_ask_for_an_answer_is_refused(folder, ending):
     checker = change_template(folder, ending)
     with pytest.raises(ValueError, match=rf"{folder} gives yes and no .* of \d.* ends inside"):
@@ -247,11 +249,36 @@ def test_a_template_that_does_not_ask_for_an_answer_is_refused(folder, ending):
 
 
 def test_a_template_that_can_do_without_a_thought_is_asked_to(folder, drawn, checker):
-    choice = "{% if enable_thinking is not defined or enable_thinking %}<think>{% endif %}"
-    other = change_template(folder, choice)
-    other.probe()
     graphs, right, _ = drawn
-    assert other.check(right[:2], graphs[:2]) == checker.check(right[:2], graphs[:2])
+    for flag in ("enable_thinking", "thinking"):
+        choice = f"{{% if {flag} is not defined or {flag} %}}<think>{{% endif %}}"
+        other = change_template(folder, choice)
+        other.probe()
+        assert other.check(right[:2], graphs[:2]) == checker.check(right[:2], graphs[:2])
+
+
+@pytest.mark.parametrize(
+    ("template", "chat"),
+    [
+        ("{{ messages[0].content[0].text }}|{{ messages[1].content[1].text }}", "be brief|owl?"),
+        ("{{ messages[0].content | trim }}|{{ messages[1].content[1].text }}", "be brief|owl?"),
+        ("{{ messages[0].content + '|' }}{{ messages[1].content[1].text }}", "be brief|owl?"),
+        (
+            "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
+            "{{ messages[0].content[1].text }}",
+            "be brief owl?",
+        ),
+    ],
+)
+def test_templates_take_a_system_message_in_different_ways(folder, template, chat):
+    (folder / "chat_template.jinja").write_text(template)
+    assert Checker.load(folder).chat("be brief", "owl?") == chat
+
+
+def test_a_template_that_fails_is_told(folder):
+    (folder / "chat_template.jinja").write_text("{{ raise_exception('only for pairs of owls') }}")
+    with pytest.raises(ValueError, match="chat template fails: only for pairs of owls"):
+        Checker.load(folder).chat("be brief", "owl?")
 
 
 def test_a_family_that_cannot_share_is_asked_one_by_one(drawn, checker, capsys, monkeypatch):
