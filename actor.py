@@ -236,14 +236,16 @@ class Actor(VLM):
         try:
             tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
             config = PeftConfig.from_pretrained(folder)
+            config.init_lora_weights = True  # pissa and others would change the base model
             self.model.add_adapter(config, ADAPTER)
             self.add_adapter(config.r)
             found = set_peft_model_state_dict(self.model, tensors, ADAPTER)
             wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
-            wrong += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+            wrong += [name for name, x in tensors.items() if not x.is_floating_point()]
+            wrong += [name for name, x in tensors.items() if not x.isfinite().all()]
             if wrong:
-                raise ValueError(f"missing, unknown or not finite: {', '.join(wrong[:3])}")
+                raise ValueError(f"missing, unknown or no finite floats: {', '.join(wrong[:3])}")
         except Exception as error:  # of any kind: it comes from the depths of peft
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"{folder} is no adapter of this Actor ({reason})") from None

@@ -20,7 +20,7 @@ import sys
 from dataclasses import dataclass
 
 SYSTEM = "You check images. Answer the question about the image with one word: yes or no."
-LEAST_MASS = 0.05  # of yes and no together, on a blank image
+LEAST_MASS = 0.5  # of yes and no together, on blank images
 # At the end of a prompt: <think>, [THINK], <|think|>, or <think> and more without </think>.
 OPEN_THOUGHT = re.compile(r"(?is)[^/\w](\w+:)?(think|thought)\w*\W*$|<think>(?!.*</think>)")
 
@@ -64,9 +64,11 @@ def questions(graph):
 def reflect(graph, probs, mass=1.0):
     """The `Reflection` made of P(yes) per object and triple of a graph; numbers or tensors.
 
-    Raises ValueError if there is not one probability for each.
+    Raises ValueError if there is not one probability for each, from 0 to 1.
     """
     probs = tuple(float(prob) for prob in probs)
+    if not all(0 <= prob <= 1 for prob in probs):  # refuses NaN, too
+        raise ValueError(f"{probs} are no probabilities: make them 0 to 1")
     if not 0 < len(probs) == len(graph.objects) + len(graph.triples):
         raise ValueError(f"{len(probs)} probabilities, for {len(questions(graph))} questions")
     objects = list(zip(graph.labels(), probs))
@@ -85,9 +87,15 @@ def reflect(graph, probs, mass=1.0):
 
 # Also in editor.py, so that both files work alone.
 def normalize_image(image):
-    """An image from anywhere as the models read it: upright, RGB, over white."""
+    """A PIL image from anywhere as the models read it: upright, RGB, over white.
+
+    Raises ValueError for modes I and F, of which nobody knows the range.
+    """
     from PIL import Image, ImageOps
 
+    if not isinstance(image, Image.Image) or image.mode in ("I", "F"):
+        kind = getattr(image, "mode", type(image).__name__)
+        raise ValueError(f"give a PIL image of 8 bits per channel, such as RGB, not {kind}")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to white
         image = image.point(lambda value: value * (1 / 256)).convert("L")
@@ -129,6 +137,9 @@ class VLM:
         )
         if lacking := sorted(info["missing_keys"]):
             raise ValueError(f"the weights of {path} lack {len(lacking)} tensors: {lacking[:3]}")
+        if unused := sorted(info["unexpected_keys"]):
+            reason = f"{path}: {len(unused)} tensors are not used, such as {unused[0]}"
+            print(f"{reason}; config.json may be of another model", file=sys.stderr)
         return cls(model.to(device), processor, **settings)
 
     def chat(self, system, text):
@@ -235,8 +246,8 @@ class Checker(VLM):
     def probe(self):
         """Call once after loading: try two blank images, and turn sharing on if it works.
 
-        Raises ValueError if the chat template ends inside a thought, or if yes and no together have
-        little probability: the reward would be noise.
+        Raises ValueError if the chat template drops the question or ends inside a thought, or if
+        yes and no together have little probability: the reward would be noise.
         """
         import torch
         from PIL import Image
@@ -248,12 +259,15 @@ class Checker(VLM):
         questions = SYSTEM, [blank[0], blank[0], blank[1], blank[1]], asked * 2
         with torch.no_grad():
             log_probs = self.try_sharing(*questions).log_softmax(-1)  # (4, V)
-        mass = log_probs[:, yes + no].exp().sum(1).mean().item()
-        in_thought = OPEN_THOUGHT.search(self.chat(SYSTEM, ""))
-        if in_thought or not mass >= LEAST_MASS:  # `not >=` also catches NaN
+        mass = log_probs[:, yes + no].exp().sum(1).min().item()
+        if OPEN_THOUGHT.search(self.chat(SYSTEM, "")):
+            raise ValueError(f"the chat template of {name} ends inside a thought")
+        if self.chat(SYSTEM, asked[0]) == self.chat(SYSTEM, asked[1]):
+            raise ValueError(f"the chat template of {name} drops the question")
+        if not mass >= LEAST_MASS:  # `not >=` also catches NaN
             raise ValueError(
                 f"{name} gives yes and no together a probability of {mass:.1e} on a blank image: "
-                "its chat template ends inside a thought, or belongs to another model"
+                "its chat template is of another model, or its weights are broken"
             )
 
     def check(self, images, graphs):

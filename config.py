@@ -10,10 +10,11 @@ or data file that is not there is looked for in the folder of the YAML file.
 """
 
 import difflib
+import hashlib
 import json
 import math
 import re
-from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from os.path import dirname, exists, expanduser, expandvars, isdir, isfile, join
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
@@ -39,7 +40,14 @@ DEVICE, DTYPE = r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "auto|float32|bfloat16|float1
 Device = Annotated[str, DEVICE, re.compile(DEVICE).fullmatch]
 Dtype = Annotated[str, DTYPE, re.compile(DTYPE).fullmatch]
 Template = Annotated[str, "with {} where the instruction goes", lambda text: "{}" in text]
-Words = Annotated[list, "of words; quote on, off, yes", lambda v: all(type(w) is str for w in v)]
+Temperature = Annotated[float, "from 1e-6 to 100", lambda x: 1e-6 <= x <= 100]
+Rate = Annotated[float, "above 0 and below 1", lambda x: 0 < x < 1]
+Share = Annotated[float, "0 or more and below 1", lambda x: 0 <= x < 1]
+Words = Annotated[
+    list,
+    "of words; quote on, off, yes",
+    lambda words: all(type(word) is str and word.strip(" ;,") for word in words),
+]
 Model = Annotated[str, "an existing folder, or a Hub id owner/name", is_model]
 Adapter = Annotated[str, "an existing folder", lambda path: not path or isdir(path)]
 DataFile = Annotated[str, "an existing file; LAION-SG: see gpu/phase1.yaml", isfile]
@@ -62,7 +70,7 @@ class ModelConfig(PartConfig):  # a VLM: the Checker, or a judge
 @dataclass
 class ActorConfig(ModelConfig):
     max_new_tokens: Count = 256  # longest completion
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     adapter: Adapter = ""  # folder of a LoRA adapter, trained in phase 1
     checkpointing: bool = False  # phase 1 takes less memory and a third more time
 
@@ -85,7 +93,7 @@ class EvaluationConfig:
     limit: Count = 300  # the first prompts of the file; --full takes all
     seed: Seed = 0  # of the first prompt's image; the next prompts take the next seeds
     exact: bool = False  # also by the pixel parser: embedded world only
-    untrained_temperature: Positive | None = None  # of the Actor without adapter; null: its own
+    untrained_temperature: Temperature | None = None  # of the Actor without adapter; null: its own
     judge: ModelConfig | None = None  # VLM that extracts scene graphs and judges; null: the Checker
 
 
@@ -117,7 +125,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     groups: Count = 8  # states of round 1 in an iteration; later rounds continue them
     group_size: GroupSize = 8  # G, samples of one state
     rank: Count = 16  # of the LoRA adapter
-    learning_rate: Positive = 1e-3  # of AdamW
+    learning_rate: Rate = 1e-3  # of AdamW
     warmup: Natural = 5  # iterations of linear warm-up
     max_grad_norm: Positive = 1.0
     clip_low: NonNegative = 0.2  # rho is clipped to [1 - clip_low, 1 + clip_high]. Phase 2: set
@@ -125,7 +133,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     clip_high: NonNegative = 0.28
     kl: NonNegative = 0.01  # weight of the KL to the model without adapter; 0 skips that pass
     advantage_eps: Positive = 0.05  # added to the std so that Checker noise is not amplified
-    flat_range: NonNegative = 0.02  # groups whose rewards span no more than this are left out
+    flat_range: Share = 0.02  # groups whose rewards span no more than this are left out
     refill: bool = False  # later rounds drop the states of flat groups and fill up with new images
     updates: Count = 2  # optimizer steps on the samples of an iteration; at 1 the clip never acts
     micro_batch: Count = 64  # samples of a backward pass; phase 2 takes whole groups
@@ -144,7 +152,12 @@ COUNTS = "num_inference_steps max_sequence_length max_area height width".split()
 
 
 def load_config(path, schema, overrides=()):
-    """Reads a YAML file into the dataclass `schema`, with "key.key=value" overrides on top."""
+    """Reads a YAML file into the dataclass `schema`, with "key.key=value" overrides on top.
+
+    A file that is not there is looked for beside this one, where the shipped ones are.
+    """
+    beside = join(dirname(__file__), path)
+    path = beside if exists(beside) and not exists(path) else path
     try:
         values = read_yaml(Path(path).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -234,3 +247,44 @@ def check(kind, value, key, folder):
         if name in COUNTS:
             check(Count, value[name], f"{key}.{name}", folder)
     return value
+
+
+def fingerprint(config, leave_out=()):
+    """What a resumed run must share: {dotted key: value}, without the keys to leave out.
+
+    For a model, adapter or data file on this disk the value is a hash of its content, not its path.
+    """
+    values = flatten(asdict(config))
+    for key, value in values.items():
+        is_path = key.split(".")[-1] in ("model", "adapter", "data", "validation")
+        if is_path and value and exists(value):
+            values[key] = f"content {sample_hash(value)}"
+    values = {key: value for key, value in values.items() if key not in leave_out}
+    return json.loads(json.dumps(values))
+
+
+def flatten(values, prefix=""):
+    """{"actor": {"temperature": 1.0}} -> {"actor.temperature": 1.0}"""
+    flat = {}
+    for key, value in values.items():
+        inner = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None
+        flat |= inner or {prefix + key: value}
+    return flat
+
+
+def sample_hash(path):
+    """A hash of a file, or of the config, tokenizer and weight files of a model's folder.
+
+    Files up to 64 MiB are read; of larger ones the size and 64 evenly spread samples of 1 MiB.
+    """
+    path, block, digest = Path(path), 1 << 20, hashlib.sha256()
+    suffixes = (".json", ".jinja", ".model", ".txt", ".safetensors")
+    inside = [file for file in path.rglob("*") if file.suffix in suffixes]
+    for file in [path] if path.is_file() else sorted(inside):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(path)} {size} ".encode())
+        with file.open("rb") as content:
+            for start in range(0, size, max(block, size // 64)):
+                content.seek(start)
+                digest.update(content.read(block))
+    return digest.hexdigest()[:12]

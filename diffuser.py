@@ -6,6 +6,7 @@ the pipeline call (size, steps, guidance, text length) come from `call:` in the 
 """
 
 import inspect
+import math
 import re
 import sys
 from importlib import import_module
@@ -50,6 +51,10 @@ class Diffuser:
                 )
                 if missing := sorted(info["missing_keys"]):
                     raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
+                if unused := sorted(info["unexpected_keys"]):
+                    reason = f"{name}: {len(unused)} tensors are not used, such as {unused[0]}"
+                    reason += "; its config.json may be of another model"
+                    print(f"{path}: {reason}", file=sys.stderr)
         options |= {"trust_remote_code": False, **models}
         return cls(DiffusionPipeline.from_pretrained(path, **options).to(device), **settings)
 
@@ -143,13 +148,14 @@ def check_call(key, kind, call):
     """
     takes = inspect.signature(kind.__call__).parameters
     for name, value in call.items():
-        if name not in takes or re.search("embeds|latents|callback", name):
+        if name not in takes or re.search("embeds|latents|callback|^self$", name):
             raise ValueError(f"key '{key}': {kind.__name__} takes no {name} from a file")
         default = takes[name].default
         several = {float: (int, float), tuple: (list, tuple), type(None): (int, float, str, list)}
         accepted = several.get(type(default), (type(default),))
         # Not isinstance, which takes True for an int.
-        if (type(value) not in accepted and value is not default) or value == []:
+        finite = type(value) is not float or math.isfinite(value)
+        if (type(value) not in accepted and value is not default) or value == [] or not finite:
             wanted = " or ".join(each.__name__ for each in accepted)
             raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}")
     if "true_cfg_scale" in takes:

@@ -255,6 +255,8 @@ class Editor:
         try:
             with self.adapter():
                 made = self.pipeline(prompt=prompts, generator=generators, **call).images
+            if all(size) and made[0].size != size:
+                raise ValueError(f"asked for width and height {size}, it makes {made[0].size}")
         except Exception as error:  # of any kind: it comes from the depths of the pipeline
             reason = " ".join(str(error).split())[:300]
             raise ValueError(f"{name} fails with this 'editor.call': {reason}") from error
@@ -320,9 +322,10 @@ class Editor:
             found = set_peft_model_state_dict(transformer, tensors, ADAPTER)
             wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
-            wrong += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+            wrong += [name for name, x in tensors.items() if not x.is_floating_point()]
+            wrong += [name for name, x in tensors.items() if not x.isfinite().all()]
             if wrong:
-                raise ValueError(f"missing, unknown or not finite: {', '.join(wrong[:3])}")
+                raise ValueError(f"missing, unknown or no finite floats: {', '.join(wrong[:3])}")
         except Exception as error:  # of any kind: it comes from the depths of diffusers
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"{folder} is no adapter of this Editor ({reason})") from None
@@ -336,8 +339,12 @@ class Editor:
         tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
         config = transformer.peft_config[ADAPTER].to_dict().items()
         config = {f"transformer.{key}": value for key, value in config}
-        # One entry only: safetensors writes several in random order. `sorted` is for the sets.
-        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True, default=sorted)}
+
+        def plain(value):  # a set of names, or a number that a LoRA from elsewhere has as a tensor
+            return sorted(value) if isinstance(value, set) else value.item()
+
+        # One entry only: safetensors writes several in random order.
+        metadata = {"lora_adapter_metadata": json.dumps(config, sort_keys=True, default=plain)}
         Path(folder).mkdir(parents=True, exist_ok=True)
         # `safetensors.torch.save_file` would give the file mode 0600.
         data = safetensors.torch.save(tensors, metadata)
@@ -376,9 +383,15 @@ def find_kind(name, scheduler):
 
 # Also in checker.py, so that both files work alone.
 def normalize_image(image):
-    """An image from anywhere as the models read it: upright, RGB, over white."""
+    """A PIL image from anywhere as the models read it: upright, RGB, over white.
+
+    Raises ValueError for modes I and F, of which nobody knows the range.
+    """
     from PIL import Image, ImageOps
 
+    if not isinstance(image, Image.Image) or image.mode in ("I", "F"):
+        kind = getattr(image, "mode", type(image).__name__)
+        raise ValueError(f"give a PIL image of 8 bits per channel, such as RGB, not {kind}")
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to white
         image = image.point(lambda value: value * (1 / 256)).convert("L")

@@ -24,16 +24,15 @@ import os
 import signal
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 if __name__ == "__main__":  # Ctrl-C before the first row: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from checker import Checker
-from config import LoopConfig, load_config
-from loop import Trajectory, build, device_and_dtype, naming
+from config import LoopConfig, fingerprint, load_config
+from loop import Trajectory, build, device_and_dtype, naming, output_folder
 from report import record, report, say, write
 from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
 
@@ -170,19 +169,27 @@ def measure(trajectories, judge, relations, exact):
     graphs = [t.graph for t in trajectories]
     images = [t.best.image for t in trajectories]
     seen = extract(judge, images, graphs, relations)
-    scores = [sg_iou(*pair) for pair in zip(seen, graphs)]
-    values = {f"vlm_{name}": [score[name] for score in scores] for name in IOUS}
+    values = {f"vlm_{name}": column for name, column in overlaps(seen, graphs).items()}
     values["judge"] = grade(judge, images, [graph.prompt() for graph in graphs])
     values["checker"] = [t.best.reflection.score for t in trajectories]
     values["edits"] = [float(sum(step.edited for step in t.steps[1:])) for t in trajectories]
     if exact:
-        from tiny.world import debris, exact_scores, kept_share
+        from tiny.world import debris, exact_graphs, kept_share
 
-        scores = exact_scores(images, graphs)
-        values |= {name: [score[name] for score in scores] for name in IOUS}
+        values |= overlaps(exact_graphs(images, graphs), graphs)
         values["kept"] = [kept_share(t) for t in trajectories]
         values["debris"] = [debris(image) for image in images]
     return values
+
+
+def overlaps(seen, graphs):
+    """{column: one IoU per prompt}. Without relations in a prompt there are none of relations."""
+    columns = {name: [] for name in IOUS}
+    for pred, gold in zip(seen, graphs, strict=True):
+        scores = sg_iou(pred, gold)
+        for name, column in columns.items():
+            column.append(scores[name] if gold.triples or name == "entity_iou" else None)
+    return columns
 
 
 def extract_request(graph, relations):
@@ -320,9 +327,9 @@ def run(arguments):
         raise ValueError(f"{arguments.config}: set the keys 'evaluation' and 'rounds' (1 or more)")
     limit = None if arguments.full else settings.limit
     graphs = load_graphs(settings.data, config.relations, limit)
-    folder = Path(arguments.out)
+    folder = output_folder(arguments.out)
     folder.mkdir(parents=True, exist_ok=True)
-    made_with = {"config": asdict(config), "prompts": len(graphs)}
+    made_with = {"config": fingerprint(config), "prompts": len(graphs)}
     rows = finished_rows(folder / "results.json", made_with, arguments.resume)
     loop = build(config)
     judge, judge_name = loop.checker, "the Checker's own model"
@@ -339,7 +346,7 @@ def run(arguments):
         say(f"  {rows[-1].name}")
         results = {"tables": tables(rows, counts), "rows": [vars(row) for row in rows]} | made_with
         write(folder / "table.md", markdown(results["tables"]))
-        write(folder / "results.json", json.dumps(results).replace("NaN", "null") + "\n")
+        write(folder / "results.json", json.dumps(results, allow_nan=False) + "\n")
         if rows[-1].name.startswith("best of"):  # the page keeps the trajectories of the loop
             report([folder])
         else:

@@ -31,7 +31,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from config import LoopConfig, load_config
+from config import LoopConfig, RunFolder, check, load_config
 from report import record, remove_images, save_images, say, story
 from sgiou import SceneGraph, load_graphs, parse_prompt
 
@@ -117,7 +117,9 @@ class Loop:
         reflections = self.checker.check(images, graphs)
         return [
             Trajectory(graph, seed, [Step(image, reflection)])
-            for graph, seed, image, reflection in zip(graphs, seeds, images, reflections)
+            for graph, seed, image, reflection in zip(
+                graphs, seeds, images, reflections, strict=True
+            )
         ]
 
     def advance(self, trajectories):
@@ -141,7 +143,7 @@ class Loop:
             [t.step_seed for t, _ in edits],
         )
         reflections = self.checker.check(images, [t.graph for t, _ in edits])
-        for (t, step), image, reflection in zip(edits, images, reflections):
+        for (t, step), image, reflection in zip(edits, images, reflections, strict=True):
             step.image, step.reflection = image, reflection
             t.steps.append(step)
 
@@ -234,7 +236,8 @@ def build(config):
         if folder := getattr(config, name).adapter:
             with naming(config, f"{name}.adapter"):
                 sums = Path(folder) / "SHA256SUMS"  # train.py writes it
-                if sums.exists() and sums.read_text() != sha256_sums(folder):
+                lines = sums.read_text().splitlines() if sums.exists() else []
+                if not set(lines) <= set(sha256_sums(folder).splitlines()):
                     raise ValueError(f"{sums} does not match: a file is damaged or was changed")
                 part.load_adapter(folder)
     if config.editor.checkpointing:
@@ -294,6 +297,14 @@ def once_per_place():
     return passes
 
 
+def output_folder(path):
+    """A folder for results. Raises ValueError if a training run is in it, or the name is odd."""
+    folder = Path(check(RunFolder, path, "--out", ""))
+    if (folder / "checkpoint.safetensors").exists():
+        raise ValueError(f"--out: {folder} holds a training run; name another folder")
+    return folder
+
+
 def main():
     parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, images out.")
     parser.add_argument("prompt", nargs="*", help='"red circle left of ...", key=value')
@@ -305,7 +316,7 @@ def main():
     overrides = [word for word in arguments.prompt if re.match(r"[\w.]+=", word)]
     prompts = [word for word in arguments.prompt if word not in overrides]
     if len(prompts) != (arguments.prompts is None):
-        parser.error("give either a prompt or --prompts FILE")
+        parser.error(f"give one prompt in quotes or --prompts FILE, and key=value; got {prompts}")
     try:
         if not 0 <= arguments.seed < 2**31:
             raise ValueError("--seed: make it 0 or more and below 2**31")
@@ -313,11 +324,12 @@ def main():
         config = load_config(arguments.config, LoopConfig, [*overrides, "evaluation="])
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
         graphs = graphs or load_graphs(arguments.prompts, config.relations)
+        out = output_folder(arguments.out)
         loop = build(config)
         if arguments.prompts:
             graphs = loop.diffuser.readable(graphs, arguments.prompts)
         seeds = [arguments.seed + number for number in range(len(graphs))]
-        out, trajectories = Path(arguments.out), []
+        trajectories = []
         for first in range(0, len(graphs), PROMPTS_PER_BATCH):
             part = slice(first, first + PROMPTS_PER_BATCH)
             made = loop.run(graphs[part], seeds[part])
@@ -328,8 +340,10 @@ def main():
                 save_images(trajectory, folder)
                 say(f"{story(trajectory)}\n\n  {folder / 'strip.png'}\n")
                 trajectories.append(trajectory)
-            page = record(out, trajectories)
-            say(f"  {len(trajectories)} of {len(graphs)} prompts: {page}")
+            done = len(trajectories)
+            batches = -(-done // PROMPTS_PER_BATCH)
+            if done == len(graphs) or batches.bit_count() == 1:  # after 1, 2, 4, 8, ... batches
+                say(f"  {done} of {len(graphs)} prompts: {record(out, trajectories)}")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(" ".join(f"loop.py: {error}".split()))
 

@@ -234,10 +234,12 @@ def write(path, text):
 
 def say(text):
     """Prints a line. A terminal that lacks a character, or is gone, must not stop a run."""
+    if sys.stdout is None:  # of a daemon
+        return
     encoding = sys.stdout.encoding or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:  # "| head" has ended: what follows goes nowhere
+    except OSError:  # "| head" has ended, or the disk is full: what follows goes nowhere
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 

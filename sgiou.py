@@ -108,7 +108,7 @@ def parse_prompt(text, relations):
         raise ValueError(f"prompt {text!r}: list your relation words under `relations`")
     objects, triples, known = [], [], set()
     for clause in text.replace("\ufeff", "").split(";"):
-        clause = " ".join(clause.split()).strip(" .\"'“”")
+        clause = " ".join(clause.split()).strip(" .!?\"'“”")
         clause = re.sub("(?i)^an? (?:photo|picture|image) of ", "", clause)
         if not clause:
             continue
@@ -163,7 +163,8 @@ def either(words):
 
 def is_name(text, relations):
     """Whether a part of a prompt can be the name of one object."""
-    sentence = re.search(r"(?i),| (?:an?|the|is|are|was|were) ", text)
+    small_words = "an?|the|is|are|was|were|be|and|or|not|no|that|which|between"
+    sentence = re.search(rf"(?i)[,&/|!?:()\"]| (?:{small_words}) |n['’]t\b| not$", text)
     return text and not sentence and not find_relation(text, [*SPATIAL, *relations])
 
 
@@ -254,11 +255,15 @@ def read_entry(entry, place):
         return read_geneval(entry, place)
     names, triples = {}, []  # names by item id as text: ids are written as 0 and as "0"
     for item in entry["items"]:
-        words = [*(item.get("attributes") or []), clean_name(item["label"])]
+        attributes = item.get("attributes") or []
+        words = [attributes] if isinstance(attributes, str) else attributes
+        words = [*filter(None, words), clean_name(item["label"])]
         names[str(item["item_id"])] = clean_name(" ".join(words)) if item["label"].strip() else ""
     if len(names) < len(entry["items"]):
         raise ValueError("two items have the same id")
     for record in entry["relations"] or ():
+        if record["item1"] == record["item2"]:
+            raise ValueError("a relation of an item to itself")
         subject, object = names[str(record["item1"])], names[str(record["item2"])]
         relation = re.sub("(?i)^(is|are)[ _](?=.)", "", " ".join(record["relation"].split()))
         if not (subject and relation and object):
@@ -282,6 +287,8 @@ def read_geneval(entry, place):
     for number, group in enumerate(entry["include"]):
         if group.get("position"):
             relation, other = group["position"]
+            if other == number:
+                raise ValueError("a position of an object next to itself")
             triples.append((names[number], relation, names[other]))
     return SceneGraph(objects, triples, entry.get("prompt") or "", place)
 
@@ -289,7 +296,7 @@ def read_geneval(entry, place):
 # ---- answers of VLMs ----
 
 OBJECT_LIST = r"\b(?:objects|object list|object names|entities|nodes)\b"  # a key
-SECOND = r"\b(?:object|obj|tail|target|to|o|\w+ ?2)\b"  # keys of the second name in a triple
+SECOND = r"\b(?:object|obj|tail|target|to|o|[a-z]+ ?2)\b"  # keys of a triple's second name
 NEGATION = r"\b(?:no|not|never|cannot|false)\b|n['’]t\b"
 CLAUSE_END = r"[.,;\n\[\](){}]"
 # What may stand between the words of a triple: keys, tags, marks but for brackets, small words.
@@ -301,15 +308,16 @@ def parse_scene_graph(text, objects, relations):
     """The SceneGraph in a VLM's answer, or None if it has none of the words and no empty list.
 
     Looks for the given words in any notation: JSON, (s, r, o), s -> r -> o, "s is r o", "s - o: r".
-    Thoughts, which end at "</think>" or start at a last "<think>", are not part of the answer, and
-    what a sentence denies is no triple.
+    Thoughts, which end at "</think>" or start at a last "<think>" (also <thinking>, <reasoning>),
+    are not part of the answer, and what a sentence denies is no triple.
     objects, relations: the words to look for; the graph has them in the spelling given here.
     """
     names = {without_the(clean_name(name)): name for name in objects}
     words = {without_the(relation): relation for relation in relations}
     known = re.compile(rf"(?<!\w)(?:({either(names)})|({either(words)}))(?!\w)")
     # 1. Leave out thoughts, undo JSON escapes, bring JSON triples into order.
-    text = text.rpartition("</think>")[2].partition("<think>")[0]
+    text = re.sub(r"(?is).*</(?:think\w*|reasoning)>", "", text)
+    text = re.sub(r"(?is)<(?:think\w*|reasoning)>.*", "", text)
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
     text = text.lower().replace("_", " ")
     for _ in range(2):  # first what is inside, such as {"name": "red circle"}
@@ -324,6 +332,8 @@ def parse_scene_graph(text, objects, relations):
             s, o, r = first, second, third  # "red circle - blue square: left of"
         if not (s[1] and r[2] and o[1]) or r.start() in triples:
             continue
+        if re.search(rf"{SECOND}[\"'”’]?\s?[:=]\W*$", text[max(s.start() - 20, 0) : s.start()]):
+            s, o = o, s
         gap = " ".join(gaps)
         before = re.split(CLAUSE_END, text[max(first.start() - 60, 0) : first.start()])[-1]
         after = re.split(CLAUSE_END, text[third.end() : third.end() + 60])[0]

@@ -62,7 +62,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from config import TrainConfig, load_config
+from config import TrainConfig, fingerprint, load_config
 from grpo import clipped_loss, gaussian_kl, group_advantages, k3_kl
 from loop import Trajectory, build, sha256_sums
 from report import record, say, write
@@ -142,7 +142,8 @@ def phase1(loop, config, resume=False):
             graphs = [states[g].graph for g, _ in edits]
             reflections = loop.checker.check(images, graphs)
             run.lap("check")
-            edited = dict(zip(edits, map(State, graphs, images, reflections)))
+            made = [State(*parts) for parts in zip(graphs, images, reflections, strict=True)]
+            edited = dict(zip(edits, made))
             # (N); where no edit was carried out, the state as it was
             after = [edited.get(pair, old) for pair, old in zip(pairs, before)]
 
@@ -289,7 +290,7 @@ def phase2(loop, config, resume=False):
             graphs = [state.graph for state in before]
             reflections = loop.checker.check(images, graphs)
             run.lap("check")
-            after = list(map(State, graphs, images, reflections))  # (N)
+            after = [State(*parts) for parts in zip(graphs, images, reflections, strict=True)]
             rewards = [reflection.score for reflection in reflections]  # (N)
 
             # 4. Advantages within each group.
@@ -367,7 +368,7 @@ def unsatisfied_images(loop, graphs, count, rng):
         seeds = [rng.randrange(1 << 30) for _ in chosen]
         images = loop.diffuser.generate([graph.prompt() for graph in chosen], seeds)
         reflections = loop.checker.check(images, chosen)
-        made = list(map(State, chosen, images, reflections))
+        made = [State(*parts) for parts in zip(chosen, images, reflections, strict=True)]
         states += [state for state in made if not state.reflection.satisfied]
     return states[:count], 1 - len(states) / generated
 
@@ -503,17 +504,23 @@ class Run:
         self.loop, self.config, self.trained = loop, config, trained
         self.parameters, self.optimizer = parameters, optimizer
         self.folder = Path(config.run)
+        if not saved and getattr(loop, "trained", False):
+            raise ValueError("this loop was trained before; `build(config)` another for a new run")
+        loop.trained = True
         (self.folder / "adapter").mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder)
         self.graphs = self.read(config.data, config.data_limit or None)
         held_out = self.read(config.validation, config.validation_limit)
         self.first_trajectories = loop.start(held_out, list(range(len(held_out))))
-        self.made_with = fingerprint(config)
+        self.made_with = fingerprint(config, MAY_CHANGE)
         self.rows = saved["metrics"] if saved else []  # by iteration; row 0: before training
         lines = [json.dumps(row) + "\n" for row in self.rows]
         write(self.folder / "metrics.jsonl", "".join(lines))
         write(self.folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
         self.seconds, self.began = {}, time.perf_counter()
+        if not saved:  # of an earlier run, of which somebody removed the checkpoint
+            for path in [*self.folder.glob("samples/*.json"), self.folder / "seconds.jsonl"]:
+                path.unlink(missing_ok=True)
         if saved:
             restore(saved["tensors"], parameters, optimizer)
         else:
@@ -582,6 +589,7 @@ def check_run(config, phase, resume):
     """
     if config.phase not in (None, phase):
         raise ValueError(f"the config is for phase {config.phase}; use --phase {config.phase}")
+    config.phase = phase  # so that the checkpoint tells
     steps = config.editor.call.get("num_inference_steps")
     end = config.latest_window_start + config.window
     if phase == 2 and (steps is None or end >= steps):
@@ -599,7 +607,7 @@ def check_run(config, phase, resume):
     if not resume:
         return None
     saved = read_checkpoint(path)
-    then, now = saved["made with"], fingerprint(config)
+    then, now = saved["made with"], fingerprint(config, MAY_CHANGE)
     differences = [
         f"{key} ({then.get(key, 'unset')} then, {now.get(key, 'unset')} now)"
         for key in then | now
@@ -614,48 +622,6 @@ def check_run(config, phase, resume):
     if config.iterations < done:
         raise ValueError(f"{folder}: {done} iterations are done; set iterations={done} or more")
     return saved
-
-
-def fingerprint(config):
-    """What a resumed run must share: config by dotted key, and the content of the files it reads.
-
-    Of a Hub id only the name is compared.
-    """
-    values = flatten(asdict(config))
-    for key in MAY_CHANGE:
-        del values[key]
-    parts = [config.diffuser, config.checker, config.actor, config.editor]
-    paths = [config.data, config.validation, config.actor.adapter, config.editor.adapter]
-    for path in filter(None, [*paths, *(part.model for part in parts)]):
-        values[f"content of {path}"] = sample_hash(path)
-    return json.loads(json.dumps(values))
-
-
-def flatten(values, prefix=""):
-    """{"actor": {"temperature": 1.0}} -> {"actor.temperature": 1.0}"""
-    flat = {}
-    for key, value in values.items():
-        inner = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None
-        flat |= inner or {prefix + key: value}
-    return flat
-
-
-def sample_hash(path):
-    """A hash of a file, or of the config, tokenizer and weight files of a model's folder.
-
-    Files up to 64 MiB are read; of larger ones the size and 64 evenly spread samples of 1 MiB.
-    """
-    path, block, digest = Path(path), 1 << 20, hashlib.sha256()
-    suffixes = (".json", ".jinja", ".model", ".txt", ".safetensors")
-    inside = [file for file in path.rglob("*") if file.suffix in suffixes]
-    for file in [path] if path.is_file() else sorted(inside):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)} {size} ".encode())
-        with file.open("rb") as content:
-            for start in range(0, size, max(block, size // 64)):
-                content.seek(start)
-                digest.update(content.read(block))
-    return digest.hexdigest()[:12]
 
 
 def save_checkpoint(path, parameters, optimizer, about):

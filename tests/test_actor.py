@@ -293,7 +293,7 @@ def edited(saved, folder, change=lambda tensors: tensors, **config):
         (lambda tensors: {n.replace("lora_A", "lora_C"): t for n, t in tensors.items()}, "lora_A"),
         (lambda tensors: tensors | {"surplus.weight": torch.zeros(1)}, "surplus"),
         (lambda tensors: {n: t[:3].contiguous() for n, t in tensors.items()}, "size mismatch"),
-        (lambda tensors: {n: t * torch.nan for n, t in tensors.items()}, "not finite"),
+        (lambda tensors: {n: t * torch.nan for n, t in tensors.items()}, "no finite floats"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(saved, tmp_path, change, message):
@@ -325,6 +325,19 @@ def test_adapters_of_other_programs(saved, tmp_path):
             edited(saved, tmp_path / f"{number}", lambda tensors: tensors | alpha, lora_alpha=scale)
         )
         assert torch.equal(scores(actor, proposals), expected) == same
+
+
+def test_an_adapter_that_starts_in_another_way_leaves_the_base_model_as_it_is(saved, tmp_path):
+    _, proposals, expected = saved
+    actor = load()
+    before = {name: tensor.clone() for name, tensor in actor.model.state_dict().items()}
+    folder = edited(saved, tmp_path / "pissa", lambda tensors: tensors, init_lora_weights="pissa")
+    actor.load_adapter(folder)
+    after = actor.model.state_dict()
+    for name, tensor in before.items():
+        name = name if name in after else name.replace(".weight", ".base_layer.weight")
+        assert torch.equal(after[name], tensor)
+    assert torch.equal(scores(actor, proposals), expected)
 
 
 # ---- templates ----

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import math
 import random
 import shutil
 from pathlib import Path
@@ -53,6 +54,12 @@ def test_a_half_is_enough():
     reflection = reflect(GRAPH, [0.5] * 6)
     assert reflection.satisfied and reflection.feedback == "" and reflection.score == 0.5
     assert not reflect(GRAPH, [1, 1, 1, 1, 1, 0.4999]).satisfied
+
+
+@pytest.mark.parametrize("wrong", [math.nan, -0.1, 1.5, math.inf])
+def test_what_is_no_probability_is_refused(wrong):
+    with pytest.raises(ValueError, match="make them 0 to 1"):
+        reflect(GRAPH, [0.5] * 5 + [wrong])
 
 
 def test_an_own_reward_may_give_tensors():
@@ -240,12 +247,34 @@ def change_template(folder, ending):
 
 
 @pytest.mark.parametrize(
-    "ending", ["<think>\n", "<think> let me see", " yes", "[THINK]", "<|think|>", "<seed:think>"]
+    "ending", ["<think>\n", "<think> let me see", "[THINK]", "<|think|>", "<seed:think>"]
 )
-def test_a_template_that_does_not_ask_for_an_answer_is_refused(folder, ending):
+def test_a_template_that_ends_inside_a_thought_is_refused(folder, ending):
     checker = change_template(folder, ending)
-    with pytest.raises(ValueError, match=rf"{folder} gives yes and no .* of \d.* ends inside"):
+    with pytest.raises(ValueError, match=f"template of {folder} ends inside a thought"):
         checker.probe()
+
+
+@pytest.mark.parametrize("ending", [" yes", "<edit>", "Answer:"])
+def test_a_template_after_which_no_answer_comes_is_refused(folder, ending):
+    checker = change_template(folder, ending)
+    with pytest.raises(ValueError, match=f"{folder} gives yes and no together .* of another model"):
+        checker.probe()
+
+
+def test_a_template_that_drops_the_question_is_refused(folder):
+    (folder / "chat_template.jinja").write_text("<image> <answer>")
+    with pytest.raises(ValueError, match="drops the question"):
+        Checker.load(folder).probe()
+
+
+def test_weights_that_the_config_has_no_place_for_are_told(folder, capsys):
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] -= 1
+    config["text_config"].pop("layer_types", None)
+    (folder / "config.json").write_text(json.dumps(config))
+    Checker.load(folder)
+    assert "tensors are not used, such as" in capsys.readouterr().err
 
 
 def test_a_template_that_can_do_without_a_thought_is_asked_to(folder, drawn, checker):

@@ -73,6 +73,18 @@ def test_help_is_cheap(run):
     assert "--prompts" in process.stdout
 
 
+def test_the_shipped_config_is_found_from_another_folder(run):
+    assert run("loop.py", "red circle").returncode == 97  # the model libraries are reached
+
+
+def test_folders_for_results(run, tmp_path):
+    words = "loop.py", "a above b", "--config", "config.yaml"
+    refused(run(*words, "--out", ""), "--out", "a folder")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoint.safetensors").touch()
+    refused(run(*words, "--out", "run"), "run holds a training run")
+
+
 @pytest.mark.parametrize("script", [("loop.py", "a above b"), ("eval.py",)])
 def test_mistakes_in_the_config(run, script, tmp_path):
     path = tmp_path / "wrong.yaml"

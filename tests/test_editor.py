@@ -74,6 +74,23 @@ def test_images_from_outside_are_read_upright_in_rgb_over_white(loop, images):
     assert inspect.getsource(checker.normalize_image) == inspect.getsource(normalize_image)
 
 
+@pytest.mark.parametrize(
+    "image",
+    [np.zeros((8, 8, 3), np.uint8), "image.png", None]
+    + [Image.fromarray(np.zeros((8, 8), kind)) for kind in (np.int32, np.float32)],
+)
+def test_what_is_no_image_of_8_or_16_bits_is_refused(image):
+    with pytest.raises(ValueError, match="give a PIL image of 8 bits per channel"):
+        normalize_image(image)
+
+
+@pytest.mark.parametrize("change", [{"width": 64}, {"max_area": 256}])
+def test_an_edited_image_of_another_size_than_asked_is_refused(loop, images, change):
+    editor = Editor(loop.editor.pipeline, loop.editor.call | change)
+    with pytest.raises(ValueError, match="asked for width and height"):
+        editor.edit(images[:1], [MOVE], [0])
+
+
 def test_images_from_outside_are_edited_like_their_rgb_copy(loop, images):
     image = images[0]
     large = image.convert("RGBA").resize((2000, 1500), Image.Resampling.NEAREST)
@@ -312,6 +329,10 @@ def test_adapters_of_other_programs(loop, images, adapter, fresh):
         assert (difference(got, edited) <= 1) == same
     layer = next(m for m in editor.pipeline.transformer.modules() if hasattr(m, "scaling"))
     assert layer.scaling == {"editor": 2.0}
+    editor.save_adapter(adapter.parent)  # after training went on from it
+    again = fresh()
+    again.load_adapter(adapter.parent)
+    assert difference(again.edit(images, [MOVE, MOVE], [1, 2]), got) <= 1
 
 
 def test_an_adapter_trained_in_fp32_loads_in_fp32(adapter, fresh):

@@ -166,8 +166,14 @@ def test_kept_is_the_share_of_unnamed_things_that_stay_within_two_pixels():
     assert kept([*RIGHT, owl._replace(name="red square"), fox]) == 0.5
     # The second edit did not start from the first: the third image is compared with the first one.
     assert kept([*RIGHT, fox], [*RIGHT, owl, fox], sources=(0, 0)) == 0.75
-    assert math.isnan(kept())  # no edit
-    assert math.isnan(kept(before, instruction="none"))
+    assert kept() is None  # no edit
+    assert kept(before, instruction="none") is None
+
+
+def test_prompts_without_relations_have_no_overlap_of_relations():
+    alone, pair = SceneGraph(["sun"], ()), SceneGraph([], [("sun", "above", "sea")])
+    found = eval.overlaps([alone, pair], [alone, pair])
+    assert found == {"sg_iou": [None, 1], "entity_iou": [1, 1], "relation_iou": [None, 1]}
 
 
 @pytest.fixture(scope="module")
@@ -274,9 +280,10 @@ def program(monkeypatch, tmp_path):
     """Runs eval.py on 5 prompts with a script in place of the models; returns the output folder."""
     entries = [laion_entry(number, GRAPH.triples) for number in range(5)]
     (tmp_path / "data.json").write_text(json.dumps(entries))
+    (tmp_path / "model").mkdir()
     config = tmp_path / "config.yaml"
     names = ("diffuser", "checker", "actor", "editor")
-    config.write_text("".join(f"{part}: {{model: {tmp_path}}}\n" for part in names))
+    config.write_text("".join(f"{part}: {{model: {tmp_path / 'model'}}}\n" for part in names))
     with config.open("a") as file:
         file.write("relations: [left of, above]\nrounds: 2\n")
         file.write("evaluation: {data: data.json, exact: true, limit: 3}\n")
@@ -345,6 +352,9 @@ def test_an_interrupted_evaluation_keeps_its_rows_and_can_be_resumed(program, mo
     assert len(measured) == 4  # one row, the interruption, two more rows
     with pytest.raises(SystemExit, match="is of another config"):
         program("--resume", "rounds=3")
+    (out.parent / "model" / "model.safetensors").write_bytes(b"other weights")
+    with pytest.raises(SystemExit, match="is of another config"):
+        program("--resume")
     (out / "results.json").write_text("[]")
     with pytest.raises(SystemExit, match="cannot be resumed"):
         program("--resume")
@@ -361,6 +371,13 @@ def test_another_vlm_can_measure(program, monkeypatch, tmp_path, capsys):
     program(f"evaluation.judge={{model: {tmp_path}}}")
     assert judges and all(vlm is loaded for vlm in judges)
     assert f"The columns VLM and Judge are by {tmp_path}." in capsys.readouterr().out
+
+
+def test_an_evaluation_keeps_out_of_a_training_run(program, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint.safetensors").write_bytes(b"")
+    with pytest.raises(SystemExit, match="--out: .* holds a training run"):
+        program()
 
 
 @pytest.mark.parametrize("override", ["evaluation=null", "rounds=0"])

@@ -274,6 +274,8 @@ def test_adapters_are_checked_when_they_are_loaded(part, other, adapters, tmp_pa
     subprocess.run(["sha256sum", "--quiet", "-c", "SHA256SUMS"], cwd=copy, check=True)
     with pytest.raises(ValueError, match=f"^key '{part}.adapter': cannot load .* no adapter of"):
         loaded(adapters[other])
+    (copy / "._adapter_config.json").write_text("what a Mac leaves in folders")
+    loaded(copy)
     (path,) = copy.glob("*.safetensors")
     data = bytearray(path.read_bytes())
     data[-3] ^= 4  # one bit

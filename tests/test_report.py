@@ -1,5 +1,6 @@
 """report.py: the page of a run, the story and the strip of a trajectory."""
 
+import contextlib
 import html.parser
 import json
 import os
@@ -203,6 +204,16 @@ def test_the_command_in_a_locale_without_unicode(tmp_path):
     assert process.returncode == 0 and process.stdout.endswith("report.html\n"), process.stderr
     assert "läuft: →" in (folder / "report.html").read_text(encoding="utf-8")
     assert not list(folder.rglob("*.aside"))
+
+
+@pytest.mark.parametrize("closed", [None, "/dev/full"])
+def test_a_terminal_that_is_gone_stops_nothing(monkeypatch, closed):
+    with open(closed, "w") if closed else contextlib.nullcontext() as stream:
+        monkeypatch.setattr("sys.stdout", stream)
+        monkeypatch.setattr("os.dup2", lambda *_: None)
+        report.say("on we go")
+        with contextlib.suppress(OSError):  # what could not be written
+            stream and stream.close()
 
 
 def test_a_folder_that_is_no_run(tmp_path):

@@ -236,21 +236,21 @@ def test_the_actor_reads_what_was_tried(tmp_path, phase):
 
 @PHASES
 def test_new_images_take_the_places_of_flat_groups(tmp_path, phase):
-    loop, counts = toys.loop(), []
-    propose = loop.actor.propose
+    def states_per_round(folder, *options):
+        loop, counts = toys.loop(), []
+        propose = loop.actor.propose
 
-    def count_states(images, *arguments, **options):
-        counts.append(len(images))
-        return propose(images, *arguments, **options)
+        def count_states(images, *arguments, **settings):
+            counts.append(len(images))
+            return propose(images, *arguments, **settings)
 
-    loop.actor.propose = count_states
-    options = "rounds=3", "groups=8", "flat_range=1", "iterations=1", "validation_limit=1"
-    phase(loop, settings(phase, tmp_path / "off", *options))
-    without = [n for n in counts if n > 1]  # one image: validation
-    counts.clear()
-    phase(loop, settings(phase, tmp_path / "on", *options, "refill=true"))
-    assert [n for n in counts if n > 1] == [8, 8, 8]  # every group is flat here
-    assert without[2] < 8
+        loop.actor.propose = count_states
+        options = "rounds=3", "groups=8", "flat_range=0.99", "validation_limit=1", *options
+        phase(loop, settings(phase, tmp_path / folder, *options))
+        return [count for count in counts if count > 1]  # one image: validation
+
+    assert states_per_round("on", "refill=true") == [8, 8, 8]  # every group is flat here
+    assert states_per_round("off")[2] < 8
 
 
 def test_the_states_of_round_1_do_not_satisfy_the_checker(tmp_path):
@@ -361,7 +361,7 @@ def test_micro_batches_do_not_change_the_update(tmp_path, watched, phase):
 
 @PHASES
 def test_flat_groups_are_left_out_and_nothing_moves_if_all_are_flat(tmp_path, watched, phase):
-    phase(toys.loop(), settings(phase, tmp_path, "flat_range=2"))
+    phase(toys.loop(), settings(phase, tmp_path, "flat_range=0.99"))
     assert watched.gradients == []
     row = metrics(tmp_path)[1]
     assert row["flat_groups"] == 1 and "grad_norm" not in row
@@ -465,6 +465,24 @@ def test_what_a_run_writes(tmp_path, phase, capsys):
     with safe_open(tmp_path / "checkpoint.safetensors", "pt") as file:
         assert torch.equal(toys.saved(tmp_path), file.get_tensor("0 parameter"))
     assert "reward" in capsys.readouterr().out
+
+
+@PHASES
+def test_a_new_run_needs_a_new_loop(tmp_path, phase):
+    """The adapter of the first run would be where the second one starts."""
+    loop = toys.loop()
+    phase(loop, settings(phase, tmp_path / "1"))
+    with pytest.raises(ValueError, match="trained before"):
+        phase(loop, settings(phase, tmp_path / "2"))
+    phase(loop, settings(phase, tmp_path / "1", "iterations=2"), resume=True)
+
+
+def test_a_run_in_the_place_of_one_without_checkpoint_keeps_nothing_of_it(tmp_path):
+    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=3", "validate_every=1"))
+    (tmp_path / "checkpoint.safetensors").unlink()
+    phase1(toys.loop(), settings(phase1, tmp_path, "seed=1"))
+    assert len((tmp_path / "seconds.jsonl").read_text().splitlines()) == 1
+    assert len(list((tmp_path / "samples").iterdir())) == 2
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path, loop):
@@ -589,13 +607,15 @@ def test_changed_files_are_refused(tmp_path):
     shutil.copytree(ROOT / "tiny/models/vlm", paths["checker.model"])
     words = [f"{key}={path}" for key, path in paths.items()]
     phase1(toys.loop(), settings(phase1, tmp_path / "run", *words))
-    for path in (paths["data"], paths["checker.model"] / "model.safetensors"):
+    weights = paths["checker.model"] / "model.safetensors"
+    for key, path in (("data", paths["data"]), ("checker.model", weights)):
         content = path.read_bytes()
         path.write_bytes(flip(content, -2))
-        changed = path if path.suffix == ".json" else path.parent
         line = refusal(*command(tmp_path / "run", *words), "--resume")
-        assert f"content of {changed} (" in line and line.count(" then, ") == 1
+        assert f"{key} (content " in line and line.count(" then, ") == 1
         path.write_bytes(content)
+    moved = paths["data"].rename(tmp_path / "moved.json")  # the same content somewhere else
+    words[0] = f"data={moved}"
     phase1(toys.loop(), settings(phase1, tmp_path / "run", *words), resume=True)
 
 

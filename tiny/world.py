@@ -13,7 +13,6 @@ validation and test show combinations of objects that no training image holds.
 """
 
 import json
-import math
 import random
 import zlib
 from collections import namedtuple
@@ -175,16 +174,22 @@ def exact_graph(things, gold):
 
 def exact_scores(images, graphs):
     """`sg_iou` of each image with its graph, as the parser sees the image (the exact metric)."""
-    from sgiou import SceneGraph, sg_iou
+    from sgiou import sg_iou
 
-    seen = [SceneGraph(*exact_graph(things, gold)) for things, gold in zip(parse(images), graphs)]
-    return [sg_iou(pred, gold) for pred, gold in zip(seen, graphs)]
+    return [sg_iou(pred, gold) for pred, gold in zip(exact_graphs(images, graphs), graphs)]
+
+
+def exact_graphs(images, graphs):
+    """The `SceneGraph` that the parser sees in each image, as far as its own graph asks."""
+    from sgiou import SceneGraph
+
+    return [SceneGraph(*exact_graph(things, gold)) for things, gold in zip(parse(images), graphs)]
 
 
 def kept_share(trajectory):
     """Of the things that no instruction named, the share still in place after its edit.
 
-    NaN if nothing was edited.
+    None if nothing was edited.
     """
     found = parse([step.image for step in trajectory.steps])
     pairs = [
@@ -193,7 +198,7 @@ def kept_share(trajectory):
         if step.edited
     ]
     total = sum(whole for _, whole in pairs)
-    return sum(part for part, _ in pairs) / total if total else math.nan
+    return sum(part for part, _ in pairs) / total if total else None
 
 
 def split_of(names):
