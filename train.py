@@ -108,7 +108,6 @@ def phase1(loop, config, resume=False):
         # 1. States: new images that do not satisfy the Checker.
         rng = random.Random(f"{config.seed} states {iteration}")
         states, solved_at_once = unsatisfied_images(loop, run.graphs, config.groups, rng)
-        run.lap("generate")
         batches = []
         figures = defaultdict(list)  # one value per sample, to be averaged
         for round in range(config.rounds):
@@ -116,7 +115,6 @@ def phase1(loop, config, resume=False):
             free = config.groups - len(states)
             if round > 0 and free and config.refill:
                 states += unsatisfied_images(loop, run.graphs, free, rng)[0]
-                run.lap("generate")
             if not states:
                 break
             seed = rng.randrange(1 << 30)
@@ -125,7 +123,6 @@ def phase1(loop, config, resume=False):
             proposals = sample_completions(actor, states, seed, G)
             before = [state for state in states for _ in range(G)]  # (N)
             group_of = [group for group in range(len(states)) for _ in range(G)]  # (N)
-            run.lap("act")
 
             # Carry out the instructions. A repeat is not asked again, as the loop would do. All
             # edits of a group have one seed, so that their rewards differ only by the instruction,
@@ -138,10 +135,8 @@ def phase1(loop, config, resume=False):
                 [text for _, text in edits],
                 [seed + EDIT_SEEDS + g for g, _ in edits],
             )
-            run.lap("edit")
             graphs = [states[g].graph for g, _ in edits]
             reflections = loop.checker.check(images, graphs)
-            run.lap("check")
             made = [State(*parts) for parts in zip(graphs, images, reflections, strict=True)]
             edited = dict(zip(edits, made))
             # (N); where no edit was carried out, the state as it was
@@ -168,12 +163,7 @@ def phase1(loop, config, resume=False):
                     batches.append(Batch((proposals, rows), old, advantages[rows], mask))
 
             note(figures, before, after, rewards, kept)
-            figures["malformed"] += [text is None for text in instructions]
-            figures["none"] += [text == "none" for text in instructions]
-            figures["repeated"] += [text in old.tried for old, text in zip(before, instructions)]
-            figures["truncated"] += proposals.truncated
-            figures["length"] += proposals.mask.sum(1).tolist()  # tokens
-            figures["entropy"] += (-proposals.log_probs[proposals.mask]).tolist()  # per token
+            note_completions(figures, before, proposals)
             states = next_states(before, after, instructions, kept, config, rng)
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained tokens of the iteration
@@ -215,7 +205,6 @@ def phase1(loop, config, resume=False):
                     loss.backward()
                 all_stats.append(stats)
             optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
-        run.lap("update")
         run.finish(iteration + 1, metrics)
     run.lock.close()
 
@@ -233,7 +222,6 @@ def phase2(loop, config, resume=False):
         # 1. States: new images that do not satisfy the Checker.
         rng = random.Random(f"{config.seed} states {iteration}")
         states, solved_at_once = unsatisfied_images(loop, run.graphs, config.groups, rng)
-        run.lap("generate")
         batches = []
         figures = defaultdict(list)  # one value per sample, to be averaged
         asked = 0  # states for which the Actor was asked for an instruction
@@ -242,7 +230,6 @@ def phase2(loop, config, resume=False):
             free = config.groups - len(states)
             if round > 0 and free and config.refill:
                 states += unsatisfied_images(loop, run.graphs, free, rng)[0]
-                run.lap("generate")
             if not states:
                 break
             seed = rng.randrange(1 << 30)
@@ -253,7 +240,6 @@ def phase2(loop, config, resume=False):
             pairs = zip(states, proposals.instructions)
             edits = [(state, text) for state, text in pairs if is_new_edit(state, text)]
             asked += len(states)
-            run.lap("act")
             if not edits:
                 break
 
@@ -282,14 +268,12 @@ def phase2(loop, config, resume=False):
                     )
                     for rows in calls
                 ]
-            run.lap("edit")
 
             # 3. Reward: the score of the edited image, even if it is worse. The Editor always
             # edits, so there is no "none" that it could learn instead.
             images = [image for rollout in rollouts for image in rollout.images]  # (N)
             graphs = [state.graph for state in before]
             reflections = loop.checker.check(images, graphs)
-            run.lap("check")
             after = [State(*parts) for parts in zip(graphs, images, reflections, strict=True)]
             rewards = [reflection.score for reflection in reflections]  # (N)
 
@@ -350,7 +334,6 @@ def phase2(loop, config, resume=False):
                     loss.backward()
                 all_stats.append(stats)
             optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
-        run.lap("update")
         run.finish(iteration + 1, metrics)
     run.lock.close()
 
@@ -472,6 +455,17 @@ def note(figures, before, after, rewards, kept):
     figures["flat_groups"] += (~kept).flatten().tolist()
 
 
+def note_completions(figures, before, proposals):
+    """Add the N completions of a round of phase 1 to the figures."""
+    texts = proposals.instructions
+    figures["malformed"] += [text is None for text in texts]
+    figures["none"] += [text == "none" for text in texts]
+    figures["repeated"] += [text in old.tried for old, text in zip(before, texts)]
+    figures["truncated"] += proposals.truncated
+    figures["length"] += proposals.mask.sum(1).tolist()  # tokens
+    figures["entropy"] += (-proposals.log_probs[proposals.mask]).tolist()  # a value per token
+
+
 def averages(figures, solved_at_once, config):
     """The metrics of an iteration (docs/training.md explains each)."""
     samples = len(figures["reward"])
@@ -517,7 +511,7 @@ class Run:
         lines = [json.dumps(row) + "\n" for row in self.rows]
         write(self.folder / "metrics.jsonl", "".join(lines))
         write(self.folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
-        self.seconds, self.began = {}, time.perf_counter()
+        self.began = time.perf_counter()
         if not saved:  # of an earlier run, of which somebody removed the checkpoint
             for path in [*self.folder.glob("samples/*.json"), self.folder / "seconds.jsonl"]:
                 path.unlink(missing_ok=True)
@@ -531,26 +525,20 @@ class Run:
         graphs = load_graphs(path, self.config.relations, limit)
         return self.loop.diffuser.readable(graphs, path)
 
-    def lap(self, stage):
-        """Add the time since the last lap to a stage of the iteration."""
-        now = time.perf_counter()
-        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self.began
-        self.began = now
-
     def finish(self, done, metrics):
         """End iteration `done`, 0 being the start: validate if it is time, log, and save."""
         config, folder = self.config, self.folder
+        seconds = time.perf_counter() - self.began
         validated = done % config.validate_every == 0 or done == config.iterations
         if validated:
             scores, trajectories = validate(self.loop, self.first_trajectories, config)
             metrics = metrics | scores
-            self.lap("validate")
         self.rows.append({"iteration": done} | metrics)
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
         names = "reward before kl flat_groups malformed grad_norm val_checker val_sg_iou".split()
         shown = [f"{name} {metrics[name]:.3g}" for name in names if name in metrics]
-        say(f"{done:4d}  {'  '.join(shown)}  {sum(self.seconds.values()):.1f}s")
+        say(f"{done:4d}  {'  '.join(shown)}  {seconds:.1f}s")
         recent = self.rows[1:][-5:]
         if len(recent) == 5 and not any("grad_norm" in row for row in recent):
             say(
@@ -561,12 +549,12 @@ class Run:
             record(folder, trajectories, done)
         if done > 0:  # before that there is nothing to resume
             with (folder / "seconds.jsonl").open("a") as file:
-                file.write(json.dumps({"iteration": done} | self.seconds) + "\n")
+                file.write(json.dumps({"iteration": done, "seconds": seconds}) + "\n")
             self.trained.save_adapter(folder / "adapter")
             write(folder / "adapter" / "SHA256SUMS", sha256_sums(folder / "adapter"))
             about = {"metrics": self.rows, "made with": self.made_with}
             save_checkpoint(folder / CHECKPOINT, self.parameters, self.optimizer, about)
-        self.seconds, self.began = {}, time.perf_counter()
+        self.began = time.perf_counter()
 
 
 def lock(folder):

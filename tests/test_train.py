@@ -458,7 +458,7 @@ def test_what_a_run_writes(tmp_path, phase, capsys):
     assert ["val_checker" in row for row in rows] == [True, False, True, True]
     seconds = [json.loads(line) for line in (tmp_path / "seconds.jsonl").open()]
     assert [row["iteration"] for row in seconds] == [1, 2, 3]
-    assert {"generate", "act", "edit", "check", "update"} <= set(seconds[0])
+    assert all(row["seconds"] > 0 for row in seconds)
     assert len(list((tmp_path / "samples").iterdir())) == 3  # of iterations 0, 2 and 3
     assert load_config(tmp_path / "config.yaml", TrainConfig) == config
     assert (tmp_path / "report.html").exists() and (tmp_path / "command.txt").exists()

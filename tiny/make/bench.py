@@ -84,17 +84,12 @@ def bench_phase(number, iterations):
             began = time.perf_counter()
             (phase1, phase2)[number - 1](loop, config)
             total = time.perf_counter() - began
-        stages = [json.loads(line) for line in (Path(folder) / "seconds.jsonl").open()]
+        seconds = [json.loads(line)["seconds"] for line in (Path(folder) / "seconds.jsonl").open()]
         rows = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").open()][1:]
-    means = {
-        stage: sum(row.get(stage, 0) for row in stages) / iterations
-        for stage in ("generate", "act", "edit", "check", "update")
-    }
     samples = sum(row["samples"] for row in rows) / iterations
     print(
-        f"phase {number}: {60 / sum(means.values()):.1f} iterations per minute of {samples:.0f} "
-        f"samples; {watch.seconds / total:.0%} of the time in model passes; seconds: "
-        + ", ".join(f"{stage} {seconds:.2f}" for stage, seconds in means.items())
+        f"phase {number}: {60 * iterations / sum(seconds):.1f} iterations per minute of "
+        f"{samples:.0f} samples; {watch.seconds / total:.0%} of the time in model passes"
     )
 
 
