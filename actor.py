@@ -37,8 +37,8 @@ SYSTEM = (
 )
 FORM = re.compile(r"\s*<think>(.*?)</think>\s*<edit>(.*?)</edit>\s*", re.DOTALL)
 ADAPTER = "actor"
-# The language model only: the vision tower stays as the Checker knows it. in_proj_*, out_proj: of
-# linear attention (Qwen3.5).
+# The language model only; the vision tower is not trained. in_proj_*, out_proj: of linear attention
+# (Qwen3.5).
 TARGETS = r".*(language|text)_model\..*((q|k|v|o|gate|up|down|out)_proj|in_proj\w*)"
 
 
@@ -131,12 +131,12 @@ class Actor(VLM):
 
         Args: B PIL images; B prompts; B `Reflection.feedback`; B ints; tried: B lists of strings;
         temperature: of these completions only, instead of the Actor's own, at which `log_probs`
-        replays them.
+        replays them; do not train on such completions.
         Completion k of an image depends on its seed and on k, not on what else is in the batch.
         """
         tried = tried or [()] * len(images)
         requests = [request(*texts) for texts in zip(prompts, feedback, tried, strict=True)]
-        # `top_k` would be 50. The sampler below leaves one token to choose from anyway.
+        # The sampler leaves one token to choose from; `top_k` 0 spares `generate` a search.
         settings = {"do_sample": True, "top_k": 0, "num_return_sequences": n}
         settings |= {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.end_ids}
         ids, log_probs = [], []  # per completion, as long as its batch: (T_batch,)

@@ -85,7 +85,7 @@ def reflect(graph, probs, mass=1.0):
     return Reflection(probs, sum(required) / len(required), ". ".join(feedback), float(mass))
 
 
-# Also in editor.py, so that both files work alone.
+# Also in editor.py, so that neither file needs the other.
 def normalize_image(image):
     """A PIL image from anywhere as the models read it: upright, RGB, over white.
 
@@ -184,14 +184,14 @@ class VLM:
     def try_sharing(self, *inputs):
         """Share from now on if `shared_logits` finds what `single_logits` does, else say why not.
 
-        Both belong to the subclass and take `inputs`. Returns what the second one found.
+        Both belong to the subclass and take `inputs`. Returns what `single_logits` found.
         """
         single = self.single_logits(*inputs)
         try:
             log_probs = single.float().log_softmax(-1)
             error = (self.shared_logits(*inputs).float().log_softmax(-1) - log_probs).abs().mean()
-            # The first input and the last differ in image and text. Rounding in bf16 is at most 3%
-            # of how far apart they are, a wrong attention window is 15%.
+            # The first input and the last differ in image and text. On tiny models rounding in bf16
+            # is at most 3% of how far apart they are, a wrong attention window 15% or more.
             self.share = bool(error < 0.1 * (log_probs[0] - log_probs[-1]).abs().mean())
             reason = f"else the log-probs would differ by {error:.1e}"
         except Exception as failure:  # of any kind: it comes from the depths of transformers
@@ -339,7 +339,7 @@ class Checker(VLM):
         ids = pad_sequence(tails, batch_first=True)  # (Q, T)
         mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
         owner = torch.tensor(owner, device=ids.device)
-        from_shortest = ids.shape[1] - int(lengths.min()) + 1  # tokens from its last one on
+        from_shortest = ids.shape[1] - int(lengths.min()) + 1  # from the shortest tail's end on
         _, logits = self.read_on(head, owner, ids, mask, keep=from_shortest)
         return logits[torch.arange(len(ids)), lengths - lengths.min()].float()
 

@@ -56,7 +56,7 @@ RunFolder = Annotated[str, "a folder; set all $VARS", re.compile(r"[^~$\s][^$]*"
 
 @dataclass
 class PartConfig:  # one part of the loop: which model, and how it runs
-    model: Model  # parts with equal model, device and dtype share weights
+    model: Model  # parts with equal model, device, dtype and attention share weights
     device: Device = "auto"  # cuda if there is a GPU, else cpu
     dtype: Dtype = "auto"  # bfloat16 on cuda, else float32
     batch_size: Count = 64  # images or questions per call (the Actor: group_size texts for each)

@@ -39,14 +39,14 @@ SCHEDULER = "FlowMatchEulerDiscreteScheduler"
 class Kind(NamedTuple):
     """What differs between the pipelines that can be the Editor."""
 
-    batched: bool = False  # one call edits several images; elsewhere these would be references
+    batched: bool = False  # one call edits several images; others read them as references
     rescaled: bool = False  # guidance keeps the length of the conditional output, per token
     latents_last: bool = False  # the latents' tokens come after those of the image that is edited
     call: dict = {}  # arguments of its call that are always set
 
 
 # Recorded, replayed and checked against finite differences in tests/test_pipeline_families.py. Add
-# a pipeline here only together with that test: a wrong gradient shows nowhere else.
+# a pipeline only with that test: nothing else would show a wrong gradient.
 PIPELINES = {
     "FluxKontextPipeline": Kind(batched=True),
     "Flux2KleinPipeline": Kind(),
@@ -64,7 +64,7 @@ PIPELINES = {
 class RecordedStep:
     """One stochastic denoising step of B images; tensors in fp32 except those in `calls`."""
 
-    calls: list[tuple]  # (positional, keyword) arguments; with guidance there are two calls
+    calls: list[tuple]  # (positional, keyword) arguments; guidance may take two calls
     sample: torch.Tensor  # (B, tokens, channels) latents x before the step
     next_sample: torch.Tensor  # (B, tokens, channels) latents x' after it
     sigma: float
@@ -381,7 +381,7 @@ def find_kind(name, scheduler):
     return PIPELINES[name]
 
 
-# Also in checker.py, so that both files work alone.
+# Also in checker.py, so that neither file needs the other.
 def normalize_image(image):
     """A PIL image from anywhere as the models read it: upright, RGB, over white.
 

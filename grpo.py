@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def group_advantages(rewards, eps=0.05, flat_range=0.02):
-    """Compare each sample with the other samples of its group (GRPO, arXiv 2402.03300).
+    """Compare each sample with its group (GRPO, arXiv 2402.03300).
 
     Args:
         rewards: (groups, G) floats; a row holds G >= 2 samples of one identical state.
@@ -117,9 +117,9 @@ def k3_kl(log_probs, ref_log_probs, bound=20.0):
     """k3 estimate of KL(pi || pi_ref) per token: exp(D) - D - 1 >= 0, D = log pi_ref - log pi.
 
     Both arguments of one shape, at tokens sampled from pi; returns that shape in fp32.
-    The value is unbiased (Schulman 2020; used in arXiv 2402.03300), but in the second and later
-    updates on the same samples, as in GRPO, only about: they come from the policy before. As a loss
-    term it has the gradient of KL(pi_ref || pi), which agrees with that of KL(pi || pi_ref) to
+    The value is unbiased for tokens sampled from pi (Schulman 2020; used in arXiv 2402.03300). From
+    the second update on they come from the policy before, so it is approximate, as in GRPO. As a
+    loss term it has the gradient of KL(pi_ref || pi), which agrees with that of KL(pi || pi_ref) to
     first order near pi_ref. `bound` keeps exp(D) finite.
     """
     delta = (ref_log_probs.float() - log_probs.float()).clamp(max=bound)
@@ -150,8 +150,8 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
 
     Returns (next_sample, log_prob (B,), mean, std). log_prob is the MEAN over the D latent
     dimensions of log N(next_sample; mean, std^2), so rho is the D-th root of the true ratio. The
-    spread of the true log ratio grows like sqrt(D), so that of log rho shrinks like 1 / sqrt(D),
-    and the clip range has to as well. An ODE step has log_prob None and std 0; the step to
+    spread of the true log ratio grows like sqrt(D), so that of log rho shrinks like 1 / sqrt(D):
+    scale the clip range by that, too. An ODE step has log_prob None and std 0; the step to
     sigma_next = 0 is one, or its noise would stay.
     Raises ValueError for sigmas out of order.
     """

@@ -42,11 +42,11 @@ HOTTER = 1.25  # factor on the temperature from one attempt to the next
 
 @dataclass
 class Step:
-    """One image of a trajectory, and the edit that made it."""
+    """What a round ends with: an edited image, or the old one again if nothing was edited."""
 
     image: object  # PIL image
     reflection: object  # the Checker's `Reflection` on it
-    source: int | None = None  # index of the step whose image was edited; None: it was generated
+    source: int | None = None  # index of the step that the round started from; None: generated
     thought: str = ""
     # "none" (the Actor wants no edit) and None (its completion is malformed) leave the image as it
     # was, and so does a repeated instruction: it was tried on this image before.
@@ -228,7 +228,7 @@ def build(config):
     check_call("diffuser.call", type(pipeline), diffuser.call)
 
     own = config.editor
-    pipeline = load("editor", Diffuser).pipeline
+    pipeline = load("editor", Diffuser).pipeline  # `Diffuser.load` reads any pipeline
     editor = Editor(pipeline, own.call, own.batch_size, own.template)
     check_call("editor.call", type(pipeline), editor.call)
 
@@ -315,7 +315,7 @@ def main():
     arguments = parser.parse_intermixed_args()
     overrides = [word for word in arguments.prompt if re.match(r"[\w.]+=", word)]
     prompts = [word for word in arguments.prompt if word not in overrides]
-    if len(prompts) != (arguments.prompts is None):
+    if len(prompts) != (0 if arguments.prompts else 1):
         parser.error(f"give one prompt in quotes or --prompts FILE, and key=value; got {prompts}")
     try:
         if not 0 <= arguments.seed < 2**31:

@@ -9,7 +9,7 @@ and `sg_iou` compares the two as sets P and G (duplicates count once):
     sg_iou compares triples, entity_iou object names, relation_iou relation words
 
 Source: LAION-SG, arXiv 2412.08580, section S5, and test/test_iou.py of its repository.
-Differences: names are normalised (case, spaces, "_"), objects in no triple are entities too.
+Differences: names are normalized (case, spaces, "_"), objects in no triple are entities too.
 Standard library only; this file works alone.
 """
 
@@ -35,13 +35,13 @@ class SceneGraph:
     def __post_init__(self):
         unique = {}
         for triple in map(tuple, self.triples):
-            unique.setdefault(tuple(normalise(part) for part in triple), triple)
+            unique.setdefault(tuple(normalize(part) for part in triple), triple)
         object.__setattr__(self, "objects", tuple(self.objects))
         object.__setattr__(self, "triples", tuple(unique.values()))
 
     def labels(self):
         """`objects` as prompts and questions call them (list): a second dog is "another dog"."""
-        names = [normalise(name) for name in self.objects]
+        names = [normalize(name) for name in self.objects]
         again = [name in names[:n] for n, name in enumerate(names)]
         return [f"another {x}" if twice else x for x, twice in zip(self.objects, again)]
 
@@ -54,14 +54,14 @@ class SceneGraph:
 
     def alone(self):
         """The labels (list) that no triple mentions."""
-        mentioned = {normalise(name) for name in names_in(self.triples)}
-        return [label for label in self.labels() if normalise(label) not in mentioned]
+        mentioned = {normalize(name) for name in names_in(self.triples)}
+        return [label for label in self.labels() if normalize(label) not in mentioned]
 
     def vocabulary(self, relations=()):
         """The relation words (list) that an answer about this graph may use: these and its own."""
         words = {}
         for word in [*relations, *(relation for _, relation, _ in self.triples)]:
-            words.setdefault(normalise(word), word)
+            words.setdefault(normalize(word), word)
         return list(words.values())
 
 
@@ -70,7 +70,7 @@ def names_in(triples):
     return [name for subject, _, object in triples for name in (subject, object)]
 
 
-def normalise(text):
+def normalize(text):
     """The spelling in which names and relations are compared: " Left_of" becomes "left of"."""
     return " ".join(text.lower().replace("_", " ").split())
 
@@ -89,8 +89,8 @@ def sg_iou(pred, gold):
 
 
 def comparable_sets(graph):
-    triples = {tuple(normalise(part) for part in triple) for triple in graph.triples}
-    entities = {normalise(name) for name in [*graph.objects, *names_in(graph.triples)]}
+    triples = {tuple(normalize(part) for part in triple) for triple in graph.triples}
+    entities = {normalize(name) for name in [*graph.objects, *names_in(graph.triples)]}
     return triples, entities, {relation for _, relation, _ in triples}
 
 
@@ -115,14 +115,14 @@ def parse_prompt(text, relations):
         found = find_relation(clause, relations)
         mentions = [found[0], found[2]] if found else [clause]
         names = [clean_name(mention) for mention in mentions]
-        distinct = {normalise(name) for name in names}
+        distinct = {normalize(name) for name in names}
         if len(distinct) < len(names) or not all(is_name(name, relations) for name in names):
             raise ValueError(
                 f"prompt clause {clause!r} is not understood; {form}: between semicolons one object"
                 f" or one relation of two different objects. Relations: {', '.join(relations)}"
             )
         for mention, name in zip(mentions, names):
-            if normalise(name) not in known or normalise(mention).startswith("another "):
+            if normalize(name) not in known or normalize(mention).startswith("another "):
                 objects.append(name)
         known |= distinct
         if found:
@@ -151,7 +151,7 @@ def find_relation(text, relations):
 
 
 def without_the(text):
-    return re.sub(r"\bthe ", "", normalise(text))
+    return re.sub(r"\bthe ", "", normalize(text))
 
 
 def either(words):
@@ -241,7 +241,7 @@ def json_list(file):
 
 
 def read_line(text, relations):
-    graph = parse_prompt(text, [*SPATIAL, *relations])  # yours replace an equal one
+    graph = parse_prompt(text, [*SPATIAL, *relations])  # yours win over an equal one of SPATIAL
     if not relations and not graph.triples:
         raise ValueError("no known relation; list your relation words under `relations`")
     return graph

@@ -7,9 +7,9 @@ Both phases do this:
         1 states          freshly generated images that the Checker is not satisfied with
         for every round:
             2 sample      a group of G samples per state
-            3 reward      the Checker's score of the edited image; phase 1: the better of its score
-                          and that of the old image
-            4 advantages  each sample compared with the other samples of its group
+            3 reward      the Checker's score of the edited image; phase 1: of the better image,
+                          edited or old, minus a penalty for a malformed completion
+            4 advantages  each sample compared with its group
               then        the states of the next round: `next_states`
         5 reference       the same actions under the base model (its adapter off), for the KL
         for every update, on all samples of the iteration:
@@ -20,15 +20,15 @@ Both phases do this:
     a sample       a completion, and the edit         an edited image
                    that it asks for
     an action      a token                            a denoising step in a random SDE window
-    a group        one state (image, feedback, tried  one state, one instruction, one seed of the
-    shares         instructions) and one seed of all  latents and all steps before the window
-                   its edits
+    a group        one state (image, feedback, tried  one state, one instruction, the initial
+    shares         instructions) and one seed of all  latents (one seed), and therefore all steps
+                   its edits                          before the window
     its samples    in the completion, not in the      in the noise inside the window
     differ         Editor's luck
 
-All randomness is drawn from the seed, the iteration and the round, so a resumed run ends with the
-same adapter, on a CPU bit for bit. `TrainConfig` in config.py has the meaning and the default of
-every `config.` key, phase1.yaml and phase2.yaml have the values of the embedded world.
+The randomness of training is drawn from the seed, the iteration and the round, so a resumed run
+ends with the same adapter, on a CPU bit for bit. `TrainConfig` in config.py has the meaning and the
+default of every `config.` key, phase1.yaml and phase2.yaml have the values of the embedded world.
 
     python train.py --phase 1 --config phase1.yaml
     python train.py --phase 2 --config phase2.yaml kl=0 --resume
@@ -68,8 +68,8 @@ from loop import Trajectory, build, sha256_sums
 from report import record, say, write
 from sgiou import SceneGraph, load_graphs
 
-# Added to the seed of a round, so that its edits and their noise have seeds of their own.
-EDIT_SEEDS, NOISE_SEEDS = 2_000_000, 1_000_000
+# Added to the seed of a round, so that completions, noise and edits never share a seed.
+NOISE_SEEDS, EDIT_SEEDS = 1_000_000, 2_000_000
 CHECKPOINT = "checkpoint.safetensors"  # in a run's folder
 MAY_CHANGE = ("iterations", "validate_every", "run")  # keys, when a run is resumed
 
@@ -107,14 +107,14 @@ def phase1(loop, config, resume=False):
     for iteration in range(run.first_iteration, config.iterations):
         # 1. States: new images that do not satisfy the Checker.
         rng = random.Random(f"{config.seed} states {iteration}")
-        states, solved_at_once = unsatisfied_images(loop, run.graphs, config.groups, rng)
+        states, solved_at_once = new_states(loop, run.graphs, config.groups, rng)
         batches = []
-        figures = defaultdict(list)  # one value per sample, to be averaged
+        figures = defaultdict(list)  # name -> values to be averaged, one per sample
         for round in range(config.rounds):
             rng = random.Random(f"{config.seed} round {iteration} {round}")
             free = config.groups - len(states)
             if round > 0 and free and config.refill:
-                states += unsatisfied_images(loop, run.graphs, free, rng)[0]
+                states += new_states(loop, run.graphs, free, rng)[0]
             if not states:
                 break
             seed = rng.randrange(1 << 30)
@@ -152,7 +152,9 @@ def phase1(loop, config, resume=False):
                 rewards.append(score - (config.malformed_penalty if text is None else 0))
 
             # 4. Advantages within each group.
-            advantages, kept = advantages_of(rewards, config, proposals.mask.device)  # (N, 1) each
+            advantages, kept = sample_advantages(
+                rewards, config, proposals.mask.device
+            )  # (N, 1) each
 
             # Micro-batches of R completions. Padding and flat groups are masked out.
             for first in range(0, len(rewards), config.micro_batch):
@@ -162,8 +164,8 @@ def phase1(loop, config, resume=False):
                     old = proposals.log_probs[rows]
                     batches.append(Batch((proposals, rows), old, advantages[rows], mask))
 
-            note(figures, before, after, rewards, kept)
-            note_completions(figures, before, proposals)
+            add_figures(figures, before, after, rewards, kept)
+            add_completion_figures(figures, before, proposals)
             states = next_states(before, after, instructions, kept, config, rng)
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained tokens of the iteration
@@ -171,7 +173,7 @@ def phase1(loop, config, resume=False):
         # 5. Reference: the base model, even if this run started from a trained adapter. `propose`
         # turns the adapter on itself, `log_probs` does not: here, outside `adapter()`, it is off.
         if config.kl > 0:
-            with torch.no_grad():
+            with torch.no_grad():  # and with the adapter off
                 for batch in batches:
                     batch.reference = actor.log_probs(*batch.actions)
 
@@ -221,21 +223,22 @@ def phase2(loop, config, resume=False):
     for iteration in range(run.first_iteration, config.iterations):
         # 1. States: new images that do not satisfy the Checker.
         rng = random.Random(f"{config.seed} states {iteration}")
-        states, solved_at_once = unsatisfied_images(loop, run.graphs, config.groups, rng)
+        states, solved_at_once = new_states(loop, run.graphs, config.groups, rng)
         batches = []
-        figures = defaultdict(list)  # one value per sample, to be averaged
+        figures = defaultdict(list)  # name -> values to be averaged, one per sample
         asked = 0  # states for which the Actor was asked for an instruction
         for round in range(config.rounds):
             rng = random.Random(f"{config.seed} round {iteration} {round}")
             free = config.groups - len(states)
             if round > 0 and free and config.refill:
-                states += unsatisfied_images(loop, run.graphs, free, rng)[0]
+                states += new_states(loop, run.graphs, free, rng)[0]
             if not states:
                 break
             seed = rng.randrange(1 << 30)
 
             # 2. One instruction per state. A state is dropped for this iteration if its completion
-            # is malformed, is "none", or repeats an instruction that was tried.
+            # is malformed, is "none", or repeats an instruction that was tried. If all are, the
+            # rounds of this iteration end.
             proposals = sample_completions(loop.actor, states, seed)
             pairs = zip(states, proposals.instructions)
             edits = [(state, text) for state, text in pairs if is_new_edit(state, text)]
@@ -279,7 +282,7 @@ def phase2(loop, config, resume=False):
 
             # 4. Advantages within each group.
             device = rollouts[0].steps[0].log_prob.device
-            advantages, kept = advantages_of(rewards, config, device)  # (N, 1) each
+            advantages, kept = sample_advantages(rewards, config, device)  # (N, 1) each
 
             # A batch: one recorded step of the R edits of a call. Flat groups are masked out.
             for rows, rollout in zip(calls, rollouts):
@@ -288,7 +291,7 @@ def phase2(loop, config, resume=False):
                         old = step.log_prob[:, None]  # (R, 1)
                         batches.append(Batch(step, old, advantages[rows], kept[rows]))
 
-            note(figures, before, after, rewards, kept)
+            add_figures(figures, before, after, rewards, kept)
             states = next_states(before, after, instructions, kept, config, rng)
         metrics = averages(figures, solved_at_once, config)
         metrics["unedited"] = (asked - metrics["groups"]) / max(asked, 1)
@@ -296,7 +299,7 @@ def phase2(loop, config, resume=False):
 
         # 5. Reference: the base model. `edit` and `rollout` turn the adapter on, `replay` does not.
         if config.kl > 0:
-            with torch.no_grad():
+            with torch.no_grad():  # and with the adapter off
                 for batch in batches:
                     _, batch.reference, _ = editor.replay(batch.actions)
 
@@ -312,10 +315,11 @@ def phase2(loop, config, resume=False):
                     if update == 0:
                         check_on_policy(log_probs, batch, count, config, metrics)
 
-                    # 7. Update, as in phase 1. But once the policy has moved (with `updates` above
-                    # 1), the mean of log rho is -KL(old || new), which over thousands of dimensions
-                    # is below the clip range whatever the samples are. With the KL added back, and
-                    # its gradient, the mean is 0 (GRPO-Guard, arXiv 2510.22319).
+                    # 7. Update, as in phase 1. But first log rho is centered, which is no penalty:
+                    # its mean under the old policy is -KL(old || new). Over thousands of dimensions
+                    # that puts nearly every rho below the clip range once the policy has moved.
+                    # With the KL added back, and its gradient, the mean is 0 (GRPO-Guard, arXiv
+                    # 2510.22319). In the first update the KL is 0.
                     log_probs = log_probs + gaussian_kl(mean, batch.actions.mean, std)[:, None]
                     loss, stats = clipped_loss(
                         log_probs,
@@ -338,11 +342,10 @@ def phase2(loop, config, resume=False):
     run.lock.close()
 
 
-def unsatisfied_images(loop, graphs, count, rng):
-    """Up to `count` states of freshly generated images that do not satisfy the Checker.
+def new_states(loop, graphs, count, rng):
+    """Returns up to `count` states of new images, and which share of these images was satisfied.
 
-    Also returns which share of all images generated for it does satisfy the Checker. Gives up when
-    ten times as many images are not enough.
+    Generates images until `count` do not satisfy the Checker, but at most ten times as many.
     """
     states, generated = [], 0
     while len(states) < count and generated < 10 * count:
@@ -373,7 +376,7 @@ def is_new_edit(state, instruction):
     return instruction not in (None, "none", *state.tried)
 
 
-def advantages_of(rewards, config, device):
+def sample_advantages(rewards, config, device):
     """Advantages (N, 1), and which samples are kept (N, 1): False in flat groups."""
     rewards = torch.tensor(rewards, device=device).view(-1, config.group_size)
     advantages, kept = group_advantages(rewards, config.advantage_eps, config.flat_range)
@@ -383,11 +386,11 @@ def advantages_of(rewards, config, device):
 def next_states(before, after, instructions, kept, config, rng):
     """The states of the next round. One random member of each group decides.
 
-    Not the best one: with one sample per state, as in use, the loop rarely gets the best of G. If
-    the member's image scored higher than the one it started from, continue from that image, on
-    which nothing was tried yet. Otherwise continue from the old one, and let the Actor read that
-    the instruction did not help. Dropped are states that satisfy the Checker and, with `refill`,
-    those of flat groups.
+    Random, not the best: in use there is one sample per state, so that training on the best of G
+    would show states that the loop rarely reaches. If the member's image scored higher than the one
+    it started from, continue from that image, on which nothing was tried yet. Otherwise continue
+    from the old one, and let the Actor read that the instruction did not help. Dropped are states
+    that satisfy the Checker and, with `refill`, those of flat groups.
     """
     states = []
     for first in range(0, len(before), config.group_size):
@@ -434,36 +437,37 @@ def optimizer_step(optimizer, parameters, iteration, config, stats, metrics):
     if not math.isfinite(norm):
         metrics["skipped"] += 1
         return
-    for parameter, state in optimizer.state.items():  # `restore` leaves it on the CPU
+    # A checkpoint is restored before an offloaded model has come to the GPU.
+    for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(parameter.device)
     optimizer.step()
     for name in stats[0]:
-        total = max if name == "ratio_error" else sum  # the others are shares of the step's
+        total = max if name == "ratio_error" else sum  # each is the batch's part of a sum
         metrics[name] = total(each[name] for each in stats)
     metrics["grad_norm"] = norm
 
 
-# Figures are lists with a value per sample, stats belong to a batch, metrics to an iteration.
+# Figures belong to samples, stats to a batch, metrics to an iteration.
 
 
-def note(figures, before, after, rewards, kept):
-    """Add the N samples of a round to the figures."""
+def add_figures(figures, before, after, rewards, kept):
+    """Add the N samples of a round."""
     figures["reward"] += rewards
     figures["before"] += [state.reflection.score for state in before]
     figures["answered"] += [state.reflection.mass for state in after]  # P(yes) + P(no)
     figures["flat_groups"] += (~kept).flatten().tolist()
 
 
-def note_completions(figures, before, proposals):
-    """Add the N completions of a round of phase 1 to the figures."""
+def add_completion_figures(figures, before, proposals):
+    """Add the N completions of a round of phase 1. Entropy has a value per token."""
     texts = proposals.instructions
     figures["malformed"] += [text is None for text in texts]
     figures["none"] += [text == "none" for text in texts]
     figures["repeated"] += [text in old.tried for old, text in zip(before, texts)]
     figures["truncated"] += proposals.truncated
     figures["length"] += proposals.mask.sum(1).tolist()  # tokens
-    figures["entropy"] += (-proposals.log_probs[proposals.mask]).tolist()  # a value per token
+    figures["entropy"] += (-proposals.log_probs[proposals.mask]).tolist()
 
 
 def averages(figures, solved_at_once, config):
@@ -573,7 +577,7 @@ def lock(folder):
 def check_run(config, phase, resume):
     """Raise ValueError if a run cannot start or go on. Needs no models, so comes before them.
 
-    Returns None for a new run, else what `read_checkpoint` returns.
+    Returns None for a new run, else what `read_checkpoint` returns. Notes the phase in the config.
     """
     if config.phase not in (None, phase):
         raise ValueError(f"the config is for phase {config.phase}; use --phase {config.phase}")

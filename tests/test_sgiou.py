@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import sgiou
-from sgiou import SceneGraph, load_graphs, normalise, parse_prompt, parse_scene_graph, sg_iou
+from sgiou import SceneGraph, load_graphs, normalize, parse_prompt, parse_scene_graph, sg_iou
 
 RELATIONS = ["left of", "right of", "above", "on", "on top of"]
 GOLD = SceneGraph(
@@ -136,12 +136,12 @@ PHRASES = st.lists(
     st.lists(PHRASES, max_size=3),
 )
 def test_parse_prompt_inverts_prompt(triples, alone):
-    triples = [triple for triple in triples if normalise(triple[0]) != normalise(triple[2])]
+    triples = [triple for triple in triples if normalize(triple[0]) != normalize(triple[2])]
     graph = SceneGraph([*dict.fromkeys(sgiou.names_in(triples)), *alone], triples)
     if graph.objects:
         parsed = parse_prompt(graph.prompt(), RELATIONS)
         assert parsed.prompt() == graph.prompt()
-        assert sorted(map(normalise, parsed.objects)) == sorted(map(normalise, graph.objects))
+        assert sorted(map(normalize, parsed.objects)) == sorted(map(normalize, graph.objects))
 
 
 # ---- data sets ----
@@ -402,7 +402,7 @@ def test_a_graph_brings_its_own_relations_to_the_listed_ones():
     assert graph.vocabulary() == ["riding", "Left_of"]
 
 
-NAMES = st.lists(PHRASES, min_size=2, max_size=5, unique_by=normalise)
+NAMES = st.lists(PHRASES, min_size=2, max_size=5, unique_by=normalize)
 
 
 @settings(max_examples=1000, deadline=None)

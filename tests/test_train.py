@@ -256,16 +256,16 @@ def test_new_images_take_the_places_of_flat_groups(tmp_path, phase):
 def test_the_states_of_round_1_do_not_satisfy_the_checker(tmp_path):
     loop, config = toys.loop(), settings(phase1, tmp_path, "groups=5")
     graphs = train.load_graphs(config.data, limit=20)
-    states, solved = train.unsatisfied_images(loop, graphs, 5, random.Random(0))
+    states, solved = train.new_states(loop, graphs, 5, random.Random(0))
     assert len(states) == 5 and not any(state.reflection.satisfied for state in states)
     assert 0 <= solved < 1
-    again, _ = train.unsatisfied_images(loop, graphs, 5, random.Random(0))
-    other, _ = train.unsatisfied_images(loop, graphs, 5, random.Random(1))
+    again, _ = train.new_states(loop, graphs, 5, random.Random(0))
+    other, _ = train.new_states(loop, graphs, 5, random.Random(1))
     scores = [[s.image.score for s in each] for each in (states, again, other)]
     assert scores[0] == scores[1] != scores[2]
     # If every image is right at once, the search ends.
     loop.diffuser.generate = lambda prompts, seeds: [toys.image(0.9) for _ in seeds]
-    assert train.unsatisfied_images(loop, graphs, 5, random.Random(0)) == ([], 1.0)
+    assert train.new_states(loop, graphs, 5, random.Random(0)) == ([], 1.0)
     phase1(loop, config)
     assert metrics(tmp_path)[1]["samples"] == 0
 
