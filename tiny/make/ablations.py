@@ -19,6 +19,9 @@ VARIANTS = {
         "as shipped": [],
         "no KL": ["kl=0"],
         "states of round 1 only": ["rounds=1"],
+        "groups of 4": ["groups=32", "group_size=4"],
+        "groups of 16": ["groups=8", "group_size=16"],
+        "new images for flat groups": ["refill=true"],
     },
     2: {
         "as shipped": [],
