@@ -316,8 +316,8 @@ def parse_scene_graph(text, objects, relations):
     words = {without_the(relation): relation for relation in relations}
     known = re.compile(rf"(?<!\w)(?:({either(names)})|({either(words)}))(?!\w)")
     # 1. Leave out thoughts, undo JSON escapes, bring JSON triples into order.
-    text = re.sub(r"(?is).*</(?:think\w*|reasoning)>", "", text)
-    text = re.sub(r"(?is)<(?:think\w*|reasoning)>.*", "", text)
+    text = re.split(r"(?i)</(?:think\w*|reasoning)>", text)[-1]
+    text = re.split(r"(?i)<(?:think\w*|reasoning)>", text)[0]
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
     text = text.lower().replace("_", " ")
     for _ in range(2):  # first what is inside, such as {"name": "red circle"}
