@@ -3,6 +3,7 @@
 Qwen's own processors need torchvision. Without it a stand-in takes their place, and this says so.
 """
 
+import copy
 import importlib.util
 import json
 import sys
@@ -241,6 +242,30 @@ def test_one_encoding_of_an_image_answers_all_questions_as_one_each(vlm, monkeyp
     for batch_size in (1, 2, 5):  # questions of an image fall into different batches
         checker.batch_size = batch_size
         assert close(checker.check(images(), GRAPHS), single)
+
+
+@pytest.mark.parametrize("window", [32, 48, 64])
+def test_questions_longer_than_a_sliding_window(window, monkeypatch):
+    """Padding between the shared part and a question would count in the window."""
+    monkeypatch.setattr(checker_module, "LEAST_MASS", 0.0)
+    model, processor = gemma3()
+    model.config.text_config.sliding_window = window
+    model = type(model)(model.config).eval()
+    checker = Checker(model, processor)
+    name = "red circle " * 20
+    graphs = [SceneGraph([name, "blue square"], [(name, "left of", "blue square")])]
+    single = checker.check(images(1), graphs)
+    checker.share = True
+    assert close(checker.check(images(1), graphs), single)
+
+
+def test_a_wrong_answer_is_not_taken_for_rounding_in_bf16(vlm, monkeypatch):
+    monkeypatch.setattr(checker_module, "LEAST_MASS", 0.0)
+    checker = Checker(copy.deepcopy(vlm[0]).to(torch.bfloat16), vlm[1])
+    single = checker.single_logits
+    monkeypatch.setattr(checker, "shared_logits", lambda *rows: single(*rows).roll(1, 0))
+    checker.probe()
+    assert not checker.share
 
 
 def test_a_reflection_does_not_depend_on_its_neighbors(vlm):
