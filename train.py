@@ -152,9 +152,8 @@ def phase1(loop, config, resume=False):
                 rewards.append(score - (config.malformed_penalty if text is None else 0))
 
             # 4. Advantages within each group.
-            advantages, kept = sample_advantages(
-                rewards, config, proposals.mask.device
-            )  # (N, 1) each
+            device = proposals.mask.device
+            advantages, kept = sample_advantages(rewards, config, device)  # (N, 1) each
 
             # Micro-batches of R completions. Padding and flat groups are masked out.
             for first in range(0, len(rewards), config.micro_batch):
@@ -504,7 +503,6 @@ class Run:
         self.folder = Path(config.run)
         if not saved and getattr(loop, "trained", False):
             raise ValueError("this loop was trained before; `build(config)` another for a new run")
-        loop.trained = True
         (self.folder / "adapter").mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder)
         self.graphs = self.read(config.data, config.data_limit or None)
@@ -516,13 +514,14 @@ class Run:
         write(self.folder / "metrics.jsonl", "".join(lines))
         write(self.folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
         self.began = time.perf_counter()
-        if not saved:  # of an earlier run, of which somebody removed the checkpoint
-            for path in [*self.folder.glob("samples/*.json"), self.folder / "seconds.jsonl"]:
-                path.unlink(missing_ok=True)
         if saved:
             restore(saved["tensors"], parameters, optimizer)
         else:
+            # What is left of an earlier run, of which somebody removed the checkpoint.
+            for path in [*self.folder.glob("samples/*.json"), self.folder / "seconds.jsonl"]:
+                path.unlink(missing_ok=True)
             self.finish(0, {})
+        loop.trained = True  # from here on; a start that fails before leaves the loop as it was
         self.first_iteration = len(self.rows) - 1
 
     def read(self, path, limit):

@@ -471,6 +471,9 @@ def test_what_a_run_writes(tmp_path, phase, capsys):
 def test_a_new_run_needs_a_new_loop(tmp_path, phase):
     """The adapter of the first run would be where the second one starts."""
     loop = toys.loop()
+    (tmp_path / "broken.json").write_text("[{")
+    with pytest.raises(ValueError, match="broken.json"):  # which trains nothing
+        phase(loop, settings(phase, tmp_path / "0", f"data={tmp_path / 'broken.json'}"))
     phase(loop, settings(phase, tmp_path / "1"))
     with pytest.raises(ValueError, match="trained before"):
         phase(loop, settings(phase, tmp_path / "2"))
