@@ -71,7 +71,6 @@ from sgiou import SceneGraph, load_graphs
 # Added to the seed of a round, so that completions, noise and edits never share a seed.
 NOISE_SEEDS, EDIT_SEEDS = 1_000_000, 2_000_000
 CHECKPOINT = "checkpoint.safetensors"  # in a run's folder
-MAY_CHANGE = ("iterations", "validate_every", "run")  # keys, when a run is resumed
 
 
 @dataclass
@@ -98,6 +97,7 @@ class Batch:
 def phase1(loop, config, resume=False):
     """Train the Actor. The Editor is frozen and only makes the images that are rewarded."""
     actor, G = loop.actor, config.group_size
+    clip = config.clip_low, config.clip_high
     saved = check_run(config, 1, resume)
     torch.manual_seed(config.seed)  # for the weights of a new adapter
     parameters = actor.add_adapter(config.rank)
@@ -112,9 +112,8 @@ def phase1(loop, config, resume=False):
         figures = defaultdict(list)  # name -> values to be averaged, one per sample
         for round in range(config.rounds):
             rng = random.Random(f"{config.seed} round {iteration} {round}")
-            free = config.groups - len(states)
-            if round > 0 and free and config.refill:
-                states += new_states(loop, run.graphs, free, rng)[0]
+            if round > 0 and config.refill:
+                states += new_states(loop, run.graphs, config.groups - len(states), rng)[0]
             if not states:
                 break
             seed = rng.randrange(1 << 30)
@@ -191,13 +190,7 @@ def phase1(loop, config, resume=False):
                     # 7. Update. Dividing by the count of the whole iteration makes the gradients
                     # of the batches add up to that of one large batch.
                     loss, stats = clipped_loss(
-                        log_probs,
-                        batch.old_log_probs,
-                        batch.advantages,
-                        batch.mask,
-                        count,
-                        config.clip_low,
-                        config.clip_high,
+                        log_probs, batch.old_log_probs, batch.advantages, batch.mask, count, *clip
                     )
                     if config.kl > 0:
                         kl = torch.where(batch.mask, k3_kl(log_probs, batch.reference), 0).sum()
@@ -213,6 +206,7 @@ def phase1(loop, config, resume=False):
 def phase2(loop, config, resume=False):
     """Train the Editor on the frozen Actor's instructions. Steps 2, 3 and 7 differ from phase 1."""
     editor, G = loop.editor, config.group_size
+    clip = config.clip_low, config.clip_high
     saved = check_run(config, 2, resume)
     torch.manual_seed(config.seed)  # for the weights of a new adapter
     parameters = editor.add_adapter(config.rank)
@@ -225,12 +219,10 @@ def phase2(loop, config, resume=False):
         states, solved_at_once = new_states(loop, run.graphs, config.groups, rng)
         batches = []
         figures = defaultdict(list)  # name -> values to be averaged, one per sample
-        asked = 0  # states for which the Actor was asked for an instruction
         for round in range(config.rounds):
             rng = random.Random(f"{config.seed} round {iteration} {round}")
-            free = config.groups - len(states)
-            if round > 0 and free and config.refill:
-                states += new_states(loop, run.graphs, free, rng)[0]
+            if round > 0 and config.refill:
+                states += new_states(loop, run.graphs, config.groups - len(states), rng)[0]
             if not states:
                 break
             seed = rng.randrange(1 << 30)
@@ -239,9 +231,9 @@ def phase2(loop, config, resume=False):
             # is malformed, is "none", or repeats an instruction that was tried. If all are, the
             # rounds of this iteration end.
             proposals = sample_completions(loop.actor, states, seed)
+            add_completion_figures(figures, states, proposals)
             pairs = zip(states, proposals.instructions)
             edits = [(state, text) for state, text in pairs if is_new_edit(state, text)]
-            asked += len(states)
             if not edits:
                 break
 
@@ -293,7 +285,6 @@ def phase2(loop, config, resume=False):
             add_figures(figures, before, after, rewards, kept)
             states = next_states(before, after, instructions, kept, config, rng)
         metrics = averages(figures, solved_at_once, config)
-        metrics["unedited"] = (asked - metrics["groups"]) / max(asked, 1)
         count = sum(b.mask.sum().item() for b in batches)  # trained steps of the iteration
 
         # 5. Reference: the base model. `edit` and `rollout` turn the adapter on, `replay` does not.
@@ -321,13 +312,7 @@ def phase2(loop, config, resume=False):
                     # 2510.22319). In the first update the KL is 0.
                     log_probs = log_probs + gaussian_kl(mean, batch.actions.mean, std)[:, None]
                     loss, stats = clipped_loss(
-                        log_probs,
-                        batch.old_log_probs,
-                        batch.advantages,
-                        batch.mask,
-                        count,
-                        config.clip_low,
-                        config.clip_high,
+                        log_probs, batch.old_log_probs, batch.advantages, batch.mask, count, *clip
                     )
                     if config.kl > 0:
                         kl = gaussian_kl(mean, batch.reference, std)[:, None]  # (R, 1)
@@ -355,7 +340,7 @@ def new_states(loop, graphs, count, rng):
         reflections = loop.checker.check(images, chosen)
         made = [State(*parts) for parts in zip(chosen, images, reflections, strict=True)]
         states += [state for state in made if not state.reflection.satisfied]
-    return states[:count], 1 - len(states) / generated
+    return states[:count], 1 - len(states) / max(generated, 1)
 
 
 def sample_completions(actor, states, seed, n=1):
@@ -430,8 +415,10 @@ def optimizer_step(optimizer, parameters, iteration, config, stats, metrics):
     stats: one per batch. Those of an iteration's last step stay in its metrics.
     """
     # The rate rises over the first iterations, whatever the number of updates in each.
-    warm_up = min(1, (iteration + 1) / max(config.warmup, 1))
-    optimizer.param_groups[0]["lr"] = config.learning_rate * warm_up
+    rate = config.learning_rate * min(1, (iteration + 1) / max(config.warmup, 1))
+    if config.decay:
+        rate *= 1 - iteration / config.iterations
+    optimizer.param_groups[0]["lr"] = rate
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
     if not math.isfinite(norm):
         metrics["skipped"] += 1
@@ -459,7 +446,7 @@ def add_figures(figures, before, after, rewards, kept):
 
 
 def add_completion_figures(figures, before, proposals):
-    """Add the N completions of a round of phase 1. Entropy has a value per token."""
+    """Add the completions of a round, written for the states `before`. Entropy: one per token."""
     texts = proposals.instructions
     figures["malformed"] += [text is None for text in texts]
     figures["none"] += [text == "none" for text in texts]
@@ -508,7 +495,7 @@ class Run:
         self.graphs = self.read(config.data, config.data_limit or None)
         held_out = self.read(config.validation, config.validation_limit)
         self.first_trajectories = loop.start(held_out, list(range(len(held_out))))
-        self.made_with = fingerprint(config, MAY_CHANGE)
+        self.made_with = made_with(config)
         self.rows = saved["metrics"] if saved else []  # by iteration; row 0: before training
         lines = [json.dumps(row) + "\n" for row in self.rows]
         write(self.folder / "metrics.jsonl", "".join(lines))
@@ -517,9 +504,6 @@ class Run:
         if saved:
             restore(saved["tensors"], parameters, optimizer)
         else:
-            # What is left of an earlier run, of which somebody removed the checkpoint.
-            for path in [*self.folder.glob("samples/*.json"), self.folder / "seconds.jsonl"]:
-                path.unlink(missing_ok=True)
             self.finish(0, {})
         loop.trained = True  # from here on; a start that fails before leaves the loop as it was
         self.first_iteration = len(self.rows) - 1
@@ -598,7 +582,7 @@ def check_run(config, phase, resume):
     if not resume:
         return None
     saved = read_checkpoint(path)
-    then, now = saved["made with"], fingerprint(config, MAY_CHANGE)
+    then, now = saved["made with"], made_with(config)
     differences = [
         f"{key} ({then.get(key, 'unset')} then, {now.get(key, 'unset')} now)"
         for key in then | now
@@ -613,6 +597,14 @@ def check_run(config, phase, resume):
     if config.iterations < done:
         raise ValueError(f"{folder}: {done} iterations are done; set iterations={done} or more")
     return saved
+
+
+def made_with(config):
+    """The part of a config that has to stay the same when a run is resumed."""
+    may_change = ["validate_every", "run"]
+    if not config.decay:  # otherwise the rates of all iterations depend on their number
+        may_change.append("iterations")
+    return fingerprint(config, may_change)
 
 
 def save_checkpoint(path, parameters, optimizer, about):

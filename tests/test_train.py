@@ -168,13 +168,18 @@ def test_phase2_a_group_shares_all_but_the_noise(tmp_path, watched):
 
 def test_phase2_leaves_out_states_without_an_instruction(tmp_path, watched):
     loop = toys.loop()
-    written = ["good", None, "none"]
-    loop.actor.propose = lambda images, *_, **__: SimpleNamespace(
-        thoughts=[""] * len(images), instructions=written[: len(images)]
-    )
+    propose = loop.actor.propose
+
+    def write(images, *arguments, **settings):
+        proposals = propose(images, *arguments, **settings)
+        proposals.instructions = ["good", None, "none"][: len(images)]
+        return proposals
+
+    loop.actor.propose = write
     phase2(loop, settings(phase2, tmp_path, "rounds=1"))
     assert [len(samples.rewards) for samples in watched.rounds[0]] == [4]
-    assert metrics(tmp_path)[1]["unedited"] == pytest.approx(2 / 3)
+    row = metrics(tmp_path)[1]
+    assert row["malformed"] == row["none"] == pytest.approx(1 / 3) and row["repeated"] == 0
 
 
 def test_phase2_takes_one_group_per_call_where_the_pipeline_takes_one_image(tmp_path):
@@ -383,16 +388,21 @@ def test_training_raises_the_reward(tmp_path, phase):
         assert toys.saved(tmp_path).mean() > 0.2
 
 
-def test_the_learning_rate_warms_up():
+@pytest.mark.parametrize(
+    ("decay", "expected"),
+    [("false", [0.125, 0.25, 0.375, 0.5, 0.5]), ("true", [0.125, 0.2, 0.225, 0.2, 0.1])],
+)
+def test_the_learning_rate_warms_up_and_decays(decay, expected):
     parameter = torch.nn.Parameter(torch.zeros(1))
     optimizer = torch.optim.AdamW([parameter])
-    config = settings(phase1, "x", "learning_rate=0.5", "warmup=4")
+    words = ["learning_rate=0.5", "warmup=4", "iterations=5", f"decay={decay}"]
+    config = settings(phase1, "x", *words)
     rates = []
     for iteration in range(5):
         parameter.grad = torch.ones(1)
         train.optimizer_step(optimizer, [parameter], iteration, config, [{}], {})
         rates.append(optimizer.param_groups[0]["lr"])
-    assert rates == [0.125, 0.25, 0.375, 0.5, 0.5]
+    assert rates == pytest.approx(expected)
 
 
 # ---- the on-policy check and gradients that are not finite ----
@@ -478,14 +488,6 @@ def test_a_new_run_needs_a_new_loop(tmp_path, phase):
     with pytest.raises(ValueError, match="trained before"):
         phase(loop, settings(phase, tmp_path / "2"))
     phase(loop, settings(phase, tmp_path / "1", "iterations=2"), resume=True)
-
-
-def test_a_run_in_the_place_of_one_without_checkpoint_keeps_nothing_of_it(tmp_path):
-    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=3", "validate_every=1"))
-    (tmp_path / "checkpoint.safetensors").unlink()
-    phase1(toys.loop(), settings(phase1, tmp_path, "seed=1"))
-    assert len((tmp_path / "seconds.jsonl").read_text().splitlines()) == 1
-    assert len(list((tmp_path / "samples").iterdir())) == 2
 
 
 def test_files_have_the_mode_of_the_umask(tmp_path, loop):
@@ -602,16 +604,20 @@ def test_a_changed_config_is_refused_key_by_key(tmp_path):
     assert "actor.temperature (1.0 then, 2.0 now)" in line
     assert "editor.call.new (unset then, 3 now)" in line
     assert "iterations" not in line and line.count(" then, ") == 3
+    decaying = tmp_path / "decaying"  # whose rate depends on the number of iterations
+    phase1(toys.loop(), settings(phase1, decaying, "decay=true"))
+    line = refusal(*command(decaying, "decay=true", "iterations=2"), "--resume")
+    assert "iterations (1 then, 2 now)" in line
 
 
 def test_changed_files_are_refused(tmp_path):
-    paths = {"data": tmp_path / "data.json", "checker.model": tmp_path / "vlm"}
+    paths = {"data": tmp_path / "data.json", "actor.adapter": tmp_path / "adapter"}
     shutil.copy(ROOT / "tiny/data/val.json", paths["data"])
-    shutil.copytree(ROOT / "tiny/models/vlm", paths["checker.model"])
+    shutil.copytree(ROOT / "tiny/adapters/phase1", paths["actor.adapter"])
     words = [f"{key}={path}" for key, path in paths.items()]
     phase1(toys.loop(), settings(phase1, tmp_path / "run", *words))
-    weights = paths["checker.model"] / "model.safetensors"
-    for key, path in (("data", paths["data"]), ("checker.model", weights)):
+    weights = paths["actor.adapter"] / "adapter_model.safetensors"
+    for key, path in (("data", paths["data"]), ("actor.adapter", weights)):
         content = path.read_bytes()
         path.write_bytes(flip(content, -2))
         line = refusal(*command(tmp_path / "run", *words), "--resume")
