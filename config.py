@@ -3,10 +3,10 @@
     config = load_config("eval.yaml", LoopConfig, ["rounds=5", "actor.temperature=0.7"])
 
 A field's comment is its documentation; its type says which values it accepts. Anything wrong is a
-ValueError of one line that names file and key. Importing this module loads no model library.
+ValueError of one line that names file and key.
 
-Paths: `~` and `$VARS` are expanded. A relative path starts at the current folder; a model, adapter
-or data file that is not there is looked for in the folder of the YAML file.
+`~` and `$VARS` in paths are expanded. A relative path starts at the current folder; a model,
+adapter, or data file that is not there is looked for in the folder of the YAML file.
 """
 
 import difflib
@@ -23,41 +23,36 @@ import yaml
 
 
 def is_model(path):
-    """A folder or a Hub id; not a wrong path into an existing folder, which looks like one."""
-    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path, re.ASCII)
+    """A folder or a Hub id. A mistyped path into an existing folder only looks like a Hub id."""
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)
     return isdir(path) or (hub_id and not exists(path.split("/")[0]))
 
 
-# Annotated[Python type, what is wanted (for the error message), check of the value]
-Natural = Annotated[int, "0 or more", lambda n: n >= 0]
-Count = Annotated[int, "1 or more", lambda n: n >= 1]
-GroupSize = Annotated[int, "2 or more", lambda n: n >= 2]
-Phase = Annotated[int, "1 or 2", lambda n: n in (1, 2)]
-Seed = Annotated[int, "from 0 to 2**31 - 1", lambda n: 0 <= n < 2**31]
-NonNegative = Annotated[float, "0 or more", lambda x: 0 <= x < math.inf]  # refuses NaN, too
-Positive = Annotated[float, "above 0", lambda x: 0 < x < math.inf]
-DEVICE, DTYPE = r"auto|cpu|mps|(cuda|xpu)(:\d+)?", "auto|float32|bfloat16|float16"
-Device = Annotated[str, DEVICE, re.compile(DEVICE).fullmatch]
-Dtype = Annotated[str, DTYPE, re.compile(DTYPE).fullmatch]
-Template = Annotated[str, "with {} where the instruction goes", lambda text: "{}" in text]
-Temperature = Annotated[float, "from 1e-6 to 100", lambda x: 1e-6 <= x <= 100]
-Rate = Annotated[float, "above 0 and below 1", lambda x: 0 < x < 1]
-Share = Annotated[float, "0 or more and below 1", lambda x: 0 <= x < 1]
+# Annotated[Python type, what is accepted, check of the value]
+Natural = Annotated[int, "an integer, 0 or more", lambda n: n >= 0]
+Count = Annotated[int, "an integer, 1 or more", lambda n: n >= 1]
+GroupSize = Annotated[int, "an integer, 2 or more", lambda n: n >= 2]
+Seed = Annotated[int, "an integer from 0 to 2**31 - 1", lambda n: 0 <= n < 2**31]
+NonNegative = Annotated[float, "0 or more", lambda x: 0 <= x < math.inf]  # also refuses NaN
+Positive = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+Dtype = Annotated[str, f"one of {DTYPES}", lambda name: name in DTYPES]
+Template = Annotated[str, "text with {} where the instruction goes", lambda text: "{}" in text]
 Words = Annotated[
-    list,
-    "of words; quote on, off, yes",
-    lambda words: all(type(word) is str and word.strip(" ;,") for word in words),
+    list, "a list of words (quote on, off, yes)", lambda words: all(type(w) is str for w in words)
 ]
 Model = Annotated[str, "an existing folder, or a Hub id owner/name", is_model]
 Adapter = Annotated[str, "an existing folder", lambda path: not path or isdir(path)]
-DataFile = Annotated[str, "an existing file; LAION-SG: see gpu/phase1.yaml", isfile]
-RunFolder = Annotated[str, "a folder; set all $VARS", re.compile(r"[^~$\s][^$]*").fullmatch]
+DataFile = Annotated[str, "an existing file (LAION-SG: see gpu/phase1.yaml)", isfile]
+RunFolder = Annotated[
+    str, "a folder (set all $VARS)", lambda path: path.strip() and "$" not in path
+]
 
 
 @dataclass
 class PartConfig:  # one part of the loop: which model, and how it runs
     model: Model  # parts with equal model, device, dtype and attention share weights
-    device: Device = "auto"  # cuda if there is a GPU, else cpu
+    device: str = "auto"  # cuda if there is a GPU, else cpu
     dtype: Dtype = "auto"  # bfloat16 on cuda, else float32
     batch_size: Count = 64  # images or questions per call (the Actor: group_size texts for each)
 
@@ -70,7 +65,7 @@ class ModelConfig(PartConfig):  # a VLM: the Checker, or a judge
 @dataclass
 class ActorConfig(ModelConfig):
     max_new_tokens: Count = 256  # longest completion
-    temperature: Temperature = 1.0
+    temperature: Positive = 1.0
     adapter: Adapter = ""  # folder of a LoRA adapter, trained in phase 1
     checkpointing: bool = False  # phase 1 takes less memory and a third more time
 
@@ -93,7 +88,7 @@ class EvaluationConfig:
     limit: Count = 300  # the first prompts of the file; --full takes all
     seed: Seed = 0  # of the first prompt's image; the next prompts take the next seeds
     exact: bool = False  # also by the pixel parser: embedded world only
-    untrained_temperature: Temperature | None = None  # of the Actor without adapter; null: its own
+    untrained_temperature: Positive | None = None  # of the Actor without adapter; null: its own
     judge: ModelConfig | None = None  # VLM that extracts scene graphs and judges; null: the Checker
 
 
@@ -111,7 +106,7 @@ class LoopConfig:  # what every entry point needs (eval.yaml)
 
 @dataclass
 class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
-    phase: Phase | None = None  # which phase this file is for; null: either
+    phase: int | None = None  # which phase this file is for; null: either
     rounds: Count = 3  # of samples; a later round goes on from one sample of each group
     data: DataFile = field(kw_only=True)  # training prompts; no label is used
     data_limit: Natural = 0  # the first prompts of the file; 0: all
@@ -125,15 +120,16 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     groups: Count = 8  # states of round 1 in an iteration; later rounds continue them
     group_size: GroupSize = 8  # G, samples of one state
     rank: Count = 16  # of the LoRA adapter
-    learning_rate: Rate = 1e-3  # of AdamW
+    learning_rate: Positive = 1e-3  # of AdamW
     warmup: Natural = 5  # iterations of linear warm-up
+    decay: bool = False  # the rate also falls linearly, to 0 at the end of the run
     max_grad_norm: Positive = 1.0
     clip_low: NonNegative = 0.2  # rho is clipped to [1 - clip_low, 1 + clip_high]. Phase 2: set
     # both to about 0.026 / sqrt(latent dimensions), see `sde_step` in grpo.py
     clip_high: NonNegative = 0.28
     kl: NonNegative = 0.01  # weight of the KL to the model without adapter; 0 skips that pass
     advantage_eps: Positive = 0.05  # added to the std so that Checker noise is not amplified
-    flat_range: Share = 0.02  # groups whose rewards span no more than this are left out
+    flat_range: NonNegative = 0.02  # groups whose rewards span no more than this are left out
     refill: bool = False  # later rounds drop the states of flat groups and fill up with new images
     updates: Count = 2  # optimizer steps on the samples of an iteration; at 1 the clip never acts
     micro_batch: Count = 64  # samples of a backward pass; phase 2 takes whole groups
@@ -144,20 +140,17 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     tolerance: NonNegative = 1e-4  # mean |log-prob replayed - recorded| of an iteration
 
 
-# Arguments of a pipeline's call. Sigmas would move the steps that the phase 2 window counts.
+# Arguments of a pipeline's call that the program sets. `sigmas` would move the steps of a window.
 REFUSED = "prompt prompt_2 prompt_3 image generator output_type return_dict sigmas".split()
 REFUSED += ["num_images_per_prompt"]
-# Whole numbers of 1 or more, where they are given.
 COUNTS = "num_inference_steps max_sequence_length max_area height width".split()
 
 
 def load_config(path, schema, overrides=()):
-    """Reads a YAML file into the dataclass `schema`, with "key.key=value" overrides on top.
-
-    A file that is not there is looked for beside this one, where the shipped ones are.
-    """
+    """Read a YAML file, here or beside this module, with "key.key=value" overrides on top."""
     beside = join(dirname(__file__), path)
-    path = beside if exists(beside) and not exists(path) else path
+    if exists(beside) and not exists(path):
+        path = beside
     try:
         values = read_yaml(Path(path).read_text(encoding="utf-8"))
         if not isinstance(values, dict):
@@ -167,14 +160,14 @@ def load_config(path, schema, overrides=()):
             if not equals:
                 raise ValueError(f"override {override!r}: write it as key=value")
             *sections, last = key.split(".")
-            place = values
+            section = values
             for name in sections:
-                if not isinstance(place.get(name), dict):
-                    place[name] = {}
-                place = place[name]
-            place[last] = read_yaml(text, f"override {override!r}: ")
+                if not isinstance(section.get(name), dict):
+                    section[name] = {}
+                section = section[name]
+            section[last] = read_yaml(text, f"override {override!r}: ")
         return fill(schema, values, "", dirname(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, OverflowError) as error:
         raise ValueError(" ".join(f"{path}: {error}".split())) from None  # one line
 
 
@@ -203,35 +196,37 @@ def read_yaml(text, where=""):
 
 
 def fill(schema, values, prefix, folder):
-    """Dictionary -> dataclass. `prefix`: of its keys in messages; `folder`: the YAML file's."""
+    """Dictionary -> dataclass. prefix: of its keys in messages; folder: of the YAML file."""
     if not isinstance(values, dict):
-        raise ValueError(f"key '{prefix[:-1]}' is {values!r:.200}; make it 'key: value' lines")
+        raise ValueError(f"key '{prefix[:-1]}' is {values!r}; make it 'key: value' lines")
     kinds = get_type_hints(schema, include_extras=True)
-    for key in [key for key in values if key not in kinds]:
-        near = difflib.get_close_matches(str(key), kinds, 1)
-        hint = f"; did you mean '{prefix}{near[0]}'?" if near else ""
-        raise ValueError(f"key '{prefix}{key}' is unknown{hint}")
+    for key in values:
+        if key not in kinds:
+            near = difflib.get_close_matches(key, kinds, 1)
+            hint = f"; did you mean '{prefix}{near[0]}'?" if near else ""
+            raise ValueError(f"key '{prefix}{key}' is unknown{hint}")
+    filled = {}
     for entry in fields(schema):
-        if entry.name not in values and entry.default is entry.default_factory is MISSING:
-            raise ValueError(f"key '{prefix}{entry.name}' is missing; add it")
-    config = schema(**values)
-    for name, kind in kinds.items():
-        setattr(config, name, check(kind, getattr(config, name), prefix + name, folder))
-    return config
+        name = entry.name
+        if name in values:
+            filled[name] = check(kinds[name], values[name], prefix + name, folder)
+        elif entry.default is MISSING and entry.default_factory is MISSING:
+            raise ValueError(f"key '{prefix}{name}' is missing; add it")
+    return schema(**filled)
 
 
 def check(kind, value, key, folder):
-    """The value of one field, converted; ValueError if the field does not accept it."""
+    """The value of one field, converted. Raises ValueError if the field does not accept it."""
     if type(None) in get_args(kind):  # kind | None
         if value is None:
             return None
         kind = get_args(kind)[0]
     if is_dataclass(kind):
         return fill(kind, value, f"{key}.", folder)
-    python_type, wanted, accepts = get_args(kind) or (kind, "", lambda value: True)
+    python_type, wanted, accepts = get_args(kind) or (kind, kind.__name__, lambda value: True)
     if python_type is str and value is None:  # "key:" or, on the command line, "key="
         value = ""
-    if python_type is float and type(value) is int and abs(value) < 1e300:
+    if python_type is float and type(value) is int:
         value = float(value)
     if kind in (Model, Adapter, DataFile, RunFolder) and type(value) is str:
         value = expanduser(expandvars(value))
@@ -239,52 +234,43 @@ def check(kind, value, key, folder):
         if kind is not RunFolder and value and not exists(value) and exists(beside):
             value = beside
     if type(value) is not python_type or not accepts(value):  # isinstance takes True for an int
-        wanted = f"{python_type.__name__} ({wanted})" if wanted else python_type.__name__
-        raise ValueError(f"key '{key}' is {value!r:.200}; make it {wanted}")
-    for name in value if kind is dict else ():  # the arguments of a pipeline's call
-        if name in REFUSED:
-            raise ValueError(f"key '{key}' holds {name!r}, which cannot be set; remove it")
-        if name in COUNTS:
-            check(Count, value[name], f"{key}.{name}", folder)
+        raise ValueError(f"key '{key}' is {value!r}; make it {wanted}")
+    if kind is dict:  # the arguments of a pipeline's call
+        for name in value:
+            if name in REFUSED:
+                raise ValueError(f"key '{key}' holds {name!r}, which cannot be set; remove it")
+            if name in COUNTS:
+                check(Count, value[name], f"{key}.{name}", folder)
     return value
 
 
 def fingerprint(config, leave_out=()):
     """What a resumed run must share: {dotted key: value}, without the keys to leave out.
 
-    For a model, adapter or data file on this disk the value is a hash of its content, not its path.
+    An adapter or data file is given as a hash of its content, a model as its path or Hub id.
     """
     values = flatten(asdict(config))
-    for key, value in values.items():
-        is_path = key.split(".")[-1] in ("model", "adapter", "data", "validation")
-        if is_path and value and exists(value):
-            values[key] = f"content {sample_hash(value)}"
-    values = {key: value for key, value in values.items() if key not in leave_out}
-    return json.loads(json.dumps(values))
+    return {key: value for key, value in values.items() if key not in leave_out}
 
 
 def flatten(values, prefix=""):
     """{"actor": {"temperature": 1.0}} -> {"actor.temperature": 1.0}"""
     flat = {}
     for key, value in values.items():
-        inner = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else None
-        flat |= inner or {prefix + key: value}
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif key in ("adapter", "data", "validation") and value:
+            flat[prefix + key] = f"content {content_hash(Path(value))}"
+        else:
+            flat[prefix + key] = value
     return flat
 
 
-def sample_hash(path):
-    """A hash of a file, or of the config, tokenizer and weight files of a model's folder.
-
-    Files up to 64 MiB are read; of larger ones the size and 64 evenly spread samples of 1 MiB.
-    """
-    path, block, digest = Path(path), 1 << 20, hashlib.sha256()
-    suffixes = (".json", ".jinja", ".model", ".txt", ".safetensors")
-    inside = [file for file in path.rglob("*") if file.suffix in suffixes]
-    for file in [path] if path.is_file() else sorted(inside):
-        size = file.stat().st_size
-        digest.update(f"{file.relative_to(path)} {size} ".encode())
+def content_hash(path):
+    """A hash of a data file, or of the files in an adapter's folder."""
+    files = [path] if path.is_file() else sorted(filter(Path.is_file, path.iterdir()))
+    digest = hashlib.sha256()
+    for file in files:
         with file.open("rb") as content:
-            for start in range(0, size, max(block, size // 64)):
-                content.seek(start)
-                digest.update(content.read(block))
+            digest.update(hashlib.file_digest(content, "sha256").digest())
     return digest.hexdigest()[:12]

@@ -14,6 +14,7 @@ import argparse
 import base64
 import io
 import json
+import math
 import os
 import shlex
 import sys
@@ -27,7 +28,7 @@ SIDE = 224  # pixels of an image in a strip, and of the thumbnail of a large one
 
 
 def record(folder, trajectories, iteration=0):
-    """Writes trajectories and this program's command into a run's folder. -> its page's path."""
+    """Write trajectories and this program's command into a run's folder. -> its page's path."""
     folder = Path(folder)
     (folder / "samples").mkdir(parents=True, exist_ok=True)
     samples = json.dumps([describe(trajectory) for trajectory in trajectories], default=data_uri)
@@ -37,18 +38,18 @@ def record(folder, trajectories, iteration=0):
 
 
 def report(folders):
-    """Makes the page of each run, report.html in its folder. -> their paths."""
+    """Make the page of each run, report.html in its folder. -> their paths."""
     pages = []
     for folder in map(Path, folders):
-        if not any((folder / n).exists() for n in ("metrics.jsonl", "results.json", "samples")):
-            raise ValueError(f"{folder}: no run; name a folder of train.py, eval.py or loop.py")
-        samples = sorted(folder.glob("samples/*.json"), key=lambda path: (len(path.name), path))
-        when = " before and after training" if len(samples) > 1 else ""
+        samples = sorted(folder.glob("samples/*.json"), key=lambda path: int(path.stem))
+        first_and_last = samples[:1] + samples[1:][-1:]
         body = section("Results", tables, folder / "results.json")
         body += section("Curves", curves, folder / "metrics.jsonl")
-        body += section(f"Trajectories{when}", gallery, *samples[:1], *samples[1:][-1:])
+        body += section("Trajectories", gallery, *first_and_last)
         body += section("Command", verbatim, folder / "command.txt")
         body += section("Config", verbatim, folder / "config.yaml")
+        if not body:
+            raise ValueError(f"{folder}: no run; name a folder of train.py, eval.py or loop.py")
         pages.append(folder / "report.html")
         write(pages[-1], PAGE.format(title=html(str(folder)), style=STYLE, body=body))
     return pages
@@ -56,12 +57,8 @@ def report(folders):
 
 def section(title, show, *files):
     """A part of the page: what `show` makes of the texts of those files that exist."""
-    files = [file for file in files if file.is_file()]
-    try:
-        content = show(*[file.read_text("utf-8") for file in files]) if files else ""
-    except Exception:  # a damaged file can break anything
-        content = f"<p>damaged: {html(', '.join(map(str, files)))}"
-    return f"<h2>{html(title)}</h2>{content}" if content else ""
+    texts = [file.read_text("utf-8") for file in files if file.exists()]
+    return f"<h2>{title}</h2>{show(*texts)}" if texts else ""
 
 
 def verbatim(text):
@@ -71,55 +68,53 @@ def verbatim(text):
 def tables(text):
     parts = ""
     for table in json.loads(text)["tables"]:
-        rows = "".join(f"<tr><td>{'<td>'.join(map(html, row))}" for row in table["cells"])
-        parts += f"<table><caption>{html(table['title'])}</caption>{rows}</table>"
+        parts += f"<table><caption>{html(table['title'])}</caption>"
+        for row in table["cells"]:
+            parts += "<tr>" + "".join(f"<td>{html(cell)}</td>" for cell in row)
+        parts += "</table>"
     return parts
 
 
 def curves(text):
     """A chart of every figure that was logged, as SVG."""
-    rows, parts = [], ""
+    series = {}  # name -> [(iteration, value)]
     for line in text.splitlines():
-        with suppress(ValueError, RecursionError):  # a killed run may have left half a line
-            rows.append(json.loads(line))
-    for name in dict.fromkeys(name for row in rows for name in row if name != "iteration"):
-        points = [(row["iteration"], row.get(name)) for row in rows]
-        # Leaves out None and, because it compares as false, NaN.
-        points = [(x, y) for x, y in points if type(y) in (int, float) and abs(y) < 1e99]
-        if not points:
-            continue
+        with suppress(ValueError):  # a killed run may have left half a line
+            row = json.loads(line)
+            iteration = row.pop("iteration")
+            for name, value in row.items():
+                if type(value) in (int, float) and math.isfinite(value):
+                    series.setdefault(name, []).append((iteration, value))
+    parts = ""
+    for name, points in series.items():
         xs, ys = zip(*points)
         low, high = min(ys), max(ys)
         path = "L".join(
             f"{300 * (x - xs[0]) / (xs[-1] - xs[0] or 1):.1f} "
-            f"{90 * (high - y) / (high - low or 1):.1f}"
+            f"{90 - 90 * (y - low) / (high - low or 1):.1f}"
             for x, y in points[:: len(points) // 400 + 1]  # at most 400
         )
-        parts += (
-            f"<figure><p><b>{ys[0]:.3g} → {ys[-1]:.3g}</b>{html(name)}"
-            f'<svg viewBox="0 0 300 90"><path d="M{path}h.1"/></svg>'
-            f"<em>{low:.3g} to {high:.3g}, iterations {xs[0]} to {xs[-1]}</em></figure>"
-        )
+        parts += f"<figure><p><b>{ys[0]:.3g} → {ys[-1]:.3g}</b>{html(name)}"
+        parts += f'<svg viewBox="0 0 300 90"><path d="M{path}h.1"/></svg>'
+        parts += f"<em>{low:.3g} to {high:.3g}, iterations {xs[0]} to {xs[-1]}</em></figure>"
     return parts
 
 
 def gallery(*texts):
-    """The trajectories of all files, by seed: a prompt before training, then after it."""
     samples = [sample for text in texts for sample in json.loads(text)[:SHOWN]]
-    parts = f"<p>The first {SHOWN}." if len(samples) >= SHOWN else ""
+    parts = f"<p>At most {SHOWN} prompts. A training run shows each before and after training."
     for sample in sorted(samples, key=lambda sample: sample["seed"]):
-        steps, best, items = sample["steps"], sample["best"], ""
-        for number, step in enumerate(steps):
-            kind, answer = ("best", ", best") if number == best else ("", "")
-            items += f'<li class="{kind}"><img src="{escape(step["image"])}" alt="">'
-            items += f"<p><b>{step['score']:.2f}</b>image {number}{answer}"
-            for asked, p in step["verdicts"]:
-                items += f'<p class="{"yes" if p >= 0.5 else "no"}"><b>{p:.0%}</b>{html(asked)}'
-                items += f'<meter value="{p}" low=".5" high=".5" optimum="1"></meter>'
-            items += f"<p>{html(edit(step, number))}<p><em>{html(step['thought'])}</em>"
+        steps, best = sample["steps"], sample["best"]
         scores = f"{steps[0]['score']:.2f} → {steps[best]['score']:.2f}"
-        parts += f"<h3>{html(sample['prompt'])}</h3><em>{scores} · seed {sample['seed']:d}</em>"
-        parts += f"<ol>{items}</ol>"
+        parts += f"<h3>{html(sample['prompt'])}</h3><em>{scores} · seed {sample['seed']}</em><ol>"
+        for number, step in enumerate(steps):
+            mark = "best" if number == best else ""
+            parts += f'<li class="{mark}"><img src="{step["image"]}" alt="">'
+            parts += f"<p><b>{step['score']:.2f}</b>image {number} {mark}"
+            for asked, p in step["verdicts"]:
+                parts += f'<p class="{"yes" if p >= 0.5 else "no"}"><b>{p:.0%}</b>{html(asked)}'
+            parts += f"<p>{html(edit(step, number))}<p><em>{html(step['thought'])}</em>"
+        parts += "</ol>"
     return parts
 
 
@@ -134,20 +129,14 @@ def visible(text):
 
 def describe(trajectory):
     """A trajectory as data for JSON, but for its images, which `record` writes as data URIs."""
-    graph = trajectory.graph
+    graph, steps = trajectory.graph, []
     asked = [*graph.labels(), *map(" ".join, graph.triples)]
-    steps = [
-        {
-            "score": float(step.reflection.score),
-            "verdicts": [[text, float(p)] for text, p in zip(asked, step.reflection.probs)],
-            "source": step.source,
-            "thought": step.thought,
-            "instruction": step.instruction,
-            "repeated": step.repeated,
-            "image": step.image,
-        }
-        for step in trajectory.steps
-    ]
+    for step in trajectory.steps:
+        names = ("image", "source", "thought", "instruction", "repeated")
+        about = {name: getattr(step, name) for name in names}
+        about["score"] = float(step.reflection.score)
+        about["verdicts"] = [[text, float(p)] for text, p in zip(asked, step.reflection.probs)]
+        steps.append(about)
     best = trajectory.best_index
     return {"prompt": graph.prompt(), "seed": trajectory.seed, "best": best, "steps": steps}
 
@@ -205,7 +194,7 @@ def strip(trajectory):
 
 
 def save_images(trajectory, folder):
-    """Writes 0.png, 1.png, ... and strip.png."""
+    """Write 0.png, 1.png, ... and strip.png."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     for number, step in enumerate(trajectory.steps):
@@ -214,7 +203,7 @@ def save_images(trajectory, folder):
 
 
 def remove_images(folder):
-    """Removes what `save_images` wrote in a folder and in its folders 0000, 0001, ..."""
+    """Remove what `save_images` wrote in a folder and in its folders 0000, 0001, ..."""
     for path in [*Path(folder).glob("strip.png"), *Path(folder).glob("[0-9]*/strip.png")]:
         path.unlink()
         number = 0
@@ -226,17 +215,15 @@ def remove_images(folder):
 
 
 def write(path, text):
-    """Writes a file aside and renames it, so that nobody ever reads half of it."""
+    """Write a file aside and rename it, so that nobody ever reads half of it."""
     aside = Path(f"{path}.{os.getpid()}.aside")
     aside.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(aside, path)
 
 
 def say(text):
-    """Prints a line. A terminal that lacks a character, or is gone, must not stop a run."""
-    if sys.stdout is None:  # of a daemon
-        return
-    encoding = sys.stdout.encoding or "utf-8"
+    """Print a line. A terminal that lacks a character, or is gone, must not stop a run."""
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     try:
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except OSError:  # "| head" has ended, or the disk is full: what follows goes nowhere
@@ -259,7 +246,7 @@ svg { display: block; overflow: visible; margin: .5rem 0; border-bottom: 1px sol
 path { stroke: light-dark(#1f6fd0, #77aef5); stroke-width: 1.75; fill: none }
 ol { display: grid; grid-template-columns: repeat(auto-fill, minmax(150px, 1fr)); gap: 1.5rem 1rem;
   padding: 0; list-style: none }
-img, meter { width: 100% } img[src^="data:image/png"] { image-rendering: pixelated }
+img { width: 100% } img[src^="data:image/png"] { image-rendering: pixelated }
 .best img { outline: 3px solid; outline-offset: 2px }
 .no { color: light-dark(#b3372b, #f08b7c) }
 """
