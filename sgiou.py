@@ -41,9 +41,11 @@ class SceneGraph:
 
     def labels(self):
         """`objects` as prompts and questions call them (list): a second dog is "another dog"."""
-        names = [normalize(name) for name in self.objects]
-        again = [name in names[:n] for n, name in enumerate(names)]
-        return [f"another {x}" if twice else x for x, twice in zip(self.objects, again)]
+        labels, known = [], set()
+        for name in self.objects:
+            labels.append(f"another {name}" if normalize(name) in known else name)
+            known.add(normalize(name))
+        return labels
 
     def prompt(self):
         """The graph as text (str): its triples, then the labels that no triple mentions.
@@ -79,10 +81,7 @@ def normalize(text):
 
 
 def sg_iou(pred, gold):
-    """Compares two SceneGraphs: {"sg_iou", "entity_iou", "relation_iou"}, floats in [0, 1].
-
-    Symmetric. Source: LAION-SG, arXiv 2412.08580, section S5.
-    """
+    """Compares two SceneGraphs: {"sg_iou", "entity_iou", "relation_iou"}, floats in [0, 1]."""
     pairs = zip(comparable_sets(pred), comparable_sets(gold))
     scores = [len(p & g) / max(len(p | g), 1) for p, g in pairs]  # max: two empty sets score 0
     return dict(zip(("sg_iou", "entity_iou", "relation_iou"), scores))
@@ -100,16 +99,15 @@ def comparable_sets(graph):
 def parse_prompt(text, relations):
     """Read what `SceneGraph.prompt()` writes. A name is one object, however often it appears.
 
-    relations: the known relation words; `find_relation` says in which forms they are found.
-    Raises ValueError, one line that shows the right form, for whatever is not understood.
+    relations: the known relation words. Raises ValueError, one line that shows the right form, for
+    whatever is not understood.
     """
     form = "write e.g. 'red circle left of blue square; green triangle'"
     if not relations:
         raise ValueError(f"prompt {text!r}: list your relation words under `relations`")
-    objects, triples, known = [], [], set()
-    for clause in text.replace("\ufeff", "").split(";"):
-        clause = " ".join(clause.split()).strip(" .!?\"'“”")
-        clause = re.sub("(?i)^an? (?:photo|picture|image) of ", "", clause)
+    objects, triples = [], []
+    for clause in text.split(";"):
+        clause = " ".join(clause.split()).strip(" .!?\ufeff")
         if not clause:
             continue
         found = find_relation(clause, relations)
@@ -121,10 +119,10 @@ def parse_prompt(text, relations):
                 f"prompt clause {clause!r} is not understood; {form}: between semicolons one object"
                 f" or one relation of two different objects. Relations: {', '.join(relations)}"
             )
+        known = {normalize(name) for name in objects}
         for mention, name in zip(mentions, names):
             if normalize(name) not in known or normalize(mention).startswith("another "):
                 objects.append(name)
-        known |= distinct
         if found:
             triples.append((names[0], found[1], names[1]))
     if not objects:
@@ -135,13 +133,10 @@ def parse_prompt(text, relations):
 def find_relation(text, relations):
     """Splits text at its first relation: (subject, relation as listed, object), or None.
 
-    "left of" is also found as "is to the left of", and "on top of" as "on the top of"; of
-    relations that start at the same place the longest is taken.
+    "left of" is also found as "is to the left of", and "on top of" as "on the top of".
     """
     listed = {without_the(relation): relation for relation in relations}
-    before = (
-        "(?:(?:that|which) )?(?:(?:is|are|was|were) )?(?:directly )?(?:(?:to|on|at) )?(?:the )?"
-    )
+    before = "(?:(?:that|which|is|are|was|were|directly|to|on|at|the) )*"
     pattern = rf"(?ai)(?<!\S){before}({either(listed)})(?!\S)"
     match = re.search(pattern, text.replace("_", " "))  # of the same length as text
     if not match:
@@ -156,7 +151,7 @@ def without_the(text):
 
 def either(words):
     """A pattern for any of some words that `without_the` returned, the longest first."""
-    words = sorted(filter(None, words), key=len, reverse=True)
+    words = sorted(words, key=len, reverse=True)
     patterns = [re.escape(word).replace(r"\ ", r"\s+(?:the\s+)?") for word in words]
     return "|".join(patterns) or "(?!)"  # which matches nothing
 
@@ -164,7 +159,7 @@ def either(words):
 def is_name(text, relations):
     """Whether a part of a prompt can be the name of one object."""
     small_words = "an?|the|is|are|was|were|be|and|or|not|no|that|which|between"
-    sentence = re.search(rf"(?i)[,&/|!?:()\"]| (?:{small_words}) |n['’]t\b| not$", text)
+    sentence = re.search(rf"(?i)[,&/|!?:()\[\]{{}}\"]| (?:{small_words}) |n['’]t\b| not$", text)
     return text and not sentence and not find_relation(text, [*SPATIAL, *relations])
 
 
@@ -177,54 +172,45 @@ def clean_name(text):
 
 
 def load_graphs(path, relations=(), limit=None):
-    """Reads a data set into list[SceneGraph]. The first character of the file says which it is.
+    """Reads a data set into list[SceneGraph]: a JSON list of entries, or an entry per line.
 
-    "[": a JSON list of entries or prompts, read piece by piece; "{": JSON Lines, an entry a line.
-        LAION-SG (arXiv 2412.08580): {"img_id", "caption_ori", "items", "relations"}
-        GenEval (arXiv 2310.11513): {"include": [{"class", "count", "color", "position"}], "prompt"}
-    Anything else: a prompt a line, as in T2I-CompBench (arXiv 2307.06350): "a bee on top of a boy".
+    LAION-SG (arXiv 2412.08580): {"img_id", "caption_ori", "items", "relations"}
+    GenEval (arXiv 2310.11513): {"include": [{"class", "count", "color", "position"}], "prompt"}
+    T2I-CompBench (arXiv 2307.06350), and your own: a prompt
 
     relations: words that split a prompt, besides SPATIAL; limit: stop after so many graphs.
-    Entries that cannot be read or lack relations are skipped; stderr says how many and why.
-    Raises ValueError, one line, if nothing can be read or a JSON list is broken or cut off.
+    Entries that cannot be read are skipped; stderr says how many and why. Raises ValueError, one
+    line, if none can be read or a JSON list is broken or cut off.
     """
     graphs, skipped = [], []
     try:
         with open(path, encoding="utf-8-sig") as file:
-            while (first := file.read(1)).isspace():
-                pass
-            if first != "[":
-                file.seek(0)
-            for place, entry in json_list(file) if first == "[" else lines(file):
+            for place, entry in entries(file):
                 if len(graphs) == limit:
                     break
                 try:
-                    is_prompt = type(entry) is str and not entry.lstrip().startswith("{")
-                    if is_prompt and first != "{":
-                        graphs.append(read_line(entry, relations))
-                    else:
-                        graphs.append(read_entry(entry, place))
-                except Exception as error:  # of any type: it is in none of these forms
+                    graphs.append(read_entry(entry, place, relations))
+                except Exception as error:  # of any type, whatever the entry is instead
                     skipped.append(f"{place}: {type(error).__name__}: {error}")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; give a complete file in UTF-8") from None
-    if not graphs and limit != 0:
+    if not graphs:
         raise ValueError(f"{path}: no scene graph in it; {'; '.join(skipped[:1]) or 'it is empty'}")
     if skipped:
         print(f"{path}: skipped {len(skipped)} entries; the first: {skipped[0]}", file=sys.stderr)
     return graphs
 
 
-def lines(file):
-    """Yields (place, line) for the lines that are not blank."""
-    for number, line in enumerate(file, 1):
-        if line.strip():
-            yield f"line {number}", line.strip()
-
-
-def json_list(file):
-    """Yields (place, value) of a JSON list, of which the "[" is read already."""
-    text, number = "", 0
+def entries(file):
+    """Yields (place, entry): a line as text, or a value of a JSON list, read piece by piece."""
+    text = file.read(2**16).lstrip()
+    if not text.startswith("["):
+        file.seek(0)
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                yield f"line {number}", line.strip()
+        return
+    text, number = text[1:], 0
     while not (text := text.lstrip(", \t\r\n")).startswith("]"):
         try:
             value, end = json.JSONDecoder().raw_decode(text)
@@ -236,138 +222,126 @@ def json_list(file):
             continue
         yield f"entry {number}", value
         text, number = text[end:], number + 1
-    if (text[1:] + file.read(2**16)).strip():
+    if (text[1:] + file.read()).strip():
         raise ValueError("something follows its list")
 
 
-def read_line(text, relations):
-    graph = parse_prompt(text, [*SPATIAL, *relations])  # yours win over an equal one of SPATIAL
+def read_entry(entry, place, relations):
+    """The SceneGraph of an entry. Raises whatever goes wrong."""
+    if isinstance(entry, str) and entry.startswith("{"):
+        entry = json.loads(entry)
+    if isinstance(entry, dict):
+        return read_geneval(entry, place) if "include" in entry else read_laion(entry, place)
+    graph = parse_prompt(entry, [*SPATIAL, *relations])  # yours win over an equal one
     if not relations and not graph.triples:
         raise ValueError("no known relation; list your relation words under `relations`")
     return graph
 
 
-def read_entry(entry, place):
-    """The SceneGraph of a JSON entry, as text or decoded. Raises whatever goes wrong."""
-    if isinstance(entry, str):
-        entry = json.loads(entry)
-    if entry.get("include"):
-        return read_geneval(entry, place)
+def read_laion(entry, place):
     names, triples = {}, []  # names by item id as text: ids are written as 0 and as "0"
     for item in entry["items"]:
+        id, label = str(item["item_id"]), clean_name(item["label"])
         attributes = item.get("attributes") or []
-        words = [attributes] if isinstance(attributes, str) else attributes
-        words = [*filter(None, words), clean_name(item["label"])]
-        names[str(item["item_id"])] = clean_name(" ".join(words)) if item["label"].strip() else ""
-    if len(names) < len(entry["items"]):
-        raise ValueError("two items have the same id")
+        if id in names or isinstance(attributes, str):
+            raise ValueError(f"item {id} is there twice, or its attributes are not a list")
+        if label:
+            names[id] = clean_name(" ".join([*attributes, label]))
     for record in entry["relations"] or ():
-        if record["item1"] == record["item2"]:
-            raise ValueError("a relation of an item to itself")
-        subject, object = names[str(record["item1"])], names[str(record["item2"])]
+        subject, object = str(record["item1"]), str(record["item2"])
         relation = re.sub("(?i)^(is|are)[ _](?=.)", "", " ".join(record["relation"].split()))
-        if not (subject and relation and object):
-            raise ValueError("a relation without a word, or of an item without a label")
-        triples.append((subject, relation, object))
+        if subject == object or not relation:
+            raise ValueError("a relation of an item to itself, or without a word")
+        triples.append((names[subject], relation, names[object]))
     if not triples:
         raise ValueError("it has no relations")
-    objects = filter(None, names.values())
-    caption = entry.get("caption_ori") or ""
-    return SceneGraph(objects, triples, caption, str(entry.get("img_id", place)))
+    name = str(entry.get("img_id", place))
+    return SceneGraph(names.values(), triples, entry.get("caption_ori") or "", name)
 
 
 def read_geneval(entry, place):
-    names, objects, triples = {}, [], []  # names by place in the list
-    for number, group in enumerate(entry["include"]):
-        names[number] = clean_name(f"{group.get('color') or ''} {group['class']}")
+    groups = entry["include"]
+    names = [clean_name(f"{group.get('color') or ''} {group['class']}") for group in groups]
+    objects, triples = [], []
+    for number, (name, group) in enumerate(zip(names, groups)):
         count = group.get("count", 1)
         if count not in range(1, 100):
-            raise ValueError(f"{count!r} is no count; make it 1 to 99")
-        objects += [names[number]] * count
-    for number, group in enumerate(entry["include"]):
+            raise ValueError(f"count {count!r}; make it 1 to 99")
+        objects += [name] * count
         if group.get("position"):
             relation, other = group["position"]
-            if other == number:
-                raise ValueError("a position of an object next to itself")
-            triples.append((names[number], relation, names[other]))
+            if other == number or other not in range(len(groups)):
+                raise ValueError(f"position {group['position']} names no other object")
+            triples.append((name, relation, names[other]))
     return SceneGraph(objects, triples, entry.get("prompt") or "", place)
 
 
 # ---- answers of VLMs ----
 
-OBJECT_LIST = r"\b(?:objects|object list|object names|entities|nodes)\b"  # a key
-SECOND = r"\b(?:object|obj|tail|target|to|o|[a-z]+ ?2)\b"  # keys of a triple's second name
-NEGATION = r"\b(?:no|not|never|cannot|false)\b|n['’]t\b"
-CLAUSE_END = r"[.,;\n\[\](){}]"
-# What may stand between the words of a triple: keys, tags, marks but for brackets, small words.
-FILLER = r"\w+[\"'”’]?\s?[:=]|</?\w+>|&\w+;|[^\w{}\[\]]|\b(?:\d+|is|are|be|to|on|at|the|an?"
-FILLER += r"|that|which|appears|seems|located|positioned|placed|directly|slightly)\b"
+# The key of a subject in front of its name. A denial in front of a triple, or behind it: "sea: no".
+SUBJECT = re.compile(r"\b(?:subject|head|source|s|[a-z]+ ?1)\W{0,2}[:=]\W*$")
+DENIAL = re.compile(r"\b(?:no|not|never)\b[^.,;\n\[\](){}]*$")
+ANSWER_NO = re.compile(r"[^\n\[\]{}]*: ?[\"']?(?:no|not|false)\b")
+# Between the words of a triple: keys in the singular ("relations:" begins a list), small words,
+# numbers, and marks other than brackets.
+FILLER = r"\b(?:s|\w*[^\Ws])[\"'”’]?\s?[:=]"
+FILLER += r"|\b(?:is|are|to|on|at|the|an?|located|placed|directly|\d+)\b|[^\w\[\]]"
 
 
 def parse_scene_graph(text, objects, relations):
     """The SceneGraph in a VLM's answer, or None if it has none of the words and no empty list.
 
     Looks for the given words in any notation: JSON, (s, r, o), s -> r -> o, "s is r o", "s - o: r".
-    Thoughts, which end at "</think>" or start at a last "<think>" (also <thinking>, <reasoning>),
-    are not part of the answer, and what a sentence denies is no triple.
+    Thoughts, which end at "</think>" or start at a last "<think>", are not part of the answer.
     objects, relations: the words to look for; the graph has them in the spelling given here.
     """
     names = {without_the(clean_name(name)): name for name in objects}
     words = {without_the(relation): relation for relation in relations}
     known = re.compile(rf"(?<!\w)(?:({either(names)})|({either(words)}))(?!\w)")
-    # 1. Leave out thoughts, undo JSON escapes, bring JSON triples into order.
-    text = re.split(r"(?i)</(?:think\w*|reasoning)>", text)[-1]
-    text = re.split(r"(?i)<(?:think\w*|reasoning)>", text)[0]
-    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)
+
+    text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)  # of JSON
     text = text.lower().replace("_", " ")
-    for _ in range(2):  # first what is inside, such as {"name": "red circle"}
-        text = re.sub(r"\{[^{}]*\}", lambda match: in_order(match[0], known), text)
-    # 2. Find triples: a name, a relation and a name with only filler between them.
+    text = re.split(r"</(?:think|reason)\w*>", text)[-1]
+    text = re.split(r"<(?:think|reason)\w*>", text)[0]
+
+    # A triple is two names and a relation with little between them.
     found = list(known.finditer(text))
     triples = {}  # by place of the relation word
     for first, second, third in zip(found, found[1:], found[2:]):
         gaps = text[first.end() : second.start()], text[second.end() : third.start()]
-        s, r, o = first, second, third
-        if re.fullmatch(r"[^\w\n{}\[\]]*", gaps[0]) and re.fullmatch(r"\W?:\W*", gaps[1]):
-            s, o, r = first, second, third  # "red circle - blue square: left of"
-        if not (s[1] and r[2] and o[1]) or r.start() in triples:
+        if not all(map(is_filler, gaps)):
             continue
-        if re.search(rf"{SECOND}[\"'”’]?\s?[:=]\W*$", text[max(s.start() - 20, 0) : s.start()]):
-            s, o = o, s
-        gap = " ".join(gaps)
-        before = re.split(CLAUSE_END, text[max(first.start() - 60, 0) : first.start()])[-1]
-        after = re.split(CLAUSE_END, text[third.end() : third.end() + 60])[0]
-        if len(gap) > 80 or re.sub(FILLER, "", gap) or re.search(NEGATION, f"{before} {after}"):
+        colons = [re.search(r"[:=]\W*$", gap) for gap in gaps]
+        if second[2]:
+            subject, relation, object = first, second, third
+        elif third[2] and colons[1]:  # "sun - sea: above"
+            subject, object, relation = first, second, third
+        elif first[2] and all(colons):  # {"relation": "above", "subject": "sun", "object": "sea"}
+            relation, subject, object = first, second, third
+        else:
             continue
-        subject, relation, object = (without_the(match[0]) for match in (s, r, o))
-        triples[r.start()] = names[subject], words[relation], names[object]
-    # 3. Find objects that are listed apart from triples: in brackets, on the line, or below it.
-    below = r"(?:\n[ \t]*(?:[-•]|\*\s|\d).*)*"
-    listed = re.search(rf"{OBJECT_LIST}(?:\W{{0,9}}\[[^\]]*|.*{below})", text)
-    seen = [m for m in found if m[1] and listed and listed.start() < m.start() < listed.end()]
-    seen = [names[without_the(match[0])] for match in seen] + names_in(triples.values())
+        if not (subject[1] and object[1]) or relation.start() in triples:
+            continue
+        denied = DENIAL.search(text, max(first.start() - 60, 0), first.start())
+        if denied or ANSWER_NO.match(text, third.end(), third.end() + 60):
+            continue
+        if SUBJECT.search(text, max(object.start() - 20, 0), object.start()):
+            subject, object = object, subject
+        triple = [without_the(match[0]) for match in (subject, relation, object)]
+        triples[relation.start()] = names[triple[0]], words[triple[1]], names[triple[2]]
+
+    # Objects may be listed apart from triples: in brackets, on the line, or below it.
+    in_brackets = r"\W{0,9}\[(?:[^\[\]]|\[[^\[\]]*\])*"  # with bounding boxes
+    pattern = rf"\b(?:objects|object list|entities)\b({in_brackets}|.*(?:\n *[-*\d].*)*)"
+    listed = " ".join(re.findall(pattern, text))
+    seen = [names[without_the(name)] for name, _ in known.findall(listed) if name]
+    seen += names_in(triples.values())
     if not seen and not re.search(r"\[\s*\]", text):
         return None
     return SceneGraph(dict.fromkeys(seen), triples.values())
 
 
-def in_order(text, known):
-    """A JSON object, without others inside, as "<subject, relation, object>" if it is a triple.
-
-    One that holds a single name becomes this name. Any other stays as it is.
-    """
-    found = list(known.finditer(text))
-    if re.search(rf"{OBJECT_LIST}|\b(?:triples|relations)\b", text):
-        return text
-    if len(found) == 1 and found[0][1]:
-        return found[0][0]
-    named = [match for match in found if match[1]]
-    if len(found) != 3 or len(named) != 2:
-        return text
-    if re.search(NEGATION, known.sub("", text)):  # such as "holds": false
-        return ""
-    subject, object = named
-    relation = next(match for match in found if match[2])
-    if re.search(SECOND, re.split("[{,]", text[: subject.start()])[-1]):  # its key
-        subject, object = object, subject
-    return f"<{subject[0]}, {relation[0]}, {object[0]}>"
+def is_filler(gap):
+    """Whether two words with this text between them can belong to the same triple."""
+    other_object = re.search(r"\}\W*\{", gap[:80])
+    return len(gap) < 80 and not other_object and not re.sub(FILLER, "", gap)

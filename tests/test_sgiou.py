@@ -1,6 +1,5 @@
 """sgiou.py: the metric, typed prompts, data sets, and the answers of VLMs."""
 
-import contextlib
 import json
 import time
 
@@ -32,7 +31,6 @@ def test_metric_by_hand():
     assert sg_iou(GOLD, GOLD) == {"sg_iou": 1.0, "entity_iou": 1.0, "relation_iou": 1.0}
     empty = SceneGraph([], [])
     assert sg_iou(empty, empty) == {"sg_iou": 0.0, "entity_iou": 0.0, "relation_iou": 0.0}
-    assert sg_iou(SceneGraph([], GOLD.triples), GOLD)["entity_iou"] == 1.0
     mirrored = SceneGraph([], [("blue square", "left of", "red circle")])
     assert sg_iou(mirrored, GOLD)["sg_iou"] == 0.0
 
@@ -63,7 +61,7 @@ def reference_lists(graph):
     return triples, entities, [triple[1] for triple in triples]
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(graphs, graphs)
 def test_metric_equals_the_reference_on_random_pairs(pred, gold):
     pairs = zip(reference_lists(pred), reference_lists(gold))
@@ -75,6 +73,11 @@ def test_metric_equals_the_reference_on_random_pairs(pred, gold):
 def test_a_graph_holds_each_triple_once():
     listed = SceneGraph(["a", "b"], [["a", "on", "b"], ["A", "on", "b"], ["a", "under", "b"]])
     assert listed.triples == (("a", "on", "b"), ("a", "under", "b"))
+
+
+def test_a_graph_brings_its_own_relations_to_the_listed_ones():
+    graph = SceneGraph([], [("man", "riding", "horse"), ("man", "Left_of", "sun")])
+    assert graph.vocabulary(["above", "left of"]) == ["above", "left of", "riding"]
 
 
 # ---- prompts ----
@@ -90,28 +93,23 @@ def test_prompt_names_every_object_once():
 @pytest.mark.parametrize(
     ("text", "prompt"),
     [
-        ("red circle left of blue square", "red circle left of blue square"),
         ("A red circle to the left of the blue square.", "red circle left of blue square"),
-        ("the sun was above the sea", "sun above sea"),
+        ("the sun was directly above the sea!", "sun above sea"),
         ("Red_Circle  LEFT_OF\tan owl; sun", "Red_Circle left of owl; sun"),
-        ("\ufeffsun on the top of rug;; ;", "sun on top of rug"),
-        ("sun on rug; sun on rug; rug on sun", "sun on rug; rug on sun"),
-        ("x on top of y; y is c++ x", "x on top of y; y c++ x"),  # the longest; no pattern
+        ("\ufeffsun on the top of rug;; sun on top of rug;", "sun on top of rug"),
         ("dog; another dog; dog", "dog; another dog"),
-        ("A photo of a dog that is directly above a cat", "dog above cat"),
-        ('"a cup at the left of a table"', "cup left of table"),
     ],
 )
 def test_what_a_prompt_means(text, prompt):
-    assert parse_prompt(text, [*RELATIONS, "c++"]).prompt() == prompt
+    assert parse_prompt(text, RELATIONS).prompt() == prompt
 
 
 @pytest.mark.parametrize(
     "text",
     ["", "left of blue square"]
     + ["sun left of sea above moon"]  # two relations
-    + ["sun left of sea, moon above sea", "sun, moon", "red circle left of a Red_circle"]
-    + ["a boy riding a horse", "there is one sun"],  # a relation that is not listed
+    + ["sun left of sea, moon above sea", "red circle left of a Red_circle"]
+    + ["a boy riding a horse", "dog behind tree", "the sun isn't above the sea"],
 )
 def test_what_is_not_understood_is_refused_and_the_right_form_shown(text):
     with pytest.raises(ValueError, match="^prompt clause|^the prompt is empty") as caught:
@@ -130,7 +128,7 @@ PHRASES = st.lists(
 ).map(" ".join)
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.tuples(PHRASES, st.sampled_from(RELATIONS), PHRASES), max_size=4),
     st.lists(PHRASES, max_size=3),
@@ -148,12 +146,11 @@ def test_parse_prompt_inverts_prompt(triples, alone):
 
 LAION = {
     "img_id": "482063",
-    "name": "minus83166520.jpg",
     "caption_ori": "Page 90 — Girl",
     "items": [
         {"item_id": 0, "label": "person", "attributes": ["the", "young", "female"]},
-        {"item_id": 7, "label": "café", "attributes": []},
-        {"item_id": 2, "label": " dog "},
+        {"item_id": "7", "label": "a café", "attributes": None},
+        {"item_id": 2, "label": " "},
     ],
     "relations": [
         {"triple_id": 0, "item1": 0, "relation": "is in front of", "item2": 7},
@@ -170,50 +167,36 @@ def write(tmp_path, content, name="data.json"):
     return path
 
 
-def changed(**fields):
-    return {**LAION, **fields}
-
-
 def test_laion_sg(tmp_path, capsys):
     expected = SceneGraph(
-        ("young female person", "café", "dog"),
+        ("young female person", "café"),
         (("young female person", "in front of", "café"), ("café", "behind", "young female person")),
         "Page 90 — Girl",
         "482063",
     )
-    assert load_graphs(write(tmp_path, [LAION])) == [expected]
+    assert load_graphs(write(tmp_path, [LAION] * 5), limit=2) == [expected] * 2
     indented = write(tmp_path, json.dumps([LAION], indent=4), "DATA.JSON")
     assert load_graphs(indented) == [expected]
     lines = "\ufeff\n" + json.dumps(LAION) + "\n\n" + json.dumps(LAION) + "\n"
     assert load_graphs(write(tmp_path, lines)) == [expected] * 2
-    assert load_graphs(write(tmp_path, [LAION] * 5), limit=2) == [expected] * 2
-    assert load_graphs(write(tmp_path, [LAION]), limit=0) == []
     assert capsys.readouterr().err == ""
 
 
-def test_ids_may_be_numbers_or_text_and_unused_items_may_be_blank(tmp_path, capsys):
-    items = [{"item_id": "0", "label": "sun", "attributes": None}, {"item_id": 1, "label": "sea"}]
-    relations = [{"item1": 0, "relation": "above", "item2": "1"}]
-    entry = {"items": [*items, {"item_id": 2, "label": " "}], "relations": relations}
-    (graph,) = load_graphs(write(tmp_path, [entry]))
-    assert (graph.objects, graph.prompt()) == (("sun", "sea"), "sun above sea")
-    assert capsys.readouterr().err == ""
-
-
-BAD_ENTRIES = [
-    3,
-    {},
-    changed(relations=None),
-    changed(relations=[{"item1": 0, "relation": "on", "item2": 99}]),
-    changed(relations=[{"item1": 0, "relation": "on"}]),
-    changed(items=[{"item_id": 0, "label": " "}, {"item_id": 7, "label": "sea"}]),
-    changed(items=LAION["items"] * 2),  # two items with the same id
-    {"include": [{"class": "cat", "count": 10**9}]},
-    {"include": [{"class": "cat", "position": ["above", 5]}]},
-]
-
-
-@pytest.mark.parametrize("entry", BAD_ENTRIES)
+@pytest.mark.parametrize(
+    "entry",
+    [
+        3,
+        {**LAION, "relations": None},
+        {**LAION, "relations": [{"item1": 0, "relation": "on", "item2": 99}]},
+        {**LAION, "relations": [{"item1": 0, "relation": "on", "item2": 0}]},
+        {**LAION, "relations": [{"item1": 0, "relation": "on", "item2": 2}]},  # without a label
+        {**LAION, "items": LAION["items"] * 2},  # two items with the same id
+        {**LAION, "items": [{**LAION["items"][0], "attributes": "young"}, *LAION["items"][1:]]},
+        {"include": [{"class": "cat", "position": ["above", 5]}]},
+        {"include": [{"class": "cat", "position": ["above", 0]}]},  # itself
+        {"include": [{"class": "cat", "count": 10**9}]},
+    ],
+)
 def test_a_bad_entry_is_skipped_and_counted(tmp_path, capsys, entry):
     path = write(tmp_path, [LAION, entry, LAION])
     assert [graph.id for graph in load_graphs(path)] == ["482063"] * 2
@@ -234,11 +217,10 @@ def test_geneval(tmp_path, capsys):
  "exclude": [{"class": "donut", "count": 4}], "prompt": "a photo of three donuts"}
 {"broken": """
     lines = lines.replace("\n ", " ")  # one entry a line, as published
-    position, color, count = load_graphs(write(tmp_path, lines, "evaluation_metadata.jsonl"))
-    assert position.prompt() == "vase right of horse"
-    assert position.caption == "a vase right of a horse"
-    assert color.prompt() == "yellow bowl; white cup"
-    assert count.prompt() == "donut; another donut; another donut"
+    loaded = load_graphs(write(tmp_path, lines, "evaluation_metadata.jsonl"))
+    prompts = ["vase right of horse", "yellow bowl; white cup"]
+    assert [graph.prompt() for graph in loaded] == [*prompts, "donut; another donut; another donut"]
+    assert loaded[0].caption == "a vase right of a horse"
     assert "skipped 1 entries; the first: line 5: " in capsys.readouterr().err
 
 
@@ -252,14 +234,8 @@ def test_t2i_compbench_and_plain_prompts(tmp_path, capsys):
     prompts = ["balloon on top of giraffe", "bird on side of airplane", "vase hidden by clock"]
     prompts += ["bee left of key; frog near cup"]
     assert [graph.prompt() for graph in load_graphs(path)] == prompts
-    message = capsys.readouterr().err
-    assert "skipped 2 entries; the first: line 6: " in message
+    assert "skipped 2 entries; the first: line 6: " in capsys.readouterr().err
     assert load_graphs(path, ["riding"])[-1].prompt() == "man riding horse"
-
-
-def test_a_json_list_of_prompts(tmp_path):
-    (graph,) = load_graphs(write(tmp_path, ["a sun above the sea"]))
-    assert graph.prompt() == "sun above sea"
 
 
 @pytest.mark.parametrize(
@@ -267,7 +243,6 @@ def test_a_json_list_of_prompts(tmp_path):
     [
         (b"", "it is empty"),
         (b'{"data": [\n"sun"\n]}', "line 1: "),  # not a prompt in line 2
-        (b'[{"img_id": ', "entry 0 is broken or cut off"),
         (b'["\xff\xfe"]', "give a complete file in UTF-8"),
         (b'["a sun above a sea"]\n["a sea above a sun"]', "something follows its list"),
     ],
@@ -276,17 +251,17 @@ def test_a_file_without_any_graph_is_refused(tmp_path, content, problem):
     path = tmp_path / "data.json"
     path.write_bytes(content)
     with pytest.raises(ValueError) as caught:
-        load_graphs(path)
+        load_graphs(path, RELATIONS)
     assert problem in str(caught.value) and str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_large_list_is_read_piece_by_piece_and_a_cut_one_is_refused(tmp_path):
-    path = write(tmp_path, [changed(img_id=str(n)) for n in range(6000)])  # 3 MB
-    assert [graph.id for graph in load_graphs(path)] == [str(n) for n in range(6000)]
+    path = write(tmp_path, [{**LAION, "img_id": n} for n in range(2000)])  # 1 MB
+    assert [graph.id for graph in load_graphs(path)] == [str(n) for n in range(2000)]
     write(tmp_path, path.read_text(encoding="utf-8")[:-100])
     assert len(load_graphs(path, limit=3)) == 3
-    with pytest.raises(ValueError, match="entry 5999 is broken or cut off"):
+    with pytest.raises(ValueError, match="entry 1999 is broken or cut off"):
         load_graphs(path)
 
 
@@ -300,36 +275,32 @@ def as_objects(*keys):
     return json.dumps([dict(zip(keys, triple)) | {"score": 0.9} for triple in GOLD.triples])
 
 
+def as_lines(form):
+    return "Sure, look:\n" + "\n".join(form.format(*triple) for triple in GOLD.triples)
+
+
 ANSWERS = {  # each of them says GOLD
     "json": JSON,
-    "fence": f"```json\n{JSON}\n```",
     "prose": f"Here's the user's graph (it isn't \"hard\") :( {JSON} I hope it's right!",
     "thoughts": f'<think>Is it [["sun", "on", "sea"]]?</think>{JSON}',
-    "prefilled thoughts": f'Is it [["sun", "on", "sea"]]? </think> {JSON}',
+    "prefilled thoughts": f'Is it [["red circle", "on", "blue square"]]? </thinking> {JSON}',
     "python": repr({"objects": list(GOLD.objects), "triples": list(GOLD.triples)}),
-    "smart quotes": JSON.replace(' "', " “").replace('["', "[“").replace('"', "”"),
     "cut off": JSON[:-2],
     "laion-sg's keys": json.dumps({"scene_graph": GOLD.triples, "object_list": GOLD.objects}),
-    "articles": JSON.replace('"red', '"The red').replace('"above', '"is above'),
-    "prepositions": JSON.replace('"left of', '"is to the left_of'),
+    "articles": JSON.replace('"red', '"The red').replace('"left of', '"is to the left_of'),
     "scores": JSON.replace('"blue square"], [', '"blue square", 0.9], [').replace("]]", ", 95%]]"),
-    "subject, predicate": as_objects("subject", "predicate", "object"),
-    "head, relationship": as_objects("head", "relationship", "tail"),
-    "source, target": as_objects("source", "relation", "target"),
+    "head, relationship, tail": as_objects("head", "relationship", "tail"),
     "s, r, o": as_objects("s", "r", "o"),
-    "strings": json.dumps({"triples": [" - ".join(triple) for triple in GOLD.triples]}),
-    "object1, object2": as_objects("object1", "relation", "object2"),
     "tail first": json.dumps([{"tail": o, "type": r, "head": s} for s, r, o in GOLD.triples]),
-    "nested": json.dumps(
-        [
-            {"subject": {"name": s}, "predicate": r, "object": {"name": o}}
-            for s, r, o in GOLD.triples
-        ]
-    ),
+    "relation first": json.dumps([{"r": r, "subject": s, "object": o} for s, r, o in GOLD.triples]),
+    "relation last": json.dumps([{"item1": s, "item2": o, "r": r} for s, r, o in GOLD.triples]),
+    "strings": json.dumps({"triples": [" - ".join(triple) for triple in GOLD.triples]}),
     "pairs, as in the request": "\n".join(f"{s} - {o}: {r}" for s, r, o in GOLD.triples),
-    "pairs as keys": json.dumps({f"{s} - {o}": r for s, r, o in GOLD.triples}),
-    "xml": "".join(f"<t><s>{s}</s><r>{r}</r><o>{o}</o></t>" for s, r, o in GOLD.triples),
     "sentences": ". ".join(f"The {s} is located directly {r} the {o}" for s, r, o in GOLD.triples),
+    "tuples": as_lines("({}, {}, {})"),
+    "angles": as_lines("<{}, {}, {}>"),
+    "arrows": as_lines("{} -> {} -> {}"),
+    "numbered, bold": as_lines("1. **{}** {} **{}**"),
 }
 
 
@@ -337,29 +308,18 @@ ANSWERS = {  # each of them says GOLD
 def test_answers_as_vlms_write_them(style):
     answer = parse_scene_graph(ANSWERS[style], GOLD.objects, ["left of", "above", "on"])
     assert answer.triples == GOLD.triples
-    assert set(answer.objects) <= set(GOLD.objects)
     if "objects" in ANSWERS[style] or "object_list" in ANSWERS[style]:
         assert sorted(answer.objects) == sorted(GOLD.objects)
 
 
 @pytest.mark.parametrize(
-    "form",
-    ["({}, {}, {})", "<{}, {}, {}>", "{} -> {} -> {}", "1. {}, {}, {}", "- **{}** {} **{}**"],
-)
-def test_lines_as_vlms_write_them(form):
-    text = "Sure, I see, look:\n" + "\n".join(form.format(*triple) for triple in GOLD.triples)
-    assert parse_scene_graph(text, GOLD.objects, ["left of", "above", "on"]).triples == GOLD.triples
-
-
-@pytest.mark.parametrize(
     ("text", "objects"),
     [
-        ('{"objects": [], "triples": []}', ()),
+        ('{"objects": [ ], "triples": [ ]}', ()),
         ('{"objects": ["Sun", "the man\'s_hat", "moon", 3, null]}', ("sun", "man's hat")),
-        ("Objects: sun, a man's hat\nNo sea.", ("sun", "man's hat")),
-        ('{"objects": [{"name": "sun"}], "relations": ["left of"], "names": ["sea"]}', ("sun",)),
         ('{"objects": [{"name": "sun", "bbox": [1, 2]}, {"name": "sea"}]}', ("sun", "sea")),
         ("**Objects:**\n- sun\n- sea\n\n**Triples:**\n(none)", ("sun", "sea")),
+        ("Objects: sun, sea. Pairs: sun - sea. Relations: left of.", ("sun", "sea")),
     ],
 )
 def test_objects_of_an_answer(text, objects):
@@ -378,34 +338,27 @@ def test_an_answer_without_a_graph_is_none(text):
 
 @pytest.mark.parametrize(
     "text",
-    ['["sun", "on"]', '["sun", "on", null, "sea"]', '["sun", "on", "se']
-    + ['{"subject": "sun", "relation": "on"}, {"object": "sea"}', '[["sun", "on"], ["sea", "on"]]']
-    + ["The sun is not on the sea.", "sun eats sea", "I do not see a sun on the sea."]
-    + ["There is no sun on the sea.", "sun - on - sea: No", "The sun isn't on the sea"]
-    + ['{"subject": "sun", "relation": "on", "object": "sea", "present": "no"}'],
+    ['["sun", "on", null, "sea"]', '["sun", "on", "se', '[["sun", "on"], ["sea", "on"]]']
+    + ['{"subject": "sun", "relation": "on"}, {"object": "sea"}', "sun eats sea"]
+    + ["The sun isn't on the sea.", "There is no sun on the sea.", "sun - on - sea: No"]
+    + ['{"subject": "sun", "relation": "on", "object": "sea", "present": false}'],
 )
-def test_an_incomplete_triple_is_no_triple(text):
+def test_an_incomplete_or_denied_triple_is_no_triple(text):
     graph = parse_scene_graph(text, ["sun", "sea"], ["on"])
     assert not graph or graph.triples == ()
 
 
 def test_the_words_come_back_in_the_spelling_given():
-    text = '[["RED_circle", "to the left_of", "the sun"], ["cow", "left of", "it"]]'
-    graph = parse_scene_graph(text, ["Red Circle", "the sun"], ["Left_of"])
-    assert graph == SceneGraph(("Red Circle", "the sun"), (("Red Circle", "Left_of", "the sun"),))
+    text = '[["RED_circle", "to the left_of", "the caf\\u00e9"], ["cow", "left of", "it"]]'
+    graph = parse_scene_graph(text, ["Red Circle", "the Café"], ["Left_of"])
+    assert graph.triples == (("Red Circle", "Left_of", "the Café"),)
     assert parse_scene_graph(text, [], []) is None
-
-
-def test_a_graph_brings_its_own_relations_to_the_listed_ones():
-    graph = SceneGraph([], [("man", "riding", "horse"), ("man", "Left_of", "sun")])
-    assert graph.vocabulary(["above", "left of"]) == ["above", "left of", "riding"]
-    assert graph.vocabulary() == ["riding", "Left_of"]
 
 
 NAMES = st.lists(PHRASES, min_size=2, max_size=5, unique_by=normalize)
 
 
-@settings(max_examples=1000, deadline=None)
+@settings(max_examples=300, deadline=None)
 @given(NAMES, st.data())
 def test_what_is_written_is_read(names, data):
     triple = st.tuples(*map(st.sampled_from, (names, RELATIONS, names)))
@@ -415,14 +368,14 @@ def test_what_is_written_is_read(names, data):
 
 
 SHARDS = st.sampled_from(
-    [*"[]{}()<>\"'“”‘’:,\\\n "]
-    + ["objects", '"triples":', '"red circle"', "left of", "None", "a", "\\u12", "é", "0.9", "->"]
-    + ['["red circle", "left of", "sun"]', '{"subject": "sun", "relation": "left of",', "**", "1. "]
+    [*"[]{}()<>\"'“”:,\\\n "]
+    + ["objects", '"triples":', '"red circle"', "left of", "None", "\\u12", "é", "0.9", "->", "no"]
+    + ['["red circle", "left of", "sun"]', '{"subject": "sun", "relation": "left of",', "1. "]
     + ["<think>", "</think>", JSON, "- sun - left of - red circle\n"]
 )
 
 
-@settings(max_examples=5000, deadline=None)
+@settings(max_examples=2000, deadline=None)
 @given(st.one_of(st.text(max_size=200), st.lists(SHARDS, max_size=40).map("".join)))
 def test_any_text_gives_a_graph_of_the_words_or_none(text):
     graph = parse_scene_graph(text, ["red circle", "sun"], ["left of"]) or SceneGraph((), ())
@@ -430,27 +383,9 @@ def test_any_text_gives_a_graph_of_the_words_or_none(text):
     assert {relation for _, relation, _ in graph.triples} <= {"left of"}
 
 
-@settings(max_examples=1000, deadline=None)
-@given(st.text(max_size=30), st.lists(st.text(max_size=5), max_size=3))
-def test_any_words_can_be_looked_for(text, words):
-    text += " ".join(words)
-    parse_scene_graph(text, words, words)
-    with contextlib.suppress(ValueError):
-        parse_prompt(text, words)
-
-
-@pytest.mark.parametrize("shard", ["[", '["', "\\", "<think>", "red circle left of ", JSON])
+@pytest.mark.parametrize("shard", ["[", "objects", ":", "<think>", "red circle left of ", JSON])
 def test_a_long_answer_takes_seconds_at_most(shard):
     text = shard * (200_000 // len(shard))  # in quadratic time it would take minutes
     start = time.process_time()
     parse_scene_graph(text, GOLD.objects, RELATIONS)
     assert time.process_time() - start < 10
-
-
-def test_an_answer_with_json_escapes():
-    answer = json.dumps(
-        {"objects": ["caf\u00e9", "dog"], "triples": [["dog", "near", "caf\u00e9"]]}
-    )
-    assert "\\u00e9" in answer
-    seen = parse_scene_graph(answer, ["caf\u00e9", "dog"], ["near"])
-    assert seen.triples == (("dog", "near", "caf\u00e9"),) and len(seen.objects) == 2
