@@ -6,7 +6,6 @@ the pipeline call (size, steps, guidance, text length) come from `call:` in the 
 """
 
 import inspect
-import math
 import re
 import sys
 from importlib import import_module
@@ -31,7 +30,7 @@ class Diffuser:
         self.batch_size = batch_size
 
     @classmethod
-    def load(cls, path, device="cpu", dtype="float32", **settings):
+    def load(cls, path, device="cpu", dtype="float32"):
         """Load a local folder or Hub id from safetensors; dtype is the name of a torch dtype.
 
         Raises ValueError if weights are missing, which diffusers alone would make random.
@@ -51,16 +50,66 @@ class Diffuser:
                 )
                 if missing := sorted(info["missing_keys"]):
                     raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
-                if unused := sorted(info["unexpected_keys"]):
-                    reason = f"{name}: {len(unused)} tensors are not used, such as {unused[0]}"
-                    reason += "; its config.json may be of another model"
-                    print(f"{path}: {reason}", file=sys.stderr)
         options |= {"trust_remote_code": False, **models}
-        return cls(DiffusionPipeline.from_pretrained(path, **options).to(device), **settings)
+        return cls(DiffusionPipeline.from_pretrained(path, **options).to(device))
+
+    def generate(self, prompts, seeds):
+        """One PIL image per prompt and seed, independent of what else is in the batch.
+
+        Raises ValueError if the pipeline fails, or returns images of another size or only black.
+        """
+        import torch
+
+        # With `offload: true` an update leaves the transformer on the GPU. The text encoder needs
+        # the room. Without offload this does nothing.
+        self.pipeline.maybe_free_model_hooks()
+        asked = self.call.get("width"), self.call.get("height")
+        images = []
+        for start in range(0, len(prompts), self.batch_size):
+            part = slice(start, start + self.batch_size)
+            # Noise drawn on the CPU is the same on every device.
+            generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
+            call = dict(self.call)
+            if isinstance(call.get("negative_prompt"), str):  # some pipelines want one per prompt
+                call["negative_prompt"] = [call["negative_prompt"]] * len(prompts[part])
+            try:
+                made = self.pipeline(prompt=prompts[part], generator=generators, **call).images
+            except Exception as error:  # of any kind: it comes from the depths of the pipeline
+                reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                raise ValueError(f"key 'diffuser.call': {reason}") from error
+            if all(asked) and made[0].size != asked:
+                raise ValueError(f"key 'diffuser.call': {asked} pixels become {made[0].size}")
+            if all(image.getbbox() is None for image in made):  # NaN becomes black, too
+                raise ValueError("only black images; set 'diffuser.dtype' to bfloat16 or float32")
+            images += made
+        return images
 
     def problem(self, prompt):
-        """Why the text encoder cannot read a prompt, as one clause, or None if it can."""
-        return text_problem(self.pipeline, self.call, prompt)
+        """Why the text encoder cannot read a prompt, as one clause, or None if it can.
+
+        Pipelines silently cut a prompt that is too long and read an unknown word as noise.
+        """
+        if re.search("[\ud800-\udfff]", prompt):
+            return "it holds a lone surrogate, half of a character"
+        names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the highest-numbered reads the most
+        found = [getattr(self.pipeline, name, None) for name in names]
+        found = [part for part in found if getattr(part, "is_fast", False)]
+        if not found:  # such as a processor of text and images
+            return None
+        tokenizer = found[0]
+        encoded = tokenizer(prompt, return_offsets_mapping=True)
+        ids, unknown = encoded["input_ids"], []
+        for id, (start, end) in zip(ids, encoded["offset_mapping"]):
+            if id == tokenizer.unk_token_id and start < end:  # CLIP's end token has the same id
+                unknown.append(prompt[start:end])
+        if unknown:
+            return f"the text encoder does not know {' '.join(unknown)!r}"
+        parameters = inspect.signature(type(self.pipeline).__call__).parameters
+        default = getattr(parameters.get("max_sequence_length"), "default", None)
+        limit = self.call.get("max_sequence_length") or default or tokenizer.model_max_length
+        if len(ids) > limit:
+            return f"it has {len(ids)} tokens, and the text encoder takes {limit}"
+        return None
 
     def readable(self, graphs, path):
         """The scene graphs whose prompts the pipeline can read; prints how many are left out.
@@ -76,69 +125,6 @@ class Diffuser:
             print(f"{message} and are left out", file=sys.stderr)
         return [graph for graph, problem in zip(graphs, problems) if not problem]
 
-    def generate(self, prompts, seeds):
-        """One PIL image per prompt and seed, independent of what else is in the batch.
-
-        Raises ValueError if the pipeline fails, or returns images of another size or only black.
-        """
-        import torch
-
-        # With `offload: true` an update leaves the transformer on the GPU. The text encoder needs
-        # the room. Without offload this does nothing.
-        self.pipeline.maybe_free_model_hooks()
-        name, images = type(self.pipeline).__name__, []
-        for start in range(0, len(prompts), self.batch_size):
-            part = slice(start, start + self.batch_size)
-            # Noise drawn on the CPU is the same on every device.
-            generators = [torch.Generator().manual_seed(seed) for seed in seeds[part]]
-            call = dict(self.call)
-            if isinstance(call.get("negative_prompt"), str):  # some pipelines want one per prompt
-                call["negative_prompt"] = [call["negative_prompt"]] * len(prompts[part])
-            try:
-                made = self.pipeline(prompt=prompts[part], generator=generators, **call).images
-                if all(image.getbbox() is None for image in made):  # NaN becomes black, too
-                    raise ValueError(
-                        "it returns only black images; set 'diffuser.dtype' to bfloat16 or float32"
-                    )
-                asked = call.get("width"), call.get("height")
-                if all(asked) and made[0].size != asked:
-                    raise ValueError(f"asked for width and height {asked}, it makes {made[0].size}")
-            except Exception as error:  # of any kind: it comes from the depths of the pipeline
-                reason = " ".join(str(error).split())[:300]
-                raise ValueError(f"key 'diffuser.call': {name} fails: {reason}") from error
-            images += made
-        return images
-
-
-def text_problem(pipeline, call, text):
-    """Why a pipeline's text encoder cannot read a text, as one clause, or None if it can.
-
-    Pipelines silently cut a text that is too long and read an unknown word as noise.
-    call: the arguments of the pipeline's call, such as max_sequence_length.
-    """
-    if re.search("[\ud800-\udfff]", text):
-        return "it holds a lone surrogate, half of a character"
-    if special := re.search(r"<\W?\w+\W?>", text):  # a VLM would look for an image in "<image>"
-        return f"it holds {special[0]!r}, which may be a special token"
-    names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the highest-numbered reads the most
-    found = [getattr(pipeline, name, None) for name in names]
-    tokenizer = next((part for part in found if hasattr(part, "is_fast")), None)
-    if tokenizer is None:  # such as a processor of text and images
-        return None
-    read = tokenizer(text, return_offsets_mapping=tokenizer.is_fast)
-    ids, unknown = read["input_ids"], []
-    for id, (start, end) in zip(ids, read.get("offset_mapping", [])):
-        if id == tokenizer.unk_token_id and start < end:  # CLIP's end token has the same id
-            unknown.append(text[start:end])
-    if unknown:
-        return f"the text encoder does not know {' '.join(unknown)!r}"
-    takes = inspect.signature(type(pipeline).__call__).parameters
-    default = getattr(takes.get("max_sequence_length"), "default", None)
-    limit = call.get("max_sequence_length") or default or tokenizer.model_max_length
-    if len(ids) > limit:
-        return f"it has {len(ids)} tokens, and the text encoder takes {limit}"
-    return None
-
 
 def check_call(key, kind, call):
     """Compare the arguments of a pipeline's call with the signature of its class.
@@ -147,21 +133,17 @@ def check_call(key, kind, call):
     Dictionaries are refused because no pipeline checks their keys, tensors because YAML has none.
     """
     takes = inspect.signature(kind.__call__).parameters
+    several = {float: (int, float), tuple: (list, tuple), type(None): (int, float, str, list)}
     for name, value in call.items():
         if name not in takes or re.search("embeds|latents|callback|^self$", name):
             raise ValueError(f"key '{key}': {kind.__name__} takes no {name} from a file")
         default = takes[name].default
-        several = {float: (int, float), tuple: (list, tuple), type(None): (int, float, str, list)}
         accepted = several.get(type(default), (type(default),))
-        # Not isinstance, which takes True for an int.
-        finite = type(value) is not float or math.isfinite(value)
-        if (type(value) not in accepted and value is not default) or value == [] or not finite:
+        if type(value) not in accepted and value is not default:  # isinstance takes True for an int
             wanted = " or ".join(each.__name__ for each in accepted)
             raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}")
     if "true_cfg_scale" in takes:
-        negative = [n for n in call if n.startswith("negative_prompt") and call[n] is not None]
+        negative = call.get("negative_prompt") is not None
         scale = call.get("true_cfg_scale", takes["true_cfg_scale"].default if negative else 1)
-        if not (scale > 1) == bool(negative) == ("negative_prompt" in negative):
-            raise ValueError(
-                f"key '{key}': give true_cfg_scale above 1 with negative_prompt or none"
-            )
+        if (scale > 1) != negative:
+            raise ValueError(f"key '{key}': true_cfg_scale above 1 goes with a negative_prompt")

@@ -1,4 +1,4 @@
-"""Evaluation: every row of the table on the same held-out prompts with the same first images.
+"""Evaluation: all systems on the same held-out prompts, with the same first images.
 
     Diffuser            one image per prompt
     loop                Generate-Reflect-Edit, untrained
@@ -7,9 +7,9 @@
 
 SG-IoU, Entity-IoU, and Relation-IoU are those of LAION-SG (arXiv 2412.08580), by the exact parser
 (embedded world only) and by a VLM that writes down the scene graph it sees. "Judge" is that VLM's
-grade of the image. "Kept" is the share of unnamed things that are still in place after the edits,
-"Debris" the share of painted pixels that belong to no object. Costs are per prompt: flow tokens
-include texts and context images, VLM tokens are those read and written by Checker and Actor.
+grade of the image, "Kept" the share of unnamed things that are still in place after the edits,
+"Debris" the share of painted pixels that belong to no object. Costs are per prompt. Flow tokens
+include texts and context images.
 
     python eval.py                # the first 300 test prompts of eval.yaml
     python eval.py --full         # all of them
@@ -27,7 +27,7 @@ import time
 from dataclasses import dataclass, replace
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
-if __name__ == "__main__":  # Ctrl-C before the first row: no traceback
+if __name__ == "__main__":  # Ctrl-C ends it without a traceback; finished rows are on disk
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 from checker import Checker
@@ -36,8 +36,8 @@ from loop import Trajectory, build, device_and_dtype, naming, output_folder
 from report import record, report, say, write
 from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
 
-IOUS = {"sg_iou": "SG-IoU", "entity_iou": "Entity-IoU", "relation_iou": "Relation-IoU"}
-HEADINGS = IOUS | {f"vlm_{name}": f"{heading} (VLM)" for name, heading in IOUS.items()}
+HEADINGS = {"sg_iou": "SG-IoU", "entity_iou": "Entity-IoU", "relation_iou": "Relation-IoU"}
+HEADINGS |= {f"vlm_{name}": f"{heading} (VLM)" for name, heading in HEADINGS.items()}
 HEADINGS |= {name: name.capitalize() for name in ("judge", "checker", "kept", "debris", "edits")}
 EXTRACT = (
     'You list what an image shows as JSON: {"objects":[...],"triples":[["subject","relation",'
@@ -57,38 +57,37 @@ class Row:
     seconds: float  # wall time, without measuring
 
 
-def evaluate(loop, graphs, settings, relations, judge, rows, save):
-    """Run and measure all systems, except those that `rows` already holds.
+# ---- running the systems ----
 
-    Args: settings: an `EvaluationConfig`; relations: words that the judge may use; judge: the
-    `Checker` whose VLM measures; rows: a list that grows by a `Row` for every system; save: called
-    after each with its trajectories.
+
+def evaluate(loop, graphs, settings, relations, judge, rows):
+    """Run and measure one system after the other: add its `Row`, yield its trajectories.
+
+    Args:
+        settings: an `EvaluationConfig`.
+        relations: words that the judge may use.
+        judge: the `Checker` whose VLM measures.
+        rows: of the systems that are finished already, in order.
     """
-
-    def add(name, trajectories, meter):
+    with Meter(loop) as generation:
+        first = loop.start(graphs, [settings.seed + number for number in range(len(graphs))])
+    everything = [("Diffuser", replace(loop, rounds=0))]
+    everything += systems(loop, settings.untrained_temperature)
+    everything += [("best of", loop)]
+    for name, system in everything[len(rows) :]:
+        trajectories = first_images(first)
+        meter = copy.copy(generation)  # the first images are part of the cost
+        if name == "best of":
+            highest = max(row.flow_tokens for row in rows)
+            name = f"best of {best_of_n(loop, trajectories, meter, highest)}"
+        else:
+            with meter:
+                for _ in range(system.rounds):
+                    system.advance(trajectories)
         values = measure(trajectories, judge, relations, settings.exact)
         costs = (meter.flow_tokens, meter.vlm_tokens, meter.seconds)
         rows.append(Row(name, values, *(cost / len(graphs) for cost in costs)))
-        save(trajectories)
-
-    done = [row.name for row in rows]
-    with Meter(loop) as generation:
-        first = loop.start(graphs, [settings.seed + number for number in range(len(graphs))])
-    if "Diffuser" not in done:
-        add("Diffuser", first, generation)
-    for name, system in systems(loop, settings.untrained_temperature):
-        if name in done:
-            continue
-        trajectories = first_images(first)
-        meter = copy.copy(generation)  # the first images are part of the cost
-        with meter:
-            for _ in range(loop.rounds):
-                system.advance(trajectories)
-        add(name, trajectories, meter)
-    if not any(name.startswith("best of") for name in done):
-        trajectories, meter = first_images(first), copy.copy(generation)
-        n = best_of_n(loop, trajectories, meter, max(row.flow_tokens for row in rows))
-        add(f"best of {n}", trajectories, meter)
+        yield trajectories
 
 
 def systems(loop, untrained_temperature=None):
@@ -96,16 +95,16 @@ def systems(loop, untrained_temperature=None):
 
     untrained_temperature: of the Actor without its adapter, if not that of the trained one.
     """
-    untrained, editor = loop.actor.without_adapter(), loop.editor.without_adapter()
-    untrained.temperature = untrained_temperature or untrained.temperature
-    parts = {"loop": (untrained, editor)}
-    trained = loop.actor.has_adapter
-    if trained:
-        parts["loop + phase 1"] = loop.actor, editor
-    if loop.editor.has_adapter:
-        name = "loop + phase 1 + 2" if trained else "loop + phase 2"
-        parts[name] = (loop.actor if trained else untrained), loop.editor
-    return [(name, replace(loop, actor=a, editor=e)) for name, (a, e) in parts.items()]
+    actor, editor = loop.actor.without_adapter(), loop.editor.without_adapter()
+    actor.temperature = untrained_temperature or actor.temperature
+    found = [("loop", replace(loop, actor=actor, editor=editor))]
+    if loop.actor.has_adapter:
+        found.append(("loop + phase 1", replace(loop, editor=editor)))
+    if loop.editor.has_adapter and loop.actor.has_adapter:
+        found.append(("loop + phase 1 + 2", loop))
+    elif loop.editor.has_adapter:
+        found.append(("loop + phase 2", replace(loop, actor=actor)))
+    return found
 
 
 def first_images(trajectories):
@@ -118,33 +117,30 @@ def best_of_n(loop, trajectories, meter, flow_tokens):
 
     A prompt whose best image satisfies the Checker needs no more, just as in the loop.
     """
-    n = 1
     while meter.flow_tokens < flow_tokens * len(trajectories):
         active = [t for t in trajectories if not t.best.reflection.satisfied]
         if not active:
             break
         with meter:
-            seeds = [t.seed + 1_000_003 * n for t in active]
-            more = loop.start([t.graph for t in active], seeds)
+            more = loop.start([t.graph for t in active], [t.step_seed for t in active])
         for trajectory, made in zip(active, more):
             trajectory.steps += made.steps
-        n += 1
-    return n
+    return max(len(t.steps) for t in trajectories)
 
 
 class Meter:
     """Inside `with` blocks, counts seconds and the tokens that pass through the models."""
 
     def __init__(self, loop):
-        pipelines = (loop.diffuser.pipeline, loop.editor.pipeline)
-        self.flow_models = {getattr(p, "transformer", None) or p.unet for p in pipelines}
-        self.vlms = {loop.checker.model, loop.actor.model}
+        flows = [part.pipeline for part in (loop.diffuser, loop.editor)]
+        flows = [getattr(flow, "transformer", None) or flow.unet for flow in flows]
+        self.models = {*flows, loop.checker.model, loop.actor.model}  # parts may share one
         self.flow_tokens = self.vlm_tokens = self.seconds = 0
 
     def __enter__(self):
-        counters = [(model, self.count_flow) for model in self.flow_models]
-        counters += [(model, self.count_vlm) for model in self.vlms]
-        self.hooks = [m.register_forward_pre_hook(f, with_kwargs=True) for m, f in counters]
+        self.hooks = [
+            model.register_forward_pre_hook(self.count, with_kwargs=True) for model in self.models
+        ]
         self.seconds -= time.perf_counter()
         return self
 
@@ -153,15 +149,19 @@ class Meter:
         for hook in self.hooks:
             hook.remove()
 
-    def count_flow(self, _, arguments, keywords):
-        hidden = arguments[0] if arguments else keywords.get("hidden_states", keywords.get("x"))
-        text = keywords.get("encoder_hidden_states")
-        for row in hidden:  # packed latents are (tokens, C), others (C, ..., H, W)
+    def count(self, _, arguments, keywords):
+        if "input_ids" in keywords:  # a VLM; padding is computed, so it counts
+            self.vlm_tokens += keywords["input_ids"].numel()
+            return
+        latents = arguments[0] if arguments else keywords["hidden_states"]
+        for row in latents:  # packed latents are (tokens, C), others (C, ..., H, W)
             self.flow_tokens += len(row) if row.ndim == 2 else row[0].numel()
-        self.flow_tokens += len(hidden) * (text.shape[1] if text is not None else 0)
+        text = keywords.get("encoder_hidden_states")  # (B, tokens, C)
+        if text is not None:
+            self.flow_tokens += len(latents) * text.shape[1]
 
-    def count_vlm(self, _, arguments, keywords):
-        self.vlm_tokens += keywords["input_ids"].numel()  # padding is computed, so it counts
+
+# ---- measuring the images ----
 
 
 def measure(trajectories, judge, relations, exact):
@@ -183,8 +183,8 @@ def measure(trajectories, judge, relations, exact):
 
 
 def overlaps(seen, graphs):
-    """{column: one IoU per prompt}. Without relations in a prompt there are none of relations."""
-    columns = {name: [] for name in IOUS}
+    """{column: one IoU per prompt}; None for relations where the prompt has none."""
+    columns = {"sg_iou": [], "entity_iou": [], "relation_iou": []}
     for pred, gold in zip(seen, graphs, strict=True):
         scores = sg_iou(pred, gold)
         for name, column in columns.items():
@@ -192,42 +192,40 @@ def overlaps(seen, graphs):
     return columns
 
 
-def extract_request(graph, relations):
-    """The user message of `extract`: the objects, which pairs to relate, and the relation words."""
-    objects, words = ", ".join(graph.objects), ", ".join(relations)
-    pairs = ", ".join(f"{subject} - {object}" for subject, _, object in graph.triples)
-    return f"Objects: {objects}. Pairs: {pairs}. Relations: {words}."
-
-
 def extract(vlm, images, graphs, relations=()):
     """The scene graph that a VLM (a `Checker`) writes down for each image, as LAION-SG measures.
 
-    relations: words that it may use besides those of each graph. Says how many answers could not be
-    read; they count as empty graphs.
+    relations: words that it may use besides those of each graph. An answer without a scene graph
+    counts as an empty one; prints how many there are.
     """
     import torch
 
     words = [graph.vocabulary(relations) for graph in graphs]
-    texts = [extract_request(*asked) for asked in zip(graphs, words)]
-    settings = {"max_new_tokens": 256, "do_sample": False, "repetition_penalty": 1.0}
+    texts = [extract_request(graph, known) for graph, known in zip(graphs, words)]
     answers = []
     for start in range(0, len(texts), vlm.batch_size):
         part = slice(start, start + vlm.batch_size)
         inputs = vlm.inputs(EXTRACT, images[part], texts[part])
         with torch.no_grad():
-            ids = vlm.model.generate(**inputs, **settings)
+            ids = vlm.model.generate(
+                **inputs, max_new_tokens=256, do_sample=False, repetition_penalty=1.0
+            )
         completions = ids[:, inputs["input_ids"].shape[1] :]
         answers += vlm.processor.batch_decode(completions, skip_special_tokens=True)
-    objects = [graph.objects for graph in graphs]
-    seen = [parse_scene_graph(*read) for read in zip(answers, objects, words)]
-    if None in seen:
-        say(f"  {seen.count(None)} of {len(seen)} answers of the judge hold no scene graph")
-    return [graph or SceneGraph((), ()) for graph in seen]
+    parsed = [
+        parse_scene_graph(answer, graph.objects, known)
+        for answer, graph, known in zip(answers, graphs, words)
+    ]
+    if None in parsed:
+        say(f"  {parsed.count(None)} of {len(parsed)} answers of the judge hold no scene graph")
+    return [graph or SceneGraph((), ()) for graph in parsed]
 
 
-def judge_request(prompt):
-    """The user message of `grade`."""
-    return f"How well does the image fit: {prompt}?"
+def extract_request(graph, relations):
+    """The user message of `extract`: the objects, which pairs to relate, and the relation words."""
+    objects, words = ", ".join(graph.objects), ", ".join(relations)
+    pairs = ", ".join(f"{subject} - {object}" for subject, _, object in graph.triples)
+    return f"Objects: {objects}. Pairs: {pairs}. Relations: {words}."
 
 
 def grade(vlm, images, prompts):
@@ -239,7 +237,15 @@ def grade(vlm, images, prompts):
     return (log_probs.softmax(-1) @ torch.arange(10.0) / 9).tolist()
 
 
-def bootstrap(values, others=None, resamples=2000):
+def judge_request(prompt):
+    """The user message of `grade`."""
+    return f"How well does the image fit: {prompt}?"
+
+
+# ---- the tables ----
+
+
+def bootstrap(values, others=None):
     """(mean, low, high): the mean and its 95% percentile-bootstrap interval.
 
     With `others`, of the paired differences. Prompts that lack a value are left out.
@@ -252,61 +258,70 @@ def bootstrap(values, others=None, resamples=2000):
     values = values[~np.isnan(values)]
     if len(values) == 0:
         return math.nan, math.nan, math.nan
-    draws = np.random.default_rng(0).integers(len(values), size=(resamples, len(values)))
+    draws = np.random.default_rng(0).integers(len(values), size=(2000, len(values)))
     low, high = np.quantile(values[draws].mean(1), (0.025, 0.975))
     return float(values.mean()), float(low), float(high)
+
+
+def mean(values):
+    """The mean as text, or a dash if no prompt has a value."""
+    value = bootstrap(values)[0]
+    return "–" if math.isnan(value) else f"{value:.3f}"
+
+
+def interval(values, others=None):
+    """What `bootstrap` returns as text, with signs if it is a difference."""
+    sign = "" if others is None else "+"
+    mean, low, high = bootstrap(values, others)
+    return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def tables(rows, counts):
     """Three tables, each as {"title": str, "cells": rows of strings, headings first}.
 
-    The means; the main column with intervals; the main column by number of relations.
-    Args: counts: number of relations of each prompt.
+    counts: the number of relations of each prompt.
     """
     rows = sorted(rows, key=lambda row: row.name.startswith("loop"))  # stable: loops last
-    diffuser, last = rows[0], rows[-1]
+    last = rows[-1]
     best_of = next((row for row in rows if row.name.startswith("best of")), None)
-    columns = [name for name in HEADINGS if name in diffuser.values]
-    main = "sg_iou" if "sg_iou" in columns else "vlm_sg_iou"
+    columns = [name for name in HEADINGS if name in last.values]
+    main = columns[0]  # the exact SG-IoU, or that of the VLM
+    title = HEADINGS[main]
 
-    costs = ["Flow tokens", "VLM tokens", "Seconds"]
-    means = [["", *(HEADINGS[name] for name in columns), *costs]]
+    means = [["", *(HEADINGS[name] for name in columns), "Flow tokens", "VLM tokens", "Seconds"]]
     for row in rows:
-        values = [bootstrap(row.values[name])[0] for name in columns]
-        cells = ["–" if math.isnan(value) else f"{value:.3f}" for value in values]
-        cells += [f"{row.flow_tokens:,.0f}", f"{row.vlm_tokens:,.0f}", f"{row.seconds:.2f}"]
-        means.append([row.name, *cells])
-
-    def gain(row, other, chosen=None):
-        """The paired difference of two rows with its interval, as text."""
-        if other is None or other is row:
-            return "–"
-        pairs = [each.values[main] for each in (row, other)]
-        pairs = [[v for v, n in zip(p, counts) if chosen is None or n == chosen] for p in pairs]
-        return "{:+.3f} [{:+.3f}, {:+.3f}]".format(*bootstrap(*pairs))
+        cells = [mean(row.values[name]) for name in columns]
+        costs = [f"{row.flow_tokens:,.0f}", f"{row.vlm_tokens:,.0f}", f"{row.seconds:.2f}"]
+        means.append([row.name, *cells, *costs])
 
     others = ["against the Diffuser", "against best of N", "against the row it adds to"]
     gains = [["", "mean", *others]]
-    before = None  # what the next loop adds an adapter to
+    previous = None  # the row that the next one adds to
     for row in rows:
-        mean = "{:.3f} [{:.3f}, {:.3f}]".format(*bootstrap(row.values[main]))
-        gains.append([row.name, mean, *(gain(row, o) for o in (diffuser, best_of, before))])
+        cells = [interval(row.values[main])]
+        for other in (rows[0], best_of, previous):
+            missing = other is None or other is row
+            cells.append("–" if missing else interval(row.values[main], other.values[main]))
+        gains.append([row.name, *cells])
         if row is not best_of:
-            before = row
+            previous = row
+
+    def part(row, count):
+        """The main column of the prompts with so many relations."""
+        return [value for value, n in zip(row.values[main], counts) if n == count]
 
     kinds = sorted(set(counts))
-    complexity = [["", *(f"{n} ({counts.count(n)} prompts)" for n in kinds)]]
+    by_count = [["", *(f"{count} ({counts.count(count)} prompts)" for count in kinds)]]
     for row in rows:
-        parts = [[v for v, n in zip(row.values[main], counts) if n == kind] for kind in kinds]
-        complexity.append([row.name, *(f"{bootstrap(part)[0]:.3f}" for part in parts)])
+        by_count.append([row.name, *(mean(part(row, count)) for count in kinds)])
     if best_of and last is not best_of:
-        against = [gain(last, best_of, kind) for kind in kinds]
-        complexity.append([f"{last.name} against {best_of.name}", *against])
-    heading = HEADINGS[main]
+        against = [interval(part(last, count), part(best_of, count)) for count in kinds]
+        by_count.append([f"{last.name} against {best_of.name}", *against])
+
     return [
         {"title": "", "cells": means},
-        {"title": f"{heading}, with 95% intervals of the paired bootstrap", "cells": gains},
-        {"title": f"{heading} by number of relations in the prompt", "cells": complexity},
+        {"title": f"{title}, with 95% intervals of the paired bootstrap", "cells": gains},
+        {"title": f"{title} by number of relations in the prompt", "cells": by_count},
     ]
 
 
@@ -319,12 +334,15 @@ def markdown(tables):
     return text
 
 
+# ---- the command line ----
+
+
 def run(arguments):
-    """Evaluate, saving every finished row, and return what is to be printed."""
+    """Evaluate, save every row as soon as it is finished, and print the tables."""
     config = load_config(arguments.config, LoopConfig, arguments.overrides)
     settings = config.evaluation
-    if not settings or not config.rounds:
-        raise ValueError(f"{arguments.config}: set the keys 'evaluation' and 'rounds' (1 or more)")
+    if not settings:
+        raise ValueError(f"{arguments.config}: key 'evaluation' is missing; add it")
     limit = None if arguments.full else settings.limit
     graphs = load_graphs(settings.data, config.relations, limit)
     folder = output_folder(arguments.out)
@@ -332,49 +350,40 @@ def run(arguments):
     made_with = {"config": fingerprint(config), "prompts": len(graphs)}
     rows = finished_rows(folder / "results.json", made_with, arguments.resume)
     loop = build(config)
-    judge, judge_name = loop.checker, "the Checker's own model"
-    if settings.judge:
-        part, judge_name = settings.judge, settings.judge.model
+    judge, part = loop.checker, settings.judge
+    if part:
         with naming(config, "evaluation.judge.model"):
-            weights = (part.model, *device_and_dtype(part), part.attention)
-            judge = Checker.load(*weights, batch_size=part.batch_size)
+            judge = Checker.load(part.model, *device_and_dtype(part), part.attention)
+            judge.batch_size = part.batch_size
             judge.probe()
     graphs = loop.diffuser.readable(graphs, settings.data)
     counts = [min(len(graph.triples), 6) for graph in graphs]  # 6: or more
 
-    def save(trajectories):
+    say(f"evaluating {len(graphs)} prompts of {settings.data}; finished rows:")
+    for trajectories in evaluate(loop, graphs, settings, config.relations, judge, rows):
         say(f"  {rows[-1].name}")
         results = {"tables": tables(rows, counts), "rows": [vars(row) for row in rows]} | made_with
         write(folder / "table.md", markdown(results["tables"]))
         write(folder / "results.json", json.dumps(results, allow_nan=False) + "\n")
-        if rows[-1].name.startswith("best of"):  # the page keeps the trajectories of the loop
+        if rows[-1].name.startswith("best of"):  # the page keeps the trajectories of the last loop
             report([folder])
         else:
             record(folder, trajectories)
-
-    say(f"evaluating {len(graphs)} prompts of {settings.data}; finished rows:")
-    evaluate(loop, graphs, settings, config.relations, judge, rows, save)
-    judged = f"The columns VLM and Judge are by {judge_name}."
-    text = markdown(tables(rows, counts))
-    return f"\n{text}{judged}\n{folder / 'table.md'}\n{folder / 'report.html'}"
+    say(f"\n{markdown(tables(rows, counts))}{folder / 'table.md'}\n{folder / 'report.html'}")
 
 
 def finished_rows(path, made_with, resume):
     """The rows of an interrupted evaluation; none for a new one.
 
-    Raises ValueError if there is another evaluation to resume, or an unfinished one in the way.
+    Raises ValueError if it is another one, or if a new one would replace it.
     """
-    try:
-        results = json.loads(path.read_text(encoding="utf-8"))
-        rows = [Row(**row) for row in results["rows"]]
-        same = all(results[key] == value for key, value in made_with.items())
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if not resume:
-            return []
-        raise ValueError(f"{path}: cannot be resumed ({error}); start without --resume") from None
-    if not resume and not any(row.name.startswith("best of") for row in rows):
+    if not resume and not path.exists():
+        return []
+    results = json.loads(path.read_text(encoding="utf-8"))
+    rows = [Row(**row) for row in results["rows"]]
+    if not resume and not rows[-1].name.startswith("best of"):
         raise ValueError(f"{path}: is unfinished; add --resume, or --out with another folder")
-    if resume and not same:
+    if resume and any(results[key] != value for key, value in made_with.items()):
         raise ValueError(f"{path}: is of another config; start without --resume, or set --out")
     return rows if resume else []
 
@@ -386,13 +395,10 @@ def main():
     parser.add_argument("--full", action="store_true", help="all prompts of the file")
     parser.add_argument("--resume", action="store_true", help="keep finished rows")
     parser.add_argument("--out", default="runs/eval", help="folder for table.md and results.json")
-    arguments = parser.parse_intermixed_args()
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        say(run(arguments))
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        stopped = "stopped; --resume keeps the rows that are finished"
-        sys.exit(" ".join(f"eval.py: {str(error) or stopped}".split()))
+        run(parser.parse_intermixed_args())
+    except (ValueError, OSError, RuntimeError) as error:
+        sys.exit(" ".join(f"eval.py: {error}".split()))
 
 
 if __name__ == "__main__":

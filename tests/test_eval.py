@@ -14,7 +14,7 @@ from scripted import EDIT_SEEDS, GRAPH, MOVE, RIGHT, WRONG, Script, move
 import eval
 from checker import reflect
 from loop import Loop, Step, Trajectory
-from sgiou import SceneGraph
+from sgiou import SceneGraph, sg_iou
 from tiny.world import Thing, kept_share, laion_entry, random_prompt, render
 
 SETTINGS = SimpleNamespace(seed=10, exact=True, untrained_temperature=None)
@@ -48,126 +48,102 @@ SCORES |= {seed + EDIT_SEEDS * k: [0.15 + 0.1 * k] for seed in (10, 11, 13) for 
 
 
 def evaluated(rounds=3, **parts):
-    """({name: row}, the trajectories that were saved, system by system)."""
+    """{name: row}"""
     script = Script(SCORES, {13: [None, "none", MOVE]}, Flow())
     actor, editor = parts.get("actor", script), parts.get("editor", script)
     loop = Loop(script, script, actor, editor, rounds)
-    rows, saved = [], []
-    eval.evaluate(loop, [GRAPH] * 4, SETTINGS, ["left of"], script, rows, saved.append)
-    return {row.name: row for row in rows}, saved
+    rows = []
+    for _ in eval.evaluate(loop, [GRAPH] * 4, SETTINGS, ["left of"], script, rows):
+        pass
+    return {row.name: row for row in rows}
 
 
 def test_rows():
-    rows, saved = evaluated()
+    rows = evaluated()
     assert list(rows) == ["Diffuser", "loop", "best of 3"]
     scores = {name: row.values["checker"] for name, row in rows.items()}
     assert scores["Diffuser"] == pytest.approx([0.1, 0.3, 0.8, 0.2])
     assert scores["loop"] == pytest.approx([0.9, 0.6, 0.8, 0.2])
-    assert scores["loop"] == [t.best.reflection.score for t in saved[1]]
     assert scores["best of 3"] == pytest.approx([0.35, 0.35, 0.8, 0.35])
-    edits = {name: row.values["edits"] for name, row in rows.items()}
-    assert edits == {"Diffuser": [0] * 4, "loop": [2, 1, 0, 1], "best of 3": [0] * 4}
+    assert rows["loop"].values["edits"] == [2, 1, 0, 1]
     for name, row in rows.items():
         right = [float(score >= 0.5) for score in scores[name]]
         assert row.values["sg_iou"] == row.values["vlm_sg_iou"] == right
         assert row.values["judge"] == pytest.approx(scores[name])
-        assert row.values["entity_iou"] == [1.0] * 4  # both objects are always there
 
 
 def test_best_of_n_costs_at_least_what_the_loop_costs_and_one_image_less_costs_less():
     """A generated image takes 36 tokens in the scripted flow model, an edit 42."""
-    rows, _ = evaluated()
+    rows = evaluated()
     assert rows["Diffuser"].flow_tokens == 36
-    assert rows["loop"].flow_tokens == (4 * 36 + 4 * 42) / 4 == 78
+    assert rows["loop"].flow_tokens == 36 + 42  # 4 edits of 4 prompts
     # Prompt 12 is satisfied at once and gets no more images.
-    assert rows["best of 3"].flow_tokens == (4 * 36 + 2 * 3 * 36) / 4 == 90
+    assert rows["best of 3"].flow_tokens == 36 + 36 * 2 * 3 / 4
     assert rows["loop"].seconds > rows["Diffuser"].seconds > 0
 
 
 @pytest.mark.parametrize(
-    ("actor_has", "editor_has", "names"),
+    ("actor_has_adapter", "names"),
     [
-        (True, True, ["loop", "loop + phase 1", "loop + phase 1 + 2"]),
-        (False, True, ["loop", "loop + phase 2"]),
+        (True, ["loop", "loop + phase 1", "loop + phase 1 + 2"]),
+        (False, ["loop", "loop + phase 2"]),
     ],
 )
-def test_every_adapter_adds_a_row(actor_has, editor_has, names):
+def test_every_adapter_adds_a_row(actor_has_adapter, names):
     actor, editor = Script(SCORES, transformer=Flow()), Script(SCORES, transformer=Flow())
-    actor.has_adapter, editor.has_adapter = actor_has, editor_has
-    rows, _ = evaluated(2, actor=actor, editor=editor)
+    actor.has_adapter, editor.has_adapter = actor_has_adapter, True
+    rows = evaluated(1, actor=actor, editor=editor)
     assert list(rows)[1:-1] == names
-    # Two rounds of each system, in this order.
-    proposed = [call.adapter for call in actor.made("propose")]
-    assert proposed == ["phase 1" in name for name in names for _ in "12"]
-    edited = [call.adapter for call in editor.made("edit")]
-    assert edited == ["2" in name for name in names for _ in "12"]
+    # One round of each system, in this order.
+    assert [call.adapter for call in actor.made("propose")] == ["phase 1" in n for n in names]
+    assert [call.adapter for call in editor.made("edit")] == ["2" in n for n in names]
 
 
-def test_the_untrained_actor_has_its_own_temperature(monkeypatch):
+def test_the_untrained_actor_has_its_own_temperature():
     actor = Script(SCORES, transformer=Flow())
     actor.has_adapter = True
     loop = Loop(actor, actor, actor, actor)
     temperatures = {name: system.actor.temperature for name, system in eval.systems(loop, 0.5)}
     assert temperatures["loop"] == 0.5 and temperatures["loop + phase 1"] == 1.0
-    temperatures = {name: system.actor.temperature for name, system in eval.systems(loop)}
-    assert set(temperatures.values()) == {1.0}
 
 
 # ---- the columns ----
 
 
-def parts(diffuser, editor):
-    pipelines = [
-        SimpleNamespace(pipeline=SimpleNamespace(transformer=m)) for m in (diffuser, editor)
-    ]
-    vlm = SimpleNamespace(model=torch.nn.Identity())
-    return SimpleNamespace(diffuser=pipelines[0], editor=pipelines[1], checker=vlm, actor=vlm)
-
-
-def test_meter_counts_tokens():
-    flow = Flow()
-    with eval.Meter(parts(flow, flow)) as meter:  # one model in both parts is counted once
+def test_meter_counts_the_tokens_of_all_models():
+    flow, vlm = Flow(), Flow()
+    vlm.forward = lambda input_ids: input_ids
+    part = SimpleNamespace(pipeline=SimpleNamespace(transformer=flow), model=vlm)
+    with eval.Meter(Loop(part, part, part, part)) as meter:  # a shared model is counted once
         flow(torch.zeros(3, 16, 8), encoder_hidden_states=torch.zeros(3, 20, 8))
         flow(hidden_states=torch.zeros(2, 32, 8), encoder_hidden_states=torch.zeros(2, 10, 8))
         flow(torch.zeros(5, 4, 6, 7))  # latents that are not packed, without text
+        vlm(input_ids=torch.zeros(3, 50))  # padding included
+        vlm(input_ids=torch.zeros(3, 1))
     flow(torch.zeros(1, 16, 8))  # not any more
     assert meter.flow_tokens == 3 * 36 + 2 * 42 + 5 * 42
+    assert meter.vlm_tokens == 153
 
 
-def test_meter_counts_vlm_tokens_padding_included():
-    loop = parts(Flow(), Flow())
-    vlm = loop.checker.model = loop.actor.model = Flow()
-    vlm.forward = lambda input_ids: input_ids
-    with eval.Meter(loop) as meter:
-        vlm(input_ids=torch.zeros(3, 50))
-        vlm(input_ids=torch.zeros(3, 1))
-    assert meter.vlm_tokens == 153 and meter.flow_tokens == 0
-
-
-def edited(*scenes, sources=(0, 1), instruction=MOVE):
+def edited(*scenes, sources=(0, 1)):
     """A trajectory of drawn images, each edited from the step that `sources` says."""
     images = [Image.fromarray(render(things)) for things in scenes]
     steps = [Step(images[0], reflect(GRAPH, [0] * 3))]
     for source, image in zip(sources, images[1:]):
-        steps.append(Step(image, reflect(GRAPH, [0] * 3), source, "", instruction))
+        steps.append(Step(image, reflect(GRAPH, [0] * 3), source, "", MOVE))
     return Trajectory(GRAPH, 0, steps)
 
 
 def test_kept_is_the_share_of_unnamed_things_that_stay_within_two_pixels():
     owl, fox = Thing("green circle", 9, 17), Thing("yellow square", 25, 25)
     before = [*WRONG, owl, fox]
-
-    def kept(*after, **settings):
-        return kept_share(edited(before, *after, **settings))
-
-    assert kept([*RIGHT, owl._replace(x=11, y=15), fox]) == 1
-    assert kept([*RIGHT, owl._replace(x=12), fox]) == 0.5
-    assert kept([*RIGHT, fox]) == 0.5
-    assert kept([*RIGHT, owl._replace(name="red square"), fox]) == 0.5
+    assert kept_share(edited(before, [*RIGHT, owl._replace(x=11, y=15), fox])) == 1
+    assert kept_share(edited(before, [*RIGHT, owl._replace(x=12), fox])) == 0.5
+    assert kept_share(edited(before, [*RIGHT, fox])) == 0.5
     # The second edit did not start from the first: the third image is compared with the first one.
-    assert kept([*RIGHT, fox], [*RIGHT, owl, fox], sources=(0, 0)) == 0.75
-    assert kept() is None  # no edit
-    assert kept(before, instruction="none") is None
+    twice = [[*RIGHT, fox], [*RIGHT, owl, fox]]
+    assert kept_share(edited(before, *twice, sources=(0, 0))) == 0.75
+    assert kept_share(edited(before)) is None  # no edit
 
 
 def test_prompts_without_relations_have_no_overlap_of_relations():
@@ -176,32 +152,20 @@ def test_prompts_without_relations_have_no_overlap_of_relations():
     assert found == {"sg_iou": [None, 1], "entity_iou": [1, 1], "relation_iou": [None, 1]}
 
 
-@pytest.fixture(scope="module")
-def drawn():
-    """(images, graphs): 12 random scenes drawn exactly, each with a graph that is true of it."""
+def test_a_vlm_extracts_and_grades(shipped, measuring):
+    """12 random scenes, drawn exactly, each with a graph that is true of it."""
+    extract, grade = measuring
     rng = random.Random(0)
     images, graphs = [], []
     for _ in range(12):
         things, triples = random_prompt(rng, 3, "val")
         graphs.append(SceneGraph([thing.name for thing in things], triples))
         images.append(Image.fromarray(render(things)))
-    return images, graphs
-
-
-def test_a_vlm_extracts_the_scene_graph_of_a_drawing(shipped, drawn, measuring):
-    extract, _ = measuring
-    images, graphs = drawn
     relations = ["left of", "right of", "above", "below"]
-    scores = [
-        eval.sg_iou(*pair)["sg_iou"]
-        for pair in zip(extract(shipped.checker, images, graphs, relations), graphs)
-    ]
+    seen = extract(shipped.checker, images, graphs, relations)
+    scores = [sg_iou(*pair)["sg_iou"] for pair in zip(seen, graphs)]
     assert sum(scores) / len(scores) > 0.7, scores
 
-
-def test_a_vlm_grades_right_drawings_higher(shipped, drawn, measuring):
-    _, grade = measuring
-    images, graphs = drawn
     prompts = [graph.prompt() for graph in graphs]
     right = grade(shipped.checker, images, prompts)
     wrong = grade(shipped.checker, images[1:] + images[:1], prompts)
@@ -209,70 +173,79 @@ def test_a_vlm_grades_right_drawings_higher(shipped, drawn, measuring):
     assert sum(right) > sum(wrong) + 1
 
 
+def test_unreadable_answers_are_counted(shipped, measuring, monkeypatch, capsys):
+    extract, _ = measuring
+    answers = ["I see nothing.", "red circle left of blue square"]
+    processor = type(shipped.checker.processor)
+    monkeypatch.setattr(processor, "batch_decode", lambda *ids, **settings: answers)
+    blank = Image.new("RGB", (32, 32))
+    seen = extract(shipped.checker, [blank, blank], [GRAPH, GRAPH])
+    assert [graph.triples for graph in seen] == [(), GRAPH.triples]
+    assert "1 of 2 answers of the judge hold no scene graph" in capsys.readouterr().out
+
+
 # ---- the intervals ----
 
 
-def naive_interval(values, resamples=4000):
-    """The percentile bootstrap with Python's own generator, one resample at a time."""
-    rng = random.Random(1)
-    means = sorted(sum(rng.choices(values, k=len(values))) / len(values) for _ in range(resamples))
-    return means[int(0.025 * resamples)], means[int(0.975 * resamples)]
-
-
 def test_bootstrap_agrees_with_a_naive_one():
+    """With Python's own generator, one resample at a time."""
     rng = random.Random(2)
     values = [rng.random() ** 3 for _ in range(60)]
+    means = sorted(sum(rng.choices(values, k=60)) / 60 for _ in range(4000))
     mean, low, high = eval.bootstrap(values)
-    naive_low, naive_high = naive_interval(values)
     assert mean == pytest.approx(sum(values) / 60)
-    assert low == pytest.approx(naive_low, abs=0.08 * (high - low))
-    assert high == pytest.approx(naive_high, abs=0.08 * (high - low))
+    assert low == pytest.approx(means[100], abs=0.08 * (high - low))
+    assert high == pytest.approx(means[3900], abs=0.08 * (high - low))
 
 
 def test_bootstrap_of_paired_differences():
     rng = random.Random(4)
     luck = [rng.gauss(0, 10) for _ in range(40)]
-    better = [value + 1 + rng.gauss(0, 0.1) for value in luck]
-    mean, low, high = eval.bootstrap(better, luck)
-    assert 0.9 < low < mean < high < 1.1
-    assert eval.bootstrap(luck, luck) == (0, 0, 0)
+    _, low, high = eval.bootstrap([value + rng.gauss(1, 0.1) for value in luck], luck)
+    assert 0.9 < low < 1 < high < 1.1
 
 
 def test_bootstrap_leaves_out_what_has_no_value():
     nan = math.nan
     assert eval.bootstrap([1.0, nan, 1.0]) == (1, 1, 1)
-    assert eval.bootstrap([3.0, nan, 5.0], [1.0, 1.0, nan]) == (2, 2, 2)
-    assert all(map(math.isnan, eval.bootstrap([nan, nan])))
-    assert all(map(math.isnan, eval.bootstrap([])))
+    assert eval.bootstrap([3.0, None, 5.0], [1.0, 1.0, nan]) == (2, 2, 2)
+    assert all(map(math.isnan, eval.bootstrap([nan, None])))
 
 
 # ---- the tables ----
 
 
 def test_tables():
-    nan = math.nan
-    base = eval.Row("Diffuser", {"vlm_sg_iou": [0.25] * 4, "kept": [nan] * 4}, 288, 90, 1)
-    values = {"vlm_sg_iou": [0.75] * 4, "kept": [nan, 0.5, 1, nan]}
-    better = eval.Row("loop", values, 1600, 2000, 2.5)
+    base = eval.Row("Diffuser", {"vlm_sg_iou": [0.25] * 4, "kept": [None] * 4}, 288, 90, 1)
+    values = {"vlm_sg_iou": [0.75] * 4, "kept": [None, 0.5, 1, None]}
+    loop = eval.Row("loop", values, 1600, 2000, 2.5)
+    trained = eval.Row("loop + phase 1", {"vlm_sg_iou": [0.5] * 4, "kept": [1] * 4}, 1600, 2000, 3)
     best = eval.Row("best of 3", {"vlm_sg_iou": [1.0] * 4, "kept": [None] * 4}, 864, 300, 3)
-    means, gains, complexity = eval.tables([base, better, best], [3, 3, 4, 4])
-    assert [row[:2] for row in means["cells"]] == [  # the loops come last
-        ["", "SG-IoU (VLM)"],
-        ["Diffuser", "0.250"],
-        ["best of 3", "1.000"],
-        ["loop", "0.750"],
-    ]
+    means, gains, by_count = eval.tables([base, loop, trained, best], [3, 3, 4, 4])
+    names = ["Diffuser", "best of 3", "loop", "loop + phase 1"]  # the loops come last
+    assert [row[0] for row in means["cells"][1:]] == names
+    assert means["cells"][1] == ["Diffuser", "0.250", "–", "288", "90", "1.00"]
     assert means["cells"][3] == ["loop", "0.750", "0.750", "1,600", "2,000", "2.50"]
     gain, loss = "+0.500 [+0.500, +0.500]", "-0.250 [-0.250, -0.250]"
     assert gains["cells"][3] == ["loop", "0.750 [0.750, 0.750]", gain, loss, gain]
-    assert complexity["cells"][0] == ["", "3 (2 prompts)", "4 (2 prompts)"]
-    assert complexity["cells"][4] == ["loop against best of 3", loss, loss]
-    trained = eval.Row("loop + phase 1", base.values, 1600, 2000, 2.5)
-    _, gains, _ = eval.tables([base, better, trained], [3] * 4)  # against the loop
-    assert gains["cells"][-1][-1] == "-0.500 [-0.500, -0.500]"
+    assert gains["cells"][4][-1] == loss  # against the loop, whose row it adds to
+    assert by_count["cells"][0] == ["", "3 (2 prompts)", "4 (2 prompts)"]
+    assert by_count["cells"][3] == ["loop", "0.750", "0.750"]
+    loss = "-0.500 [-0.500, -0.500]"
+    assert by_count["cells"][5] == ["loop + phase 1 against best of 3", loss, loss]
 
 
 # ---- the command line ----
+
+CONFIG = """
+diffuser: {model: MODEL}
+checker: {model: MODEL}
+actor: {model: MODEL}
+editor: {model: MODEL}
+relations: [left of, above]
+rounds: 2
+evaluation: {data: data.json, exact: true, limit: 3}
+"""
 
 
 @pytest.fixture
@@ -280,48 +253,36 @@ def program(monkeypatch, tmp_path):
     """Runs eval.py on 5 prompts with a script in place of the models; returns the output folder."""
     entries = [laion_entry(number, GRAPH.triples) for number in range(5)]
     (tmp_path / "data.json").write_text(json.dumps(entries))
-    (tmp_path / "model").mkdir()
-    config = tmp_path / "config.yaml"
-    names = ("diffuser", "checker", "actor", "editor")
-    config.write_text("".join(f"{part}: {{model: {tmp_path / 'model'}}}\n" for part in names))
-    with config.open("a") as file:
-        file.write("relations: [left of, above]\nrounds: 2\n")
-        file.write("evaluation: {data: data.json, exact: true, limit: 3}\n")
     scores = {seed: [0.1, 0.9] for seed in range(5)}
     scores |= {seed + EDIT_SEEDS * k: [0.2] for seed in range(5) for k in range(1, 9)}
-    out = tmp_path / "out"
+    config, out = tmp_path / "config.yaml", tmp_path / "out"
+    config.write_text(CONFIG.replace("MODEL", str(tmp_path)))
 
     def run_program(*arguments):
         script = Script(scores, transformer=Flow())
         monkeypatch.setattr(eval, "build", lambda config: script.loop(config.rounds))
-        monkeypatch.setattr(
-            sys, "argv", ["eval.py", *arguments, "--config", str(config), "--out", str(out)]
-        )
+        command = ["eval.py", *arguments, "--config", str(config), "--out", str(out)]
+        monkeypatch.setattr(sys, "argv", command)
         eval.main()
         return out
 
     return run_program
 
 
-def strict(constant):
-    raise ValueError(f"{constant} is not JSON")
-
-
 def results(out):
-    return json.loads((out / "results.json").read_text(), parse_constant=strict)
+    return json.loads((out / "results.json").read_text())
 
 
 def test_the_command_writes_table_results_and_page(program, capsys):
     out = program()
     table = (out / "table.md").read_text()
     printed = capsys.readouterr().out
-    assert "evaluating 3 prompts of " in printed and table in printed
-    assert "by the Checker's own model" in printed
+    assert "evaluating 3 prompts of " in printed and table in printed  # 3: the limit
     assert [row["name"] for row in results(out)["rows"]] == ["Diffuser", "loop", "best of 3"]
     assert eval.markdown(results(out)["tables"]) == table
     for row in results(out)["rows"]:
         assert set(row["values"]) == set(eval.HEADINGS)
-        assert all(len(column) == 3 for column in row["values"].values())  # the limit
+        assert all(len(column) == 3 for column in row["values"].values())
     # The page shows the trajectories of the last loop, not those of best of N.
     samples = json.loads((out / "samples" / "0000.json").read_text())
     assert [step["instruction"] for step in samples[0]["steps"]] == [None, move(1)]
@@ -333,34 +294,30 @@ def test_full_takes_all_prompts_and_options_mix_with_overrides(program, capsys):
     assert "evaluating 5 prompts of " in capsys.readouterr().out
 
 
-def test_an_interrupted_evaluation_keeps_its_rows_and_can_be_resumed(program, monkeypatch, capsys):
+def test_an_interrupted_evaluation_keeps_its_rows_and_can_be_resumed(program, monkeypatch):
     measure, measured = eval.measure, []
 
     def interrupted(*arguments):
         measured.append(arguments)
         if len(measured) == 2:
-            raise KeyboardInterrupt
+            raise RuntimeError("the power is gone")
         return measure(*arguments)
 
+    with pytest.raises(SystemExit, match="results.json"):  # there is nothing to resume
+        program("--resume")
     monkeypatch.setattr(eval, "measure", interrupted)
-    with pytest.raises(SystemExit, match="stopped"):
+    with pytest.raises(SystemExit, match="eval.py: the power is gone"):
         program()
-    with pytest.raises(SystemExit, match="is unfinished; add --resume"):  # not overwritten
+    with pytest.raises(SystemExit, match="is unfinished; add --resume"):
         program()
     out = program("--resume")
     assert [row["name"] for row in results(out)["rows"]] == ["Diffuser", "loop", "best of 3"]
     assert len(measured) == 4  # one row, the interruption, two more rows
     with pytest.raises(SystemExit, match="is of another config"):
         program("--resume", "rounds=3")
-    (out.parent / "model" / "model.safetensors").write_bytes(b"other weights")
-    with pytest.raises(SystemExit, match="is of another config"):
-        program("--resume")
-    (out / "results.json").write_text("[]")
-    with pytest.raises(SystemExit, match="cannot be resumed"):
-        program("--resume")
 
 
-def test_another_vlm_can_measure(program, monkeypatch, tmp_path, capsys):
+def test_another_vlm_can_measure(program, monkeypatch, tmp_path):
     """evaluation.judge: the loop's Checker scores, the judge measures."""
     judges = []
     loaded = SimpleNamespace(probe=lambda: None)
@@ -370,7 +327,6 @@ def test_another_vlm_can_measure(program, monkeypatch, tmp_path, capsys):
     )
     program(f"evaluation.judge={{model: {tmp_path}}}")
     assert judges and all(vlm is loaded for vlm in judges)
-    assert f"The columns VLM and Judge are by {tmp_path}." in capsys.readouterr().out
 
 
 def test_an_evaluation_keeps_out_of_a_training_run(program, tmp_path):
@@ -380,8 +336,6 @@ def test_an_evaluation_keeps_out_of_a_training_run(program, tmp_path):
         program()
 
 
-@pytest.mark.parametrize("override", ["evaluation=null", "rounds=0"])
-def test_what_cannot_be_evaluated_is_refused(program, override):
-    with pytest.raises(SystemExit) as ended:
-        program(override)
-    assert f"'{override.split('=')[0]}'" in ended.value.code
+def test_a_config_without_evaluation_is_refused(program):
+    with pytest.raises(SystemExit, match="'evaluation' is missing"):
+        program("evaluation=null")
