@@ -4,7 +4,7 @@
     <edit>move the red circle left of the blue square</edit>
 
 A completion of any other form is malformed and edits nothing; `<edit>none</edit>` asks for no edit.
-(What is public of RL-RIG, arXiv 2602.19974, does not say which form the paper uses.)
+What is public of RL-RIG (arXiv 2602.19974) does not say which form the paper uses.
 
 Phase 1 trains a LoRA adapter: `propose` samples completions and keeps their ids and log-probs,
 `log_probs` scores the same ids again with gradient.
@@ -23,7 +23,6 @@ from random import Random
 
 import safetensors.torch
 import torch
-from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
 
 from checker import VLM
@@ -75,12 +74,12 @@ class Actor(VLM):
     """A VLM that writes edit instructions.
 
     Args:
-        model, processor, batch_size: see `VLM`. The model's generation config is replaced; only its
-            end tokens are kept.
+        model, processor, batch_size: see `VLM`. Of the model's generation config only the end
+            tokens are kept.
         max_new_tokens: longest completion.
         temperature: of sampling, above 0. Log-probs are of the distribution at this temperature.
         checkpointing: recompute activations in `log_probs`: less memory, a third more time. The
-            completions of a group then cannot share one encoding of their request.
+            completions of a request then cannot share one reading of it.
     """
 
     def __init__(
@@ -103,28 +102,24 @@ class Actor(VLM):
             self.model.activation_checkpointing_enable()
             self.model.disable_input_require_grads()  # for the reentrant kind only
         ends = self.model.generation_config.eos_token_id
-        ends = list(ends) if isinstance(ends, (list, tuple)) else [ends]
-        if not ends or None in ends:
+        if ends is None:
             raise ValueError("generation_config.json names no eos_token_id: nothing would end")
+        ends = ends if isinstance(ends, list) else [ends]
         # Drop the folder's sampling defaults, such as a repetition penalty: they would change the
         # distribution whose log-probs we record.
         self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
-        # A sampled image token ends a completion: in a replay the model would look for its image.
+        # A sampled image token ends a completion, too.
         visual = {getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")}
-        self.visual_ids = list(visual - {None})
-        self.end_ids = [*ends, *self.visual_ids]
+        self.end_ids = [*ends, *(visual - {None})]
 
     def probe(self):
         """Call once after loading: try two blank images, and turn sharing on if it works."""
-        blank = [Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "gray")]
+        if self.checkpointing:  # transformers then keeps no key-value cache
+            return
         text = self.processor.tokenizer("red circle left of", add_special_tokens=False)
         ids = torch.tensor([text["input_ids"]] * 4, device=self.model.device)  # (4, T)
-        requests = [request("red circle", ""), request("blue square left of red circle", "")]
-        pairs = [blank[0], blank[0], blank[1], blank[1]], [requests[0]] * 2 + [requests[1]] * 2
-        # With checkpointing there is nothing to share: transformers then keeps no key-value cache.
-        attempt = self.single_logits if self.checkpointing else self.try_sharing
-        with torch.no_grad():
-            attempt(*pairs, ids, torch.ones_like(ids))
+        circle, square = request("red circle", ""), request("blue square left of red circle", "")
+        self.try_sharing(SYSTEM, [circle, circle, square, square], ids, torch.ones_like(ids))
 
     def propose(self, images, prompts, feedback, seeds, n=1, tried=None, temperature=None):
         """Sample n completions for each of B images: `Proposals` of N = B * n.
@@ -134,54 +129,59 @@ class Actor(VLM):
         replays them; do not train on such completions.
         Completion k of an image depends on its seed and on k, not on what else is in the batch.
         """
-        tried = tried or [()] * len(images)
-        requests = [request(*texts) for texts in zip(prompts, feedback, tried, strict=True)]
-        # The sampler leaves one token to choose from; `top_k` 0 spares `generate` a search.
-        settings = {"do_sample": True, "top_k": 0, "num_return_sequences": n}
-        settings |= {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.end_ids}
+        texts = zip(prompts, feedback, tried or [()] * len(images), strict=True)
+        # Every completion is a row of its own, and those of an image are neighbors.
+        requests = [request(*text) for text in texts for _ in range(n)]  # (N)
+        images = [image for image in images for _ in range(n)]
+        random_numbers = [Random(f"{seed} {k}") for seed in seeds for k in range(n)]
         ids, log_probs = [], []  # per completion, as long as its batch: (T_batch,)
-        with self.adapter(), torch.no_grad(), torch.random.fork_rng():
-            for start in range(0, len(images), self.batch_size):
-                part = slice(start, start + self.batch_size)
-                inputs = self.inputs(SYSTEM, images[part], requests[part])
-                random_numbers = [Random(f"{seed} {k}") for seed in seeds[part] for k in range(n)]
-                sampler = _Sampler(random_numbers, temperature or self.temperature)
-                output = self.model.generate(**inputs, **settings, logits_processor=[sampler])
-                ids += output[:, inputs["input_ids"].shape[1] :]
-                log_probs += torch.cat(sampler.log_probs, 1)
+        for start in range(0, len(images), self.batch_size * n):
+            part = slice(start, start + self.batch_size * n)
+            inputs = self.inputs(SYSTEM, images[part], requests[part])
+            sampler = _Sampler(random_numbers[part], temperature or self.temperature)
+            with self.adapter(), torch.no_grad():
+                output = self.model.generate(
+                    **inputs,
+                    max_new_tokens=self.max_new_tokens,
+                    eos_token_id=self.end_ids,
+                    do_sample=False,  # the sampler leaves one token to choose from
+                    logits_processor=[sampler],
+                )
+            ids += output[:, inputs["input_ids"].shape[1] :]
+            log_probs += torch.cat(sampler.log_probs, 1)
         ids = pad_sequence(ids, batch_first=True, padding_value=self.end_ids[0])  # (N, T)
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
         # A template for thinking may give the opening tag itself.
         given = "<think>" if self.chat(SYSTEM, "").rstrip().endswith("<think>") else ""
-        parsed = [parse_completion(given + text) for text in texts]
+        thoughts, instructions = zip(*[parse_completion(given + text) for text in texts])
         return Proposals(
-            images=[image for image in images for _ in range(n)],
-            requests=[text for text in requests for _ in range(n)],
+            images=images,
+            requests=requests,
             ids=ids,
             mask=completion_mask(ids, self.end_ids),
             log_probs=pad_sequence(log_probs, batch_first=True),
-            thoughts=[thought for thought, _ in parsed],
-            instructions=[instruction for _, instruction in parsed],
+            thoughts=list(thoughts),
+            instructions=list(instructions),
             truncated=(~torch.isin(ids, ids.new_tensor(self.end_ids)).any(1)).tolist(),
         )
 
     def log_probs(self, proposals, rows):
         """Replay: log pi of the completions in `rows` (a slice) with gradient, (R, T) fp32."""
+        images, requests = proposals.images[rows], proposals.requests[rows]
         ids, mask = proposals.ids[rows], proposals.mask[rows]  # (R, T)
-        # A sampled image token is read as an end token: the model would look for its image.
-        visual = torch.isin(ids, ids.new_tensor(self.visual_ids))
-        ids_to_read = ids.masked_fill(visual, self.end_ids[0])
+        # At a sampled image token, which ends its completion, the model would look for an image.
+        is_end = torch.isin(ids, ids.new_tensor(self.end_ids))
+        ids_to_read = ids.masked_fill(is_end, self.end_ids[0])
         logits_of = self.shared_logits if self.share else self.single_logits
-        texts = proposals.requests[rows]
         # transformers recomputes activations in training mode only.
         self.model.train(self.checkpointing)
-        logits = logits_of(proposals.images[rows], texts, ids_to_read, mask)  # (R, T, V)
+        logits = logits_of(SYSTEM, images, requests, ids_to_read, mask)  # (R, T, V)
         self.model.eval()
         return chunked_token_log_probs(logits, ids, self.temperature)
 
-    def single_logits(self, images, requests, ids, mask):
+    def single_logits(self, system, images, requests, ids, mask):
         """Logits (R, T, V) of completions, one sequence each. Args: ids (R, T); mask (R, T)."""
-        inputs = self.inputs(SYSTEM, images, requests)
+        inputs = self.inputs(system, images, requests)
         shape = inputs["input_ids"].shape  # (R, prompt tokens)
         completion = {"input_ids": ids, "attention_mask": mask}
         for name, value in inputs.items():
@@ -193,15 +193,9 @@ class Actor(VLM):
         output = self.model(**inputs, logits_to_keep=ids.shape[1] + 1, use_cache=False)
         return output.logits[:, :-1]
 
-    def shared_logits(self, images, requests, ids, mask):
-        """The same, with one reading of an image and its request for all completions."""
-        pairs = [(id(image), text) for image, text in zip(images, requests)]  # (R)
-        distinct = list(dict.fromkeys(pairs))  # (B)
-        first = [pairs.index(pair) for pair in distinct]
-        head = self.inputs(SYSTEM, [images[i] for i in first], [requests[i] for i in first])
-        owner = torch.tensor([distinct.index(pair) for pair in pairs], device=ids.device)
-        start, rest = self.read_on(head, owner, ids, mask, keep=ids.shape[1])
-        return torch.cat([start[:, None], rest[:, :-1]], 1)
+    def shared_logits(self, system, images, requests, ids, mask):
+        """The same, but the completions of a request share one reading of it."""
+        return self.read_on(system, images, requests, ids, mask, keep=ids.shape[1])[:, :-1]
 
     # ---- the adapter ----
 
@@ -229,34 +223,34 @@ class Actor(VLM):
     def load_adapter(self, folder):
         """Load a folder that `save_adapter` or peft wrote, in fp32.
 
-        Raises ValueError if it is damaged or of another model.
+        Raises ValueError if it is no plain LoRA, damaged, or of another model.
         """
         from peft import PeftConfig, set_peft_model_state_dict
 
         try:
             tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
             config = PeftConfig.from_pretrained(folder)
-            config.init_lora_weights = True  # pissa and others would change the base model
+            if config.init_lora_weights not in (True, False, "gaussian"):
+                raise ValueError(f"{config.init_lora_weights!r} would change the base model")
             self.model.add_adapter(config, ADAPTER)
             self.add_adapter(config.r)
             found = set_peft_model_state_dict(self.model, tensors, ADAPTER)
             wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
+            # Some programs repeat the config's alpha as tensors.
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
-            wrong += [name for name, x in tensors.items() if not x.is_floating_point()]
-            wrong += [name for name, x in tensors.items() if not x.isfinite().all()]
+            wrong += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
             if wrong:
-                raise ValueError(f"missing, unknown or no finite floats: {', '.join(wrong[:3])}")
+                raise ValueError(f"missing, unknown, or not finite: {', '.join(wrong[:3])}")
         except Exception as error:  # of any kind: it comes from the depths of peft
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-            raise ValueError(f"{folder} is no adapter of this Actor ({reason})") from None
+            raise ValueError(f"{folder} is no adapter of this Actor: {error}") from error
 
     def save_adapter(self, folder):
         """Write what `PeftModel.from_pretrained(model, folder)` reads."""
         from peft import get_peft_model_state_dict
 
+        self.model.peft_config[ADAPTER].save_pretrained(folder)
         tensors = get_peft_model_state_dict(self.model, adapter_name=ADAPTER)
         tensors = {f"base_model.model.{name}": tensor for name, tensor in tensors.items()}
-        self.model.peft_config[ADAPTER].save_pretrained(folder)
         # `safetensors.torch.save_file` would give the file mode 0600.
         data = safetensors.torch.save(tensors, {"format": "pt"})
         (Path(folder) / "adapter_model.safetensors").write_bytes(data)

@@ -1,18 +1,15 @@
 """Checker: the VLM that looks at an image and says which stated objects and relations it shows.
 
 Its score is the intrinsic reward of RL-RIG (arXiv 2602.19974): no label is ever used. There is one
-question per object and one per triple, and the answer is read from the logits of the first answer
-token, never from sampled text:
+question per object and one per triple. What is public of the paper does not say how they are
+answered. Here P(yes) is read from the logits of the first answer token, because a probability
+carries more signal than a sampled yes: the rewards of a group are rarely all the same.
 
     P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)    over all spellings of both
     score  = mean P(yes) over all triples and the objects that no triple names        in [0, 1]
 
 A triple's question asks for its two objects too, so these are not counted a second time. Otherwise
-adding a missing object in the wrong place would raise the score, while SG-IoU falls because of the
-wrong triple.
-
-What is public of the paper does not say which form the answer has. A probability carries more
-signal than a sampled yes: the rewards of a group are rarely all the same.
+adding a missing object in the wrong place would raise the score, while SG-IoU falls.
 """
 
 import re
@@ -21,24 +18,18 @@ from dataclasses import dataclass
 
 SYSTEM = "You check images. Answer the question about the image with one word: yes or no."
 LEAST_MASS = 0.5  # of yes and no together, on blank images
-# At the end of a prompt: <think>, [THINK], <|think|>, or <think> and more without </think>.
-OPEN_THOUGHT = re.compile(r"(?is)[^/\w](\w+:)?(think|thought)\w*\W*$|<think>(?!.*</think>)")
+# At the end of a prompt, such as <think>, [THINK] or <|think|>.
+OPEN_THOUGHT = re.compile(r"(?i)[^/\w](think|thought)\w*\W*$")
 
 
 @dataclass(frozen=True)
 class Reflection:
-    """What the Checker saw in one image.
+    """What the Checker saw in one image."""
 
-    probs: P(yes) per object, then per triple, in the order of the graph.
-    score: the reward, in [0, 1].
-    feedback: what is missing or wrong, in words that the Actor reads; "" if nothing is.
-    mass: mean probability of yes and no together. Where it is low, `probs` mean little.
-    """
-
-    probs: tuple[float, ...]
-    score: float
-    feedback: str
-    mass: float = 1.0
+    probs: tuple[float, ...]  # P(yes) per object, then per triple, in the order of the graph
+    score: float  # the reward, in [0, 1]
+    feedback: str  # what is missing or wrong, in words that the Actor reads; "" if nothing is
+    mass: float = 1.0  # mean probability of yes and no together; if low, `probs` mean little
 
     @property
     def satisfied(self):
@@ -53,7 +44,7 @@ def object_question(name):
 
 def triple_question(triple):
     """The question whose yes means that the relation holds. Any relation word fits, verbs too."""
-    return f'Does the image show "{" ".join(triple)}"?'
+    return object_question(" ".join(triple))
 
 
 def questions(graph):
@@ -67,21 +58,17 @@ def reflect(graph, probs, mass=1.0):
     Raises ValueError if there is not one probability for each, from 0 to 1.
     """
     probs = tuple(float(prob) for prob in probs)
-    if not all(0 <= prob <= 1 for prob in probs):  # refuses NaN, too
-        raise ValueError(f"{probs} are no probabilities: make them 0 to 1")
-    if not 0 < len(probs) == len(graph.objects) + len(graph.triples):
-        raise ValueError(f"{len(probs)} probabilities, for {len(questions(graph))} questions")
+    count = len(graph.objects) + len(graph.triples)
+    if len(probs) != count or not all(0 <= prob <= 1 for prob in probs):  # refuses NaN, too
+        raise ValueError(f"give {count} probabilities from 0 to 1, not {probs}")
     objects = list(zip(graph.labels(), probs))
     triples = list(zip(graph.triples, probs[len(objects) :]))
     alone = graph.alone()
-    required = [p for _, p in triples] + [p for name, p in objects if name in alone]
-    missing = [name for name, p in objects if p < 0.5]
-    wrong = [" ".join(triple) for triple, p in triples if p < 0.5]
-    feedback = []
-    if missing:
-        feedback.append("missing: " + ", ".join(missing))
-    if wrong:
-        feedback.append("wrong: " + "; ".join(wrong))
+    required = [p for _, p in triples] + [p for label, p in objects if label in alone]
+    missing = ", ".join(label for label, p in objects if p < 0.5)
+    wrong = "; ".join(" ".join(triple) for triple, p in triples if p < 0.5)
+    feedback = [f"missing: {missing}"] if missing else []
+    feedback += [f"wrong: {wrong}"] if wrong else []
     return Reflection(probs, sum(required) / len(required), ". ".join(feedback), float(mass))
 
 
@@ -93,13 +80,9 @@ def normalize_image(image):
     """
     from PIL import Image, ImageOps
 
-    if not isinstance(image, Image.Image) or image.mode in ("I", "F"):
-        kind = getattr(image, "mode", type(image).__name__)
-        raise ValueError(f"give a PIL image of 8 bits per channel, such as RGB, not {kind}")
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I"):  # 16 bits, which `convert` would clip to white
-        image = image.point(lambda value: value * (1 / 256)).convert("L")
-    image = image.convert("RGBA")
+    if not isinstance(image, Image.Image) or image.mode[0] in "IF":
+        raise ValueError("give a PIL image of 8 bits per channel, such as RGB")
+    image = ImageOps.exif_transpose(image).convert("RGBA")
     white = Image.new("RGBA", image.size, "white")
     return Image.alpha_composite(white, image).convert("RGB")
 
@@ -136,10 +119,7 @@ class VLM:
             output_loading_info=True,
         )
         if lacking := sorted(info["missing_keys"]):
-            raise ValueError(f"the weights of {path} lack {len(lacking)} tensors: {lacking[:3]}")
-        if unused := sorted(info["unexpected_keys"]):
-            reason = f"{path}: {len(unused)} tensors are not used, such as {unused[0]}"
-            print(f"{reason}; config.json may be of another model", file=sys.stderr)
+            raise ValueError(f"{path} lacks the weights of {', '.join(lacking[:3])}")
         return cls(model.to(device), processor, **settings)
 
     def chat(self, system, text):
@@ -154,6 +134,7 @@ class VLM:
 
         template = str(getattr(self.processor, "chat_template", ""))
         settings = {flag: False for flag in ("enable_thinking", "thinking") if flag in template}
+        reason = "it prints lists"
         for messages in (
             [{"role": "system", "content": [{"type": "text", "text": system}]}, user(text)],
             [{"role": "system", "content": system}, user(text)],
@@ -165,9 +146,9 @@ class VLM:
                 )
             except Exception as error:  # of any kind: templates are programs
                 reason = error
-                continue
-            if "{'type': 'text'" not in chat:  # the list of parts as a string
-                return chat
+            else:
+                if "{'type':" not in chat:  # a list that the template took for a string
+                    return chat
         raise ValueError(f"its chat template fails: {reason}")
 
     def inputs(self, system, images, texts):
@@ -181,49 +162,64 @@ class VLM:
         batch = self.processor(images=images, text=chats, **settings)
         return batch.to(self.model.device, self.model.dtype)
 
-    def try_sharing(self, *inputs):
+    def try_sharing(self, system, texts, *more):
         """Share from now on if `shared_logits` finds what `single_logits` does, else say why not.
 
-        Both belong to the subclass and take `inputs`. Returns what `single_logits` found.
+        Both belong to the subclass. They read four texts, two about each of two blank images.
+        Returns the log-probs that `single_logits` found.
         """
-        single = self.single_logits(*inputs)
-        try:
-            log_probs = single.float().log_softmax(-1)
-            error = (self.shared_logits(*inputs).float().log_softmax(-1) - log_probs).abs().mean()
-            # The first input and the last differ in image and text. On tiny models rounding in bf16
-            # is at most 3% of how far apart they are, a wrong attention window 15% or more.
-            self.share = bool(error < 0.1 * (log_probs[0] - log_probs[-1]).abs().mean())
-            reason = f"else the log-probs would differ by {error:.1e}"
-        except Exception as failure:  # of any kind: it comes from the depths of transformers
-            reason = " ".join(str(failure).split())[:200]
-        if not self.share:
-            kind, name = type(self).__name__, self.processor.tokenizer.name_or_path
-            print(f"{kind} {name}: every text encodes its image anew; {reason}", file=sys.stderr)
+        import torch
+        from PIL import Image
+
+        white, gray = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "gray")
+        inputs = system, [white, white, gray, gray], texts, *more
+        with torch.no_grad():
+            single = self.single_logits(*inputs).float().log_softmax(-1)
+            try:
+                shared = self.shared_logits(*inputs).float().log_softmax(-1)
+                # Relative to how far the first and the last are apart, which differ in image and
+                # text: on tiny models rounding in bf16 gives 3%, a wrong attention window 15%.
+                apart = (single[0] - single[-1]).abs().mean()
+                error = (shared - single).abs().mean() / apart
+                if not error < 0.1:
+                    raise ValueError(f"else the log-probs would differ by {error:.0%}")
+                self.share = True
+            except Exception as failure:  # of any kind: it comes from the depths of transformers
+                part, reason = type(self).__name__, " ".join(str(failure).split())[:200]
+                print(f"{part}: every text encodes its image anew; {reason}", file=sys.stderr)
         return single
 
-    def read_on(self, head, owner, ids, mask, keep):
-        """Read tails that continue one of B heads each, reading every head only once.
+    def read_on(self, system, images, texts, ids, mask, keep, cut=0):
+        """Read R prompts with a tail of T tokens each; equal prompts are read only once.
 
-        A head is read into a key-value cache (with gradient, unless that is off). A tail continues
-        from a copy of it, at the positions that it would have in a sequence of its own.
+        A key-value cache keeps what was read of them, and every tail continues from a copy of it.
 
-        Args: head: the model's inputs for the B heads, padded on the left; owner (R): index of the
-        head of each tail; ids (R, T): the tails, padded on the right, because padding between head
-        and tail would count in a sliding window; mask (R, T): False for padding.
-        Returns the logits (R, V) after each tail's head, and (R, keep, V) of the last `keep` tokens
-        of the tails.
+        Args: ids (R, T): the tails, padded on the right, because padding between prompt and tail
+        would count in a sliding window; mask (R, T): False for padding; cut: how many tokens at the
+        end of every prompt are left out.
+        Returns logits (R, 1 + keep, V): after the prompt and the last `keep` tokens of the tail.
         """
         import torch
 
-        head_mask = head["attention_mask"]  # (B, head tokens)
+        pairs = [(id(image), text) for image, text in zip(images, texts)]  # (R)
+        distinct = list(dict.fromkeys(pairs))  # (B)
+        first = [pairs.index(pair) for pair in distinct]
+        owner = torch.tensor([distinct.index(pair) for pair in pairs], device=ids.device)  # (R)
+        inputs = self.inputs(system, [images[i] for i in first], [texts[i] for i in first])
+        shape = inputs["input_ids"].shape  # (B, tokens)
+        for name, value in inputs.items():
+            if value.shape == shape:  # an input per token
+                inputs[name] = value[:, : shape[1] - cut]
+        prompt_mask = inputs["attention_mask"]
         has_rope_index = hasattr(self.model.model, "get_rope_index")  # Qwen-VL: 3-D positions
         if not has_rope_index:
-            head["position_ids"] = (head_mask.cumsum(1) - 1).clamp(min=0)
-        read = self.model(**head, logits_to_keep=1, use_cache=True)
-        cache = read.past_key_values
+            inputs["position_ids"] = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+        prompts = self.model(**inputs, logits_to_keep=1, use_cache=True)
+
+        cache = prompts.past_key_values
         cache.batch_select_indices(owner)
-        mask = torch.cat([head_mask[owner], mask.to(head_mask)], 1)  # (R, head tokens + T)
-        positions = mask.cumsum(1)[:, -ids.shape[1] :] - 1
+        mask = torch.cat([prompt_mask[owner], mask.to(prompt_mask)], 1)  # (R, tokens - cut + T)
+        positions = mask.cumsum(1)[:, -ids.shape[1] :] - 1  # (R, T)
         if has_rope_index:
             positions = (positions + self.model.model.rope_deltas[owner]).expand(3, *ids.shape)
         tails = self.model(
@@ -233,7 +229,7 @@ class VLM:
             past_key_values=cache,
             logits_to_keep=keep,
         )
-        return read.logits[owner, -1], tails.logits
+        return torch.cat([prompts.logits[owner], tails.logits], 1)
 
 
 class Checker(VLM):
@@ -249,21 +245,14 @@ class Checker(VLM):
         Raises ValueError if the chat template drops the question or ends inside a thought, or if
         yes and no together have little probability: the reward would be noise.
         """
-        import torch
-        from PIL import Image
-
-        yes, no = self.yes_no
         name = self.processor.tokenizer.name_or_path
-        blank = [Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "gray")]
         asked = [object_question("red circle"), triple_question(("cup", "left of", "red book"))]
-        questions = SYSTEM, [blank[0], blank[0], blank[1], blank[1]], asked * 2
-        with torch.no_grad():
-            log_probs = self.try_sharing(*questions).log_softmax(-1)  # (4, V)
-        mass = log_probs[:, yes + no].exp().sum(1).min().item()
         if OPEN_THOUGHT.search(self.chat(SYSTEM, "")):
             raise ValueError(f"the chat template of {name} ends inside a thought")
         if self.chat(SYSTEM, asked[0]) == self.chat(SYSTEM, asked[1]):
             raise ValueError(f"the chat template of {name} drops the question")
+        probs = self.try_sharing(SYSTEM, asked * 2).exp()  # (4, V)
+        mass = probs[:, sum(self.yes_no, [])].sum(1).min()
         if not mass >= LEAST_MASS:  # `not >=` also catches NaN
             raise ValueError(
                 f"{name} gives yes and no together a probability of {mass:.1e} on a blank image: "
@@ -271,17 +260,11 @@ class Checker(VLM):
             )
 
     def check(self, images, graphs):
-        """One `Reflection` per image. Args: B PIL images and one `SceneGraph` each.
-
-        Raises ValueError if the model answers NaN.
-        """
+        """One `Reflection` per image. Args: B PIL images and one `SceneGraph` each."""
         asked = [questions(graph) for graph in graphs]
         counts = [len(texts) for texts in asked]
-        pairs = zip(images, counts, strict=True)
-        image_of = [image for image, count in pairs for _ in range(count)]  # (Q)
+        image_of = [image for image, texts in zip(images, asked, strict=True) for _ in texts]  # (Q)
         log_probs = self.answers(SYSTEM, image_of, sum(asked, []), self.yes_no)  # (Q, 2)
-        if not log_probs.isfinite().all():
-            raise ValueError("the Checker answers NaN; set 'checker.dtype' to bfloat16 or float32")
         probs = (log_probs[:, 0] - log_probs[:, 1]).sigmoid()  # (Q,) P(yes) / P(yes or no)
         masses = log_probs.exp().sum(1)  # (Q,) P(yes or no)
         parts = zip(graphs, probs.split(counts), masses.split(counts))
@@ -312,51 +295,45 @@ class Checker(VLM):
         return output.logits[:, -1].float()
 
     def shared_logits(self, system, images, texts):
-        """The same, with one encoding of an image for all its questions.
+        """The same, but all questions about an image share one reading of it.
 
-        The head of a question is its prompt up to the last image token, the tail is the rest.
+        The prompts are cut after the last image token. The rest of each is its tail.
         """
         import torch
         from PIL import Image
         from torch.nn.utils.rnn import pad_sequence
 
-        numbers = {}  # of the B distinct images, by object
-        owner = [numbers.setdefault(id(image), len(numbers)) for image in images]  # (Q)
-        distinct = [images[owner.index(number)] for number in range(len(numbers))]
-
-        def after_image(ids):
-            """True for the tokens after the last image token."""
-            return (ids == self.model.config.image_token_id).flip(1).cumsum(1).flip(1) == 0
-
-        head = self.inputs(system, distinct, [""] * len(distinct))
-        shape = head["input_ids"].shape  # (B, tokens), of which the last few come after the image
-        length = shape[1] - after_image(head["input_ids"])[0].sum()
-        head = {k: v[:, :length] if v.shape == shape else v for k, v in head.items()}
-        # The tail does not depend on the image, so a small blank one serves here.
-        ids = self.inputs(system, [Image.new("RGB", (64, 64))] * len(texts), texts)["input_ids"]
-        tails = [row[own] for row, own in zip(ids, after_image(ids))]
-        lengths = torch.tensor([len(tail) for tail in tails], device=ids.device)
-        ids = pad_sequence(tails, batch_first=True)  # (Q, T)
-        mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-        owner = torch.tensor(owner, device=ids.device)
-        from_shortest = ids.shape[1] - int(lengths.min()) + 1  # from the shortest tail's end on
-        _, logits = self.read_on(head, owner, ids, mask, keep=from_shortest)
-        return logits[torch.arange(len(ids)), lengths - lengths.min()].float()
+        # What comes after an image does not depend on it, so a small blank one serves here.
+        blank = [Image.new("RGB", (64, 64))] * (1 + len(texts))
+        ids = self.inputs(system, blank, ["", *texts])["input_ids"]
+        is_image = ids == self.model.config.image_token_id
+        # Numbers of tokens after the last image token: `argmax` finds the first of many maxima.
+        cut, *lengths = is_image.flip(1).int().argmax(1).tolist()
+        tails = [row[-length:] for row, length in zip(ids[1:], lengths)]
+        mask = pad_sequence([torch.ones_like(tail) for tail in tails], batch_first=True)  # (Q, T)
+        tails = pad_sequence(tails, batch_first=True)  # (Q, T)
+        shortest = min(lengths)
+        keep = tails.shape[1] - shortest + 1  # from the last token of the shortest tail on
+        logits = self.read_on(system, images, [""] * len(texts), tails, mask, keep, cut)
+        return logits[range(len(texts)), [1 + length - shortest for length in lengths]].float()
 
     def token_ids(self, *words):
-        """For each word the ids of the vocabulary entries that decode to a spelling of it.
+        """For each word the ids of all tokens that decode to a spelling of it.
 
-        Spellings are yes, Yes and YES, each with or without a space before it. One that not every
+        Spellings are yes, Yes, and YES, with or without a space before them. One that not every
         word has is left out, so that no word has an advantage. Raises ValueError if none is left.
         """
         tokenizer = self.processor.tokenizer
-        found = []  # per word: the ids of its lower-case, capitalized and upper-case tokens
-        for word in words:
-            near = [id for token, id in tokenizer.get_vocab().items() if word in token.lower()]
-            texts = [tokenizer.decode([id]).strip(" \u2581") for id in near]
-            cases = (word, word.capitalize(), word.upper())
-            found.append([{id for id, text in zip(near, texts) if text == case} for case in cases])
-        common = [case for case in range(3) if all(ids[case] for ids in found)]
-        if not common:
+        ids_of = {}  # by decoded text
+        for token, id in tokenizer.get_vocab().items():
+            if any(word in token.lower() for word in words):
+                text = tokenizer.decode([id]).strip(" \u2581")
+                ids_of.setdefault(text, []).append(id)
+        cases = [
+            case
+            for case in (str.lower, str.capitalize, str.upper)
+            if all(case(word) in ids_of for word in words)
+        ]
+        if not cases:
             raise ValueError(f"the tokenizer lacks single tokens for {', '.join(words)}")
-        return [sorted(set.union(*(ids[case] for case in common))) for ids in found]
+        return [sorted({id for case in cases for id in ids_of[case(word)]}) for word in words]

@@ -48,14 +48,11 @@ def test_well_formed_completions(text, thought, instruction):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
         "move the cup",
         "<edit>b</edit>",
         "<think>a</think><edit> \n </edit>",
-        "<think>a</think><edit>b",
         "Sure! <think>a</think><edit>b</edit>",
         "<think>a</think><edit>b</edit><edit>c</edit>",
-        "<think>a<b</think><edit>c</edit>",
     ],
 )
 def test_malformed_completions(text):
@@ -182,9 +179,7 @@ def test_a_folders_sampling_defaults_are_dropped(states):
     """A repetition penalty would change what is sampled and would not be seen in the replay."""
     plain = load().propose(*first(states, 3), seeds=range(3)).ids
     actor = load()
-    defaults = {"min_p": 0.9, "top_k": 1, "repetition_penalty": 3.0, "min_new_tokens": 60}
-    for name, value in defaults.items():
-        setattr(actor.model.generation_config, name, value)
+    actor.model.generation_config.update(top_k=1, repetition_penalty=3.0, min_new_tokens=60)
     again = Actor(actor.model, actor.processor, max_new_tokens=64)
     assert torch.equal(again.propose(*first(states, 3), seeds=range(3)).ids, plain)
 
@@ -284,60 +279,48 @@ def edited(saved, folder, change=lambda tensors: tensors, **config):
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "config", "message"),
     [
         (
             lambda tensors: {n: t for n, t in tensors.items() if "0.mlp.up_proj.lora_B" not in n},
-            "missing.*up_proj.lora_B",
+            {},
+            "missing, unknown, or not finite: .*up_proj.lora_B",
         ),
-        (lambda tensors: {n.replace("lora_A", "lora_C"): t for n, t in tensors.items()}, "lora_A"),
-        (lambda tensors: tensors | {"surplus.weight": torch.zeros(1)}, "surplus"),
-        (lambda tensors: {n: t[:3].contiguous() for n, t in tensors.items()}, "size mismatch"),
-        (lambda tensors: {n: t * torch.nan for n, t in tensors.items()}, "no finite floats"),
+        (
+            lambda tensors: {n.replace("lora_A", "lora_C"): t for n, t in tensors.items()},
+            {},
+            "missing, unknown, or not finite: .*lora_A",
+        ),
+        (lambda tensors: tensors | {"surplus.weight": torch.zeros(1)}, {}, "unknown: surplus"),
+        (dict, {"r": 8}, "size mismatch"),
+        (dict, {"init_lora_weights": "pissa"}, "'pissa' would change the base model"),
     ],
 )
-def test_an_adapter_that_does_not_fit_is_refused(saved, tmp_path, change, message):
-    actor = load()
-    with pytest.raises(ValueError, match=f"no adapter of this Actor .*{message}"):
-        actor.load_adapter(edited(saved, tmp_path / "adapter", change))
+def test_an_adapter_that_does_not_fit_is_refused(saved, tmp_path, change, config, message):
+    folder = edited(saved, tmp_path / "adapter", change, **config)
+    with pytest.raises(ValueError, match=f"(?s)no adapter of this Actor: .*{message}"):
+        load().load_adapter(folder)
 
 
 def test_another_lora_alpha_is_seen_by_its_checksum(saved, tmp_path, monkeypatch):
     """A LoRA may have any alpha, so only the checksums that train.py writes can tell."""
     monkeypatch.chdir(ROOT)
-    folder = edited(saved, tmp_path / "adapter")
+    folder = shutil.copytree(saved[0], tmp_path / "adapter")
     (folder / "SHA256SUMS").write_text(sha256_sums(folder))
-    config = load_config("eval.yaml", LoopConfig, [f"actor.adapter={folder}"])
-    assert build(config).actor.has_adapter
     path = folder / "adapter_config.json"
     path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 400'))
     with pytest.raises(ValueError, match="key 'actor.adapter'.*SHA256SUMS"):
-        build(config)
+        build(load_config("eval.yaml", LoopConfig, [f"actor.adapter={folder}"]))
 
 
 def test_adapters_of_other_programs(saved, tmp_path):
     """With another scale, and with `.alpha` tensors, which repeat what the config says."""
     _, proposals, expected = saved
     alpha = {"base_model.model.model.language_model.layers.0.mlp.up_proj.alpha": torch.ones(1)}
-    for number, (scale, same) in enumerate([(4, True), (8, False)]):
-        actor = load()
-        actor.load_adapter(
-            edited(saved, tmp_path / f"{number}", lambda tensors: tensors | alpha, lora_alpha=scale)
-        )
-        assert torch.equal(scores(actor, proposals), expected) == same
-
-
-def test_an_adapter_that_starts_in_another_way_leaves_the_base_model_as_it_is(saved, tmp_path):
-    _, proposals, expected = saved
-    actor = load()
-    before = {name: tensor.clone() for name, tensor in actor.model.state_dict().items()}
-    folder = edited(saved, tmp_path / "pissa", lambda tensors: tensors, init_lora_weights="pissa")
-    actor.load_adapter(folder)
-    after = actor.model.state_dict()
-    for name, tensor in before.items():
-        name = name if name in after else name.replace(".weight", ".base_layer.weight")
-        assert torch.equal(after[name], tensor)
-    assert torch.equal(scores(actor, proposals), expected)
+    for scale in (4, 8):
+        actor, folder = load(), tmp_path / str(scale)
+        actor.load_adapter(edited(saved, folder, lambda tensors: tensors | alpha, lora_alpha=scale))
+        assert torch.equal(scores(actor, proposals), expected) == (scale == 4)
 
 
 # ---- templates ----

@@ -5,7 +5,6 @@ Qwen's own processors need torchvision. Without it a stand-in takes their place,
 
 import copy
 import importlib.util
-import json
 import sys
 import warnings
 from pathlib import Path
@@ -213,10 +212,13 @@ def vlm(request, tmp_path_factory):
 
 
 def close(reflections, others):
-    pairs = [
-        pair for one, other in zip(reflections, others) for pair in zip(one.probs, other.probs)
-    ]
-    return max(abs(p - q) for p, q in pairs) < 1e-5
+    probs = [[p for reflection in side for p in reflection.probs] for side in (reflections, others)]
+    return probs[0] == pytest.approx(probs[1], abs=1e-5)
+
+
+def cannot_share(model):
+    """The state of linear attention cannot be copied for every tail."""
+    return hasattr(model.config.text_config, "linear_key_head_dim")
 
 
 def test_one_encoding_of_an_image_answers_all_questions_as_one_each(vlm, monkeypatch, capsys):
@@ -225,7 +227,7 @@ def test_one_encoding_of_an_image_answers_all_questions_as_one_each(vlm, monkeyp
     single = checker.check(images(), GRAPHS)
     assert len({round(p, 6) for reflection in single for p in reflection.probs}) > 6  # it sees
     checker.probe()
-    if hasattr(vlm[0].config.text_config, "linear_key_head_dim"):  # its state cannot be copied
+    if cannot_share(vlm[0]):
         assert not checker.share
         assert "every text encodes its image anew" in capsys.readouterr().err
         return
@@ -244,7 +246,7 @@ def test_one_encoding_of_an_image_answers_all_questions_as_one_each(vlm, monkeyp
         assert close(checker.check(images(), GRAPHS), single)
 
 
-@pytest.mark.parametrize("window", [32, 48, 64])
+@pytest.mark.parametrize("window", [32, 64])
 def test_questions_longer_than_a_sliding_window(window, monkeypatch):
     """Padding between the shared part and a question would count in the window."""
     monkeypatch.setattr(checker_module, "LEAST_MASS", 0.0)
@@ -274,18 +276,6 @@ def test_a_reflection_does_not_depend_on_its_neighbors(vlm):
     for number in range(3):
         alone = checker.check(images()[number : number + 1], GRAPHS[number : number + 1])
         assert close(alone, together[number : number + 1])
-
-
-@pytest.mark.skipif(TORCHVISION, reason="torchvision is there")
-def test_a_missing_torchvision_is_told_before_any_weight_is_read(tmp_path):
-    model, processor = architectures.qwen_vl("Qwen2_5_VLForConditionalGeneration", tiny=True)
-    model.config.save_pretrained(tmp_path)  # and no weights
-    processor.tokenizer.save_pretrained(tmp_path)
-    processor.image_processor.save_pretrained(tmp_path)
-    text = json.dumps({"processor_class": "Qwen2_5_VLProcessor"})
-    (tmp_path / "processor_config.json").write_text(text)
-    with pytest.raises(ImportError, match="[Tt]orchvision"):
-        Checker.load(tmp_path)
 
 
 # ---- Actor ----
@@ -325,8 +315,8 @@ def test_replay_gives_the_recorded_log_probs(actor):
 
 
 def test_one_reading_of_a_request_gives_the_gradient_of_one_each(actor, capsys):
-    if hasattr(actor.model.config.text_config, "linear_key_head_dim"):
-        assert not actor.share  # its state cannot be copied
+    if cannot_share(actor.model):
+        assert not actor.share
         return
     assert actor.share and not capsys.readouterr().err
     proposals = actor.propose(images(), PROMPTS, FEEDBACK, seeds=[5, 6, 7], n=3)
@@ -352,7 +342,9 @@ def test_one_reading_of_a_request_gives_the_gradient_of_one_each(actor, capsys):
 
 def test_a_sampled_image_token_is_not_shown_an_image(actor):
     proposals = actor.propose(images()[:1], PROMPTS[:1], FEEDBACK[:1], seeds=[5])
-    proposals.ids[0, 1] = actor.visual_ids[0]
+    image_token = actor.model.config.image_token_id
+    assert image_token in actor.end_ids
+    proposals.ids[0, 1] = image_token
     with torch.no_grad():
         assert actor.log_probs(proposals, slice(0, 1)).isfinite().all()
 
