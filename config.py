@@ -99,7 +99,7 @@ class LoopConfig:  # what every entry point needs (eval.yaml)
     actor: ActorConfig  # image, prompt, verdicts -> instruction; trained in phase 1
     editor: EditorConfig  # image, instruction -> image; trained in phase 2
     relations: Words  # the relation words of typed prompts and of scene-graph extraction
-    rounds: Natural = 3  # a trajectory has at most so many edits; 0: generate only
+    rounds: Natural = 3  # a trajectory has at most this many edits; 0: generate only
     offload: bool = False  # the models of a pipeline take turns on the GPU; VLMs stay there
     evaluation: EvaluationConfig | None = None  # used by eval.py only
 

@@ -7,7 +7,9 @@ is one denoising step.
     advantage  A_i = (r_i - mean_g) / (std_g + eps)               GRPO, arXiv 2402.03300
     loss       -sum min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) / count
                rho = exp(log_prob - old_log_prob)                 PPO, 1707.06347; DAPO, 2503.14476
-    k3         exp(D) - D - 1,  D = log pi_ref - log pi           Schulman 2020; GRPO
+               in phase 2 log rho + KL(old || new) instead of     GRPO-Guard, 2510.22319
+               log rho, so that its mean is 0; see train.py
+    k3         exp(d) - d - 1,  d = log pi_ref - log pi           Schulman 2020; GRPO
     flow       x_sigma = (1 - sigma) x0 + sigma e,  v = e - x0,  dt = sigma_next - sigma < 0
     SDE step   s = a sqrt(sigma / (1 - sigma))                    Flow-GRPO, arXiv 2505.05470
                mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt
@@ -16,11 +18,11 @@ is one denoising step.
     its KL     |mean - mean_ref|^2 / (2 std^2)
 
 Symbols: r reward, A advantage, rho ratio, v velocity, x sample, x' next_sample, a noise_level.
-As in DAPO, and unlike GRPO, there are two clip bounds, the loss is divided once, by the number of
-actions in the optimizer step, and groups with (nearly) equal rewards are left out. As in
+As in DAPO, and unlike GRPO, there are two clip bounds, the loss is a sum divided by `count`, the
+number of actions in the optimizer step, and groups with (nearly) equal rewards are left out. As in
 Flow-GRPO's code, the log-prob and the KL of a denoising step are means over the latent dimensions,
-not sums. Unlike that code, `gaussian_kl` keeps the -dt of std^2, as in the formula: our KL
-weight = theirs * |dt|.
+not sums. Unlike that code, `gaussian_kl` keeps the -dt of std^2, as in the formula. For the same
+penalty our KL weight has to be theirs * |dt|.
 
 Needs torch only: copy this file anywhere.
 """
@@ -35,8 +37,8 @@ def group_advantages(rewards, eps=0.05, flat_range=0.02):
     """Compare each sample with its group (GRPO, arXiv 2402.03300).
 
     Args:
-        rewards: (groups, G) floats; a row holds G >= 2 samples of one identical state.
-        eps: added to the std. Choose it above the noise of the reward, here one in [0, 1].
+        rewards: (groups, G) floats; a row holds G >= 2 samples of the same state.
+        eps: added to the std. Choose it above the noise of the reward (which lies in [0, 1] here).
             Otherwise a group that differs by noise alone counts as much as the others.
         flat_range: a group with max - min <= flat_range is flat: there is nothing to learn from it.
 
@@ -114,16 +116,16 @@ def clipped_loss(log_probs, old_log_probs, advantages, mask, count, clip_low=0.2
 
 
 def k3_kl(log_probs, ref_log_probs, bound=20.0):
-    """k3 estimate of KL(pi || pi_ref) per token: exp(D) - D - 1 >= 0, D = log pi_ref - log pi.
+    """k3 estimate of KL(pi || pi_ref) per token: exp(d) - d - 1 >= 0, d = log pi_ref - log pi.
 
-    Both arguments of one shape, at tokens sampled from pi; returns that shape in fp32.
+    Both arguments have the same shape; returns that shape in fp32.
     The value is unbiased for tokens sampled from pi (Schulman 2020; used in arXiv 2402.03300). From
-    the second update on they come from the policy before, so it is approximate, as in GRPO. As a
-    loss term it has the gradient of KL(pi_ref || pi), which agrees with that of KL(pi || pi_ref) to
-    first order near pi_ref. `bound` keeps exp(D) finite.
+    the second update on the tokens come from an earlier policy, so it is approximate, as in GRPO.
+    As a loss term it has the gradient of KL(pi_ref || pi), which agrees with that of
+    KL(pi || pi_ref) to first order near pi_ref. `bound` keeps exp(d) finite.
     """
     delta = (ref_log_probs.float() - log_probs.float()).clamp(max=bound)
-    return delta.expm1() - delta  # expm1, because exp(D) - 1 loses its digits near 0
+    return delta.expm1() - delta  # expm1, because exp(d) - 1 loses its digits near 0
 
 
 def gaussian_kl(mean, mean_ref, std):
@@ -145,21 +147,21 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
         sigma, sigma_next: floats, 1 >= sigma > sigma_next >= 0.
         noise_level: a in the formula; 0 gives Euler's ODE step.
         next_sample: None to sample x', or the recorded x' to replay it.
-        generator: a torch.Generator, or a list of B of them, with which the noise of a sample does
-            not depend on what else is in the batch.
+        generator: a torch.Generator, or a list of B of them, which makes the noise of each sample
+            independent of the rest of the batch.
 
     Returns (next_sample, log_prob (B,), mean, std). log_prob is the MEAN over the D latent
     dimensions of log N(next_sample; mean, std^2), so rho is the D-th root of the true ratio. The
     spread of the true log ratio grows like sqrt(D), so that of log rho shrinks like 1 / sqrt(D):
     scale the clip range by that, too. An ODE step has log_prob None and std 0; the step to
-    sigma_next = 0 is one, or its noise would stay.
+    sigma_next = 0 is always one, because its noise would stay in the image.
     Raises ValueError for sigmas out of order.
     """
     if not 0 <= sigma_next < sigma <= 1:
         raise ValueError(f"sigma {sigma} to {sigma_next}: need 1 >= sigma > sigma_next >= 0")
     velocity, sample = velocity.float(), sample.float()
     dt = sigma_next - sigma
-    # s is infinite at sigma = 1, the first step. Flow-GRPO's code puts sigma_next there.
+    # s is infinite at sigma = 1, the first step. Flow-GRPO's code then divides by 1 - sigma_next.
     sigma_in_s = sigma if sigma < 1 else sigma_next
     s = noise_level * math.sqrt(sigma / (1 - sigma_in_s)) if sigma_next > 0 else 0.0
     pull = s**2 / (2 * sigma)

@@ -42,7 +42,7 @@ HOTTER = 1.25  # factor on the temperature from one attempt to the next
 
 @dataclass
 class Step:
-    """What a round ends with: an edited image, or the old one again if nothing was edited."""
+    """The generated image, or what a round ends with: an edited image, or the old one again."""
 
     image: object  # PIL image
     reflection: object  # the Checker's `Reflection` on it
@@ -78,7 +78,7 @@ class Trajectory:
 
     @property
     def tried(self):
-        """The instructions carried out on the best image. None of them made it better."""
+        """The instructions that were carried out on the best image. All failed to improve it."""
         best = self.best_index
         return [step.instruction for step in self.steps if step.edited and step.source == best]
 
@@ -96,16 +96,16 @@ class Loop:
     checker: object
     actor: object
     editor: object
-    rounds: int = 3  # a trajectory has at most so many edits
+    rounds: int = 3  # a trajectory has at most this many edits
 
     def run(self, graphs, seeds):
         """Generate, then reflect and edit. Args: `SceneGraph`s and a seed each. -> Trajectories.
 
         Raises ValueError for a prompt that the Diffuser cannot read.
         """
-        for prompt in (graph.prompt() for graph in graphs):
-            if problem := self.diffuser.problem(prompt):
-                raise ValueError(f"prompt {prompt!r}: {problem}")
+        for graph in graphs:
+            if problem := self.diffuser.problem(graph.prompt()):
+                raise ValueError(f"prompt {graph.prompt()!r}: {problem}")
         trajectories = self.start(graphs, seeds)
         for _ in range(self.rounds):
             self.advance(trajectories)
@@ -123,37 +123,35 @@ class Loop:
         ]
 
     def advance(self, trajectories):
-        """One round, in place: every trajectory that is not satisfied yet gets one more step."""
+        """One round, in place: one more step where the best image does not satisfy the Checker."""
         active = [t for t in trajectories if not t.best.reflection.satisfied]
         if not active:
             return
-        edits = []  # (trajectory, step) of those whose image changes
+        edits = []  # (step, graph, seed) of those whose image changes
         for t, (thought, instruction) in zip(active, self.propose(active)):
             best = t.best
             repeated = instruction in t.tried
-            # With the old image and verdict, which are replaced below if the edit is carried out.
+            # It holds the image and reflection it starts from, until those of the edit are there.
             step = Step(best.image, best.reflection, t.best_index, thought, instruction, repeated)
             if step.edited:
-                edits.append((t, step))
-            else:
-                t.steps.append(step)
-        images = self.editor.edit(
-            [step.image for _, step in edits],
-            [step.instruction for _, step in edits],
-            [t.step_seed for t, _ in edits],
-        )
-        reflections = self.checker.check(images, [t.graph for t, _ in edits])
-        for (t, step), image, reflection in zip(edits, images, reflections, strict=True):
-            step.image, step.reflection = image, reflection
+                edits.append((step, t.graph, t.step_seed))
             t.steps.append(step)
+        images = self.editor.edit(
+            [step.image for step, _, _ in edits],
+            [step.instruction for step, _, _ in edits],
+            [seed for _, _, seed in edits],
+        )
+        reflections = self.checker.check(images, [graph for _, graph, _ in edits])
+        for (step, _, _), image, reflection in zip(edits, images, reflections, strict=True):
+            step.image, step.reflection = image, reflection
 
     def propose(self, trajectories):
         """A (thought, instruction) for the best image of each trajectory.
 
-        No instruction is carried out twice on the same image. An Actor that writes one again gets
-        up to `ATTEMPTS` attempts in all; the last one stays, whatever it is. Only a repeat is asked
-        again: a malformed completion and "none" just use up the round. A trained Actor has little
-        entropy and would write the same again, so every attempt is hotter than the one before.
+        No instruction is carried out twice on the same image. If the Actor repeats one that was
+        tried, it is asked again, up to `ATTEMPTS` times in all, and the last completion stays.
+        Each attempt is hotter, because a trained Actor has little entropy and would write the same
+        again. A malformed completion or "none" is not asked again: it uses up the round.
         """
         proposed = {}  # index of a trajectory -> (thought, instruction)
         pending = range(len(trajectories))
@@ -167,17 +165,22 @@ class Loop:
                 tried=[t.tried for t in asked],
                 temperature=self.actor.temperature * HOTTER**attempt,
             )
-            proposed.update(zip(pending, zip(proposals.thoughts, proposals.instructions)))
-            pending = [i for i in pending if proposed[i][1] in trajectories[i].tried]
+            completions = zip(pending, proposals.thoughts, proposals.instructions)
+            pending = []
+            for index, thought, instruction in completions:
+                proposed[index] = thought, instruction
+                if instruction in trajectories[index].tried:
+                    pending.append(index)
             if not pending:
                 break
         return [proposed[index] for index in range(len(trajectories))]
 
 
 def build(config):
-    """Load the four parts of a `LoopConfig`. Parts with equal settings share one model.
+    """Load the four parts of a `LoopConfig`; skip this on a first reading.
 
-    Raises ValueError, naming the key, for anything that cannot be loaded.
+    Parts with equal settings share one model. Raises ValueError, naming the key, for anything that
+    cannot be loaded.
     """
     # Without torchvision, transformers would warn at every import.
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -206,30 +209,36 @@ def build(config):
 
     def load(name, kind, *attention):
         with naming(config, f"{name}.device"):
-            place = device_and_dtype(getattr(config, name))
+            device, dtype = device_and_dtype(getattr(config, name))
         with naming(config, f"{name}.model"):
-            return load_once(kind, getattr(config, name).model, *place, *attention)
+            return load_once(kind, getattr(config, name).model, device, dtype, *attention)
 
     vlm = load("checker", VLM, config.checker.attention)
     with naming(config, "checker.model"):
         checker = Checker(vlm.model, vlm.processor, config.checker.batch_size)
         checker.probe()
 
-    own = config.actor
-    vlm = load("actor", VLM, own.attention)
+    settings = config.actor
+    vlm = load("actor", VLM, settings.attention)
     with naming(config, "actor.model"):
-        sampling = own.batch_size, own.max_new_tokens, own.temperature, own.checkpointing
-        actor = Actor(vlm.model, vlm.processor, *sampling)
+        actor = Actor(
+            vlm.model,
+            vlm.processor,
+            settings.batch_size,
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            checkpointing=settings.checkpointing,
+        )
         actor.probe()
 
-    own = config.diffuser
+    settings = config.diffuser
     pipeline = load("diffuser", Diffuser).pipeline
-    diffuser = Diffuser(pipeline, own.call, own.batch_size)
+    diffuser = Diffuser(pipeline, settings.call, settings.batch_size)
     check_call("diffuser.call", type(pipeline), diffuser.call)
 
-    own = config.editor
+    settings = config.editor
     pipeline = load("editor", Diffuser).pipeline  # `Diffuser.load` reads any pipeline
-    editor = Editor(pipeline, own.call, own.batch_size, own.template)
+    editor = Editor(pipeline, settings.call, settings.batch_size, settings.template)
     check_call("editor.call", type(pipeline), editor.call)
 
     for name, part in (("actor", actor), ("editor", editor)):
@@ -286,15 +295,17 @@ def sha256_sums(folder):
 def once_per_place():
     """A filter for logging: one message per line of code that logs.
 
-    None about truncated prompts, which `Diffuser.problem` finds with fewer false alarms.
+    It drops messages about truncated prompts: `Diffuser.problem` has fewer false alarms.
     """
     seen = set()
 
-    def passes(record):
+    def is_new(record):
         place = record.pathname, record.lineno
-        return "truncated" not in str(record.msg) and not (place in seen or seen.add(place))
+        known = place in seen
+        seen.add(place)
+        return not known and "truncated" not in str(record.msg)
 
-    return passes
+    return is_new
 
 
 def output_folder(path):
@@ -342,7 +353,8 @@ def main():
                 trajectories.append(trajectory)
             done = len(trajectories)
             batches = -(-done // PROMPTS_PER_BATCH)
-            if done == len(graphs) or batches.bit_count() == 1:  # after 1, 2, 4, 8, ... batches
+            # The page shows all of them, so it is made anew only after 1, 2, 4, 8, ... batches.
+            if done == len(graphs) or batches.bit_count() == 1:
                 say(f"  {done} of {len(graphs)} prompts: {record(out, trajectories)}")
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(" ".join(f"loop.py: {error}".split()))

@@ -16,15 +16,19 @@ Both phases do this:
             6 replay      log-probs of the recorded actions again, now with gradient
             7 update      clipped loss + KL, then an optimizer step
 
-                   phase 1: the Actor                 phase 2: the Editor
-    a sample       a completion, and the edit         an edited image
-                   that it asks for
-    an action      a token                            a denoising step in a random SDE window
-    a group        one state (image, feedback, tried  one state, one instruction, the initial
-    shares         instructions) and one seed of all  latents (one seed), and therefore all steps
-                   its edits                          before the window
-    its samples    in the completion, not in the      in the noise inside the window
-    differ         Editor's luck
+               phase 1: the Actor                     phase 2: the Editor
+    sample     a completion, and the edit that it     an edited image
+               asks for
+    action     a token                                a denoising step in a window of SDE steps,
+                                                      which is drawn for every round
+    a group    one state (image, feedback, tried      one state, one instruction, and the initial
+     shares    instructions) and one seed for all     latents, therefore also all steps before the
+               its edits                              window
+    it varies  the completion                         the noise inside the window
+
+In the code N is the number of samples of a round (states * G), R of these are trained on in one
+`Batch`, and T is the number of actions of a sample (phase 2: one per batch). Figures are collected
+per sample, stats per batch, metrics per iteration.
 
 The randomness of training is drawn from the seed, the iteration and the round, so a resumed run
 ends with the same adapter, on a CPU bit for bit. `TrainConfig` in config.py has the meaning and the
@@ -87,7 +91,7 @@ class State:
 class Batch:
     """What one backward pass trains on: R samples of up to T actions each."""
 
-    actions: object  # what is replayed; phase 1: (proposals, rows), phase 2: a `RecordedStep`
+    recorded: object  # what is replayed; phase 1: (proposals, rows), phase 2: a `RecordedStep`
     old_log_probs: torch.Tensor  # (R, T) of the policy that sampled
     advantages: torch.Tensor  # (R, 1)
     mask: torch.Tensor  # (R, T) True for the actions that are trained
@@ -109,7 +113,7 @@ def phase1(loop, config, resume=False):
         rng = random.Random(f"{config.seed} states {iteration}")
         states, solved_at_once = new_states(loop, run.graphs, config.groups, rng)
         batches = []
-        figures = defaultdict(list)  # name -> values to be averaged, one per sample
+        figures = defaultdict(list)  # name -> values to be averaged
         for round in range(config.rounds):
             rng = random.Random(f"{config.seed} round {iteration} {round}")
             if round > 0 and config.refill:
@@ -123,11 +127,12 @@ def phase1(loop, config, resume=False):
             before = [state for state in states for _ in range(G)]  # (N)
             group_of = [group for group in range(len(states)) for _ in range(G)]  # (N)
 
-            # Carry out the instructions. A repeat is not asked again, as the loop would do. All
-            # edits of a group have one seed, so that their rewards differ only by the instruction,
-            # and equal instructions are carried out only once.
+            # Carry out the instructions. Unlike the loop, training does not ask again if one was
+            # tried before. All edits of a group have one seed, so that their rewards differ only by
+            # the instruction, and equal instructions of a group are carried out only once.
             instructions = proposals.instructions  # (N); None: malformed, "none": no edit wanted
             pairs = list(zip(group_of, instructions))  # (N)
+            # `dict.fromkeys` keeps the distinct pairs, in order.
             edits = [(g, text) for g, text in dict.fromkeys(pairs) if is_new_edit(states[g], text)]
             images = loop.editor.edit(
                 [states[g].image for g, _ in edits],
@@ -135,19 +140,17 @@ def phase1(loop, config, resume=False):
                 [seed + EDIT_SEEDS + g for g, _ in edits],
             )
             graphs = [states[g].graph for g, _ in edits]
-            reflections = loop.checker.check(images, graphs)
-            made = [State(*parts) for parts in zip(graphs, images, reflections, strict=True)]
-            edited = dict(zip(edits, made))
+            edited = dict(zip(edits, check_states(loop.checker, graphs, images)))
             # (N); where no edit was carried out, the state as it was
-            after = [edited.get(pair, old) for pair, old in zip(pairs, before)]
+            after = [edited.get(pair, state) for pair, state in zip(pairs, before)]
 
             # 3. Reward: the Checker's score of the better of the two images, the one that the loop
             # keeps. If an edit that makes things worse cost something, the Actor would learn to
             # write "none". No edit ("none" or a repeat) earns the old score, and a malformed
             # completion earns the old score minus `malformed_penalty`.
             rewards = []  # (N)
-            for old, new, text in zip(before, after, instructions):
-                score = max(old.reflection.score, new.reflection.score)
+            for state, new, text in zip(before, after, instructions):
+                score = max(state.reflection.score, new.reflection.score)
                 rewards.append(score - (config.malformed_penalty if text is None else 0))
 
             # 4. Advantages within each group.
@@ -159,8 +162,8 @@ def phase1(loop, config, resume=False):
                 rows = slice(first, first + config.micro_batch)
                 mask = proposals.mask[rows] & kept[rows]
                 if mask.any():
-                    old = proposals.log_probs[rows]
-                    batches.append(Batch((proposals, rows), old, advantages[rows], mask))
+                    old_log_probs = proposals.log_probs[rows]
+                    batches.append(Batch((proposals, rows), old_log_probs, advantages[rows], mask))
 
             add_figures(figures, before, after, rewards, kept)
             add_completion_figures(figures, before, proposals)
@@ -168,34 +171,35 @@ def phase1(loop, config, resume=False):
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained tokens of the iteration
 
-        # 5. Reference: the base model, even if this run started from a trained adapter. `propose`
-        # turns the adapter on itself, `log_probs` does not: here, outside `adapter()`, it is off.
+        # 5. Reference: the base model, even if this run started from a trained adapter, because
+        # `log_probs` leaves the adapter off unless it is called inside `adapter()`.
         if config.kl > 0:
-            with torch.no_grad():  # and with the adapter off
+            with torch.no_grad():
                 for batch in batches:
-                    batch.reference = actor.log_probs(*batch.actions)
+                    batch.reference = actor.log_probs(*batch.recorded)
 
-        updates = config.updates if batches else 0  # Adam would move even on a zero gradient
+        updates = config.updates if batches else 0  # none if all groups are flat
         for update in range(updates):
             optimizer.zero_grad()
             all_stats = []  # one per batch
             for batch in batches:
-                with actor.adapter():  # `backward` too: outside, peft freezes the adapter
+                with actor.adapter():  # `backward`, too: on leaving, peft freezes it
                     # 6. Replay. In the first update the policy is still the one that sampled, so
-                    # the log-probs must be the recorded ones.
-                    log_probs = actor.log_probs(*batch.actions)  # (R, T)
+                    # the log-probs must be the recorded ones. (With `updates: 1`, as in the shipped
+                    # files, rho is therefore 1, and the clip never acts.)
+                    log_probs = actor.log_probs(*batch.recorded)  # (R, T)
                     if update == 0:
                         check_on_policy(log_probs, batch, count, config, metrics)
 
-                    # 7. Update. Dividing by the count of the whole iteration makes the gradients
-                    # of the batches add up to that of one large batch.
+                    # 7. Update.
                     loss, stats = clipped_loss(
                         log_probs, batch.old_log_probs, batch.advantages, batch.mask, count, *clip
                     )
                     if config.kl > 0:
-                        kl = torch.where(batch.mask, k3_kl(log_probs, batch.reference), 0).sum()
-                        loss = loss + config.kl * kl / count
-                        stats["kl"] = kl.item() / count
+                        kl = k3_kl(log_probs, batch.reference)  # (R, T)
+                        kl_sum = torch.where(batch.mask, kl, 0).sum()
+                        loss = loss + config.kl * kl_sum / count
+                        stats["kl"] = kl_sum.item() / count
                     loss.backward()
                 all_stats.append(stats)
             optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
@@ -204,7 +208,7 @@ def phase1(loop, config, resume=False):
 
 
 def phase2(loop, config, resume=False):
-    """Train the Editor on the frozen Actor's instructions. Steps 2, 3 and 7 differ from phase 1."""
+    """Train the Editor on the frozen Actor's instructions. Step 1 is the same as in phase 1."""
     editor, G = loop.editor, config.group_size
     clip = config.clip_low, config.clip_high
     saved = check_run(config, 2, resume)
@@ -218,7 +222,7 @@ def phase2(loop, config, resume=False):
         rng = random.Random(f"{config.seed} states {iteration}")
         states, solved_at_once = new_states(loop, run.graphs, config.groups, rng)
         batches = []
-        figures = defaultdict(list)  # name -> values to be averaged, one per sample
+        figures = defaultdict(list)  # name -> values to be averaged
         for round in range(config.rounds):
             rng = random.Random(f"{config.seed} round {iteration} {round}")
             if round > 0 and config.refill:
@@ -228,8 +232,8 @@ def phase2(loop, config, resume=False):
             seed = rng.randrange(1 << 30)
 
             # 2. One instruction per state. A state is dropped for this iteration if its completion
-            # is malformed, is "none", or repeats an instruction that was tried. If all are, the
-            # rounds of this iteration end.
+            # is malformed, is "none", or repeats an instruction that was tried. If that leaves
+            # none, the iteration has no more rounds.
             proposals = sample_completions(loop.actor, states, seed)
             add_completion_figures(figures, states, proposals)
             pairs = zip(states, proposals.instructions)
@@ -248,7 +252,7 @@ def phase2(loop, config, resume=False):
             # one if the pipeline cannot edit different images together.
             groups_per_call = max(config.micro_batch // G, 1) if editor.batched else 1
             size = G * groups_per_call
-            calls = [slice(first, first + size) for first in range(0, len(before), size)]
+            calls = [slice(first, first + size) for first in range(0, len(before), size)]  # rows
             noise_seeds = range(seed + NOISE_SEEDS, seed + NOISE_SEEDS + len(before))
             with torch.no_grad():
                 rollouts = [
@@ -263,13 +267,12 @@ def phase2(loop, config, resume=False):
                     for rows in calls
                 ]
 
-            # 3. Reward: the score of the edited image, even if it is worse. The Editor always
-            # edits, so there is no "none" that it could learn instead.
+            # 3. Reward: the score of the edited image, even if it is worse. Otherwise it would cost
+            # the Editor nothing to break an image.
             images = [image for rollout in rollouts for image in rollout.images]  # (N)
             graphs = [state.graph for state in before]
-            reflections = loop.checker.check(images, graphs)
-            after = [State(*parts) for parts in zip(graphs, images, reflections, strict=True)]
-            rewards = [reflection.score for reflection in reflections]  # (N)
+            after = check_states(loop.checker, graphs, images)
+            rewards = [state.reflection.score for state in after]  # (N)
 
             # 4. Advantages within each group.
             device = rollouts[0].steps[0].log_prob.device
@@ -279,46 +282,47 @@ def phase2(loop, config, resume=False):
             for rows, rollout in zip(calls, rollouts):
                 if kept[rows].any():
                     for step in rollout.steps:
-                        old = step.log_prob[:, None]  # (R, 1)
-                        batches.append(Batch(step, old, advantages[rows], kept[rows]))
+                        old_log_probs = step.log_prob[:, None]  # (R, 1)
+                        batches.append(Batch(step, old_log_probs, advantages[rows], kept[rows]))
 
             add_figures(figures, before, after, rewards, kept)
             states = next_states(before, after, instructions, kept, config, rng)
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained steps of the iteration
 
-        # 5. Reference: the base model. `edit` and `rollout` turn the adapter on, `replay` does not.
+        # 5. Reference, as in phase 1; here it is the mean of the step.
         if config.kl > 0:
-            with torch.no_grad():  # and with the adapter off
+            with torch.no_grad():
                 for batch in batches:
-                    _, batch.reference, _ = editor.replay(batch.actions)
+                    _, batch.reference, _ = editor.replay(batch.recorded)
 
-        updates = config.updates if batches else 0  # Adam would move even on a zero gradient
+        updates = config.updates if batches else 0  # none if all groups are flat
         for update in range(updates):
             optimizer.zero_grad()
             all_stats = []  # one per batch
             for batch in batches:
-                with editor.adapter():  # `backward` too: outside, peft freezes the adapter
+                with editor.adapter():  # `backward`, too: on leaving, peft freezes it
                     # 6. Replay, as in phase 1.
-                    log_prob, mean, std = editor.replay(batch.actions)  # (R,), (R, tokens, C)
+                    log_prob, mean, std = editor.replay(batch.recorded)  # (R,), (R, tokens, C)
                     log_probs = log_prob[:, None]  # (R, 1)
                     if update == 0:
                         check_on_policy(log_probs, batch, count, config, metrics)
 
-                    # 7. Update, as in phase 1. But first log rho is centered, which is no penalty:
-                    # its mean under the old policy is -KL(old || new). Over thousands of dimensions
-                    # that puts nearly every rho below the clip range once the policy has moved.
-                    # With the KL added back, and its gradient, the mean is 0 (GRPO-Guard, arXiv
-                    # 2510.22319). In the first update the KL is 0.
-                    log_probs = log_probs + gaussian_kl(mean, batch.actions.mean, std)[:, None]
+                    # 7. Update, as in phase 1, except that the KL between the old policy and the
+                    # new one is added to log rho first. Under the old policy the mean of log rho is
+                    # minus this KL. Over thousands of dimensions that alone puts nearly every rho
+                    # below the clip range. With the KL, and its gradient, the mean is 0
+                    # (GRPO-Guard, arXiv 2510.22319). In the first update both are 0.
+                    drift = gaussian_kl(mean, batch.recorded.mean, std)[:, None]  # (R, 1)
+                    centered = log_probs + drift
                     loss, stats = clipped_loss(
-                        log_probs, batch.old_log_probs, batch.advantages, batch.mask, count, *clip
+                        centered, batch.old_log_probs, batch.advantages, batch.mask, count, *clip
                     )
                     if config.kl > 0:
                         kl = gaussian_kl(mean, batch.reference, std)[:, None]  # (R, 1)
-                        kl = torch.where(batch.mask, kl, 0).sum()
-                        loss = loss + config.kl * kl / count
-                        stats["kl"] = kl.item() / count
+                        kl_sum = torch.where(batch.mask, kl, 0).sum()
+                        loss = loss + config.kl * kl_sum / count
+                        stats["kl"] = kl_sum.item() / count
                     loss.backward()
                 all_stats.append(stats)
             optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
@@ -327,9 +331,9 @@ def phase2(loop, config, resume=False):
 
 
 def new_states(loop, graphs, count, rng):
-    """Returns up to `count` states of new images, and which share of these images was satisfied.
+    """Returns up to `count` states, and the share of generated images that satisfied the Checker.
 
-    Generates images until `count` do not satisfy the Checker, but at most ten times as many.
+    Generates images until `count` do not satisfy it; gives up after ten times as many.
     """
     states, generated = [], 0
     while len(states) < count and generated < 10 * count:
@@ -337,10 +341,15 @@ def new_states(loop, graphs, count, rng):
         generated += len(chosen)
         seeds = [rng.randrange(1 << 30) for _ in chosen]
         images = loop.diffuser.generate([graph.prompt() for graph in chosen], seeds)
-        reflections = loop.checker.check(images, chosen)
-        made = [State(*parts) for parts in zip(chosen, images, reflections, strict=True)]
+        made = check_states(loop.checker, chosen, images)
         states += [state for state in made if not state.reflection.satisfied]
     return states[:count], 1 - len(states) / max(generated, 1)
+
+
+def check_states(checker, graphs, images):
+    """A new `State` for each graph and image."""
+    reflections = checker.check(images, graphs)
+    return [State(*parts) for parts in zip(graphs, images, reflections, strict=True)]
 
 
 def sample_completions(actor, states, seed, n=1):
@@ -356,7 +365,7 @@ def sample_completions(actor, states, seed, n=1):
 
 
 def is_new_edit(state, instruction):
-    """Whether the loop would carry it out: it asks for an edit that was not tried here before."""
+    """Whether the loop would carry it out: it asks for an edit, and was not tried on this image."""
     return instruction not in (None, "none", *state.tried)
 
 
@@ -370,11 +379,11 @@ def sample_advantages(rewards, config, device):
 def next_states(before, after, instructions, kept, config, rng):
     """The states of the next round. One random member of each group decides.
 
-    Random, not the best: in use there is one sample per state, so that training on the best of G
-    would show states that the loop rarely reaches. If the member's image scored higher than the one
-    it started from, continue from that image, on which nothing was tried yet. Otherwise continue
-    from the old one, and let the Actor read that the instruction did not help. Dropped are states
-    that satisfy the Checker and, with `refill`, those of flat groups.
+    Random, not the best: the loop samples once per state, so it would rarely reach the best of G.
+    If the member's image scored higher than the one it started from, continue from that image, on
+    which nothing was tried yet. Otherwise continue from the old one, and let the Actor read that
+    the instruction did not help. States that satisfy the Checker are dropped, and with `refill`
+    those of flat groups, too.
     """
     states = []
     for first in range(0, len(before), config.group_size):
@@ -395,8 +404,9 @@ def check_on_policy(log_probs, batch, count, config, metrics):
     """Raise ValueError if an iteration's first replay does not give the recorded log-probs.
 
     Some trainers use `log_probs.detach()` as `old` instead, which hides every bug of the rollout.
-    What is compared is the mean over all trained actions of the iteration (count), summed up
-    batch by batch: with a bf16 KV cache single tokens differ a lot although nothing is wrong.
+    `tolerance` is for the mean of |replayed - recorded| over all `count` trained actions of the
+    iteration, summed up batch by batch. With a bf16 KV cache, single tokens differ a lot although
+    nothing is wrong.
     """
     difference = (log_probs.detach() - batch.old_log_probs).abs()
     error = difference[batch.mask].sum().item() / count
@@ -409,10 +419,10 @@ def check_on_policy(log_probs, batch, count, config, metrics):
         )
 
 
-def optimizer_step(optimizer, parameters, iteration, config, stats, metrics):
+def optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics):
     """Clip the gradient and step, or skip a step whose gradient is not finite.
 
-    stats: one per batch. Those of an iteration's last step stay in its metrics.
+    all_stats: one per batch. `metrics` keeps those of the iteration's last step.
     """
     # The rate rises over the first iterations, whatever the number of updates in each.
     rate = config.learning_rate * min(1, (iteration + 1) / max(config.warmup, 1))
@@ -423,18 +433,15 @@ def optimizer_step(optimizer, parameters, iteration, config, stats, metrics):
     if not math.isfinite(norm):
         metrics["skipped"] += 1
         return
-    # A checkpoint is restored before an offloaded model has come to the GPU.
+    # With `offload`, `restore` left Adam's moments on the CPU, where the model was at the time.
     for parameter, state in optimizer.state.items():
         for name in ("exp_avg", "exp_avg_sq"):
             state[name] = state[name].to(parameter.device)
     optimizer.step()
-    for name in stats[0]:
-        total = max if name == "ratio_error" else sum  # each is the batch's part of a sum
-        metrics[name] = total(each[name] for each in stats)
+    for name in all_stats[0]:
+        combine = max if name == "ratio_error" else sum  # the others are parts of a mean
+        metrics[name] = combine(stats[name] for stats in all_stats)
     metrics["grad_norm"] = norm
-
-
-# Figures belong to samples, stats to a batch, metrics to an iteration.
 
 
 def add_figures(figures, before, after, rewards, kept):
@@ -446,14 +453,14 @@ def add_figures(figures, before, after, rewards, kept):
 
 
 def add_completion_figures(figures, before, proposals):
-    """Add the completions of a round, written for the states `before`. Entropy: one per token."""
+    """Add the completions of a round, one for each of the states `before`."""
     texts = proposals.instructions
     figures["malformed"] += [text is None for text in texts]
     figures["none"] += [text == "none" for text in texts]
-    figures["repeated"] += [text in old.tried for old, text in zip(before, texts)]
+    figures["repeated"] += [text in state.tried for state, text in zip(before, texts)]
     figures["truncated"] += proposals.truncated
     figures["length"] += proposals.mask.sum(1).tolist()  # tokens
-    figures["entropy"] += (-proposals.log_probs[proposals.mask]).tolist()
+    figures["entropy"] += (-proposals.log_probs[proposals.mask]).tolist()  # one per token
 
 
 def averages(figures, solved_at_once, config):
@@ -465,9 +472,9 @@ def averages(figures, solved_at_once, config):
 
 
 def validate(loop, first_trajectories, config):
-    """Run the loop from the images generated first. Returns metrics and trajectories.
+    """Run the loop from images that were generated before training. Returns metrics, trajectories.
 
-    With the rounds and the temperature of training, so do not compare it with eval.py's table.
+    It uses the rounds and the temperature of training, so it is not comparable with eval.py.
     """
     trajectories = [Trajectory(t.graph, t.seed, list(t.steps)) for t in first_trajectories]
     for _ in range(config.rounds):

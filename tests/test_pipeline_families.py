@@ -1,27 +1,25 @@
 """Every pipeline that may be the Editor: the real class with tiny random weights, no download.
 
-Each is loaded from a folder, edits, is recorded and replayed, and gets an adapter that diffusers
-reads. Its gradient is compared with a finite difference that uses no replay: the pipeline runs anew
-with other LoRA weights from the same latents. A pipeline without such a test is not in
-`editor.PIPELINES`.
+Each edits, is recorded and replayed, and gets an adapter that diffusers reads. Its gradient is
+compared with a finite difference that uses no replay: the pipeline runs anew with other LoRA
+weights from the same latents.
 """
 
+import functools
 import importlib.util
 import sys
 import warnings
-from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
-from conftest import bytes_of, difference, disturb
+from conftest import ROOT, bytes_of, difference, disturb
 from PIL import Image
 
 from diffuser import Diffuser
 from editor import PIPELINES, Editor
 from grpo import sde_step
 
-ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "gpu"))
 
 import architectures  # noqa: E402
@@ -29,8 +27,8 @@ import architectures  # noqa: E402
 TORCHVISION = importlib.util.find_spec("torchvision") is not None
 if not TORCHVISION:
     warnings.warn("no torchvision: four of the Editor's pipelines are not tested", stacklevel=1)
-INSTRUCTIONS = ["move the red circle left of the blue square ", "move the blue square "]
-INSTRUCTIONS = [6 * text for text in INSTRUCTIONS]  # QwenImageEdit drops the first 64 tokens
+# Long, because QwenImageEdit drops the first 64 tokens of what it reads.
+INSTRUCTIONS = [6 * "move the red circle left of the blue square ", 6 * "move the blue square "]
 SMALL = architectures.SIZES["tiny"]["Qwen3ForCausalLM"]
 
 
@@ -48,20 +46,18 @@ def qwen_vae(name, **more):
     return getattr(diffusers, name)(**sizes | more)
 
 
-def qwen_vl(name):
-    """A tiny Qwen-VL and its own processor."""
+def qwen_vl(family):
+    """A tiny model of Qwen2_5_VL or Qwen3VL, and its own processor."""
     import transformers
 
-    model, stand_in = architectures.qwen_vl(name, tiny=True)
-    qwen2 = name.startswith("Qwen2")
-    processor = getattr(transformers, "Qwen2_5_VLProcessor" if qwen2 else "Qwen3VLProcessor")(
+    model, stand_in = architectures.qwen_vl(f"{family}ForConditionalGeneration", tiny=True)
+    video = "Qwen2VL" if family == "Qwen2_5_VL" else family
+    processor = getattr(transformers, f"{family}Processor")(
         image_processor=transformers.Qwen2VLImageProcessor(
             patch_size=stand_in.image_processor.patch_size, min_pixels=64 * 64, max_pixels=64 * 64
         ),
         tokenizer=stand_in.tokenizer,
-        video_processor=getattr(
-            transformers, "Qwen2VLVideoProcessor" if qwen2 else "Qwen3VLVideoProcessor"
-        )(),
+        video_processor=getattr(transformers, f"{video}VideoProcessor")(),
         chat_template=stand_in.tokenizer.chat_template,
     )
     return model, processor
@@ -103,7 +99,7 @@ def fibo_2():
     """Its latents are images, (B, channels, height, width), and not tokens."""
     from diffusers import BriaFibo2Pipeline, BriaFibo2Transformer2DModel
 
-    text_encoder, processor = qwen_vl("Qwen3VLForConditionalGeneration")
+    text_encoder, processor = qwen_vl("Qwen3VL")
     return BriaFibo2Pipeline(
         scheduler=scheduler(),
         vae=architectures.build("AutoencoderKLFlux2", tiny=True),
@@ -132,7 +128,7 @@ def qwen_edit(name):
     """Guides by two calls, and gives the result the length of the conditional answer."""
     import diffusers
 
-    text_encoder, processor = qwen_vl("Qwen2_5_VLForConditionalGeneration")
+    text_encoder, processor = qwen_vl("Qwen2_5_VL")
     return getattr(diffusers, name)(
         scheduler=scheduler(),
         vae=qwen_vae("AutoencoderKLQwenImage", dim_mult=[1, 1, 1, 1]),
@@ -155,7 +151,7 @@ def qwen_21():
     """Its later steps read keys and values of the first one, unless told not to."""
     from diffusers import QwenImage21Pipeline, QwenImage21Transformer2DModel
 
-    text_encoder, processor = qwen_vl("Qwen3VLForConditionalGeneration")
+    text_encoder, processor = qwen_vl("Qwen3VL")
     return QwenImage21Pipeline(
         scheduler=scheduler(),
         vae=qwen_vae("AutoencoderKLQwenImage21", decoder_base_dim=4, dim_mult=[1, 1, 1, 1, 1]),
@@ -227,32 +223,28 @@ def noise_images(count):
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Function of a pipeline's name: the folder of a tiny one, saved on first use."""
-    made = {}
 
-    def get(name):
+    @functools.cache
+    def save(name):
         if name in NEEDS_TORCHVISION and not TORCHVISION:
             pytest.skip(f"{name} needs torchvision")
-        if name not in made:
-            torch.manual_seed(0)
-            made[name] = tmp_path_factory.mktemp(name)
-            MAKE[name]().save_pretrained(made[name])
-        return made[name]
+        torch.manual_seed(0)
+        path = tmp_path_factory.mktemp(name)
+        MAKE[name]().save_pretrained(path)
+        return path
 
-    return get
+    return save
 
 
 def load(folder, name, guided=False):
     plain, guidance = CALLS[name]
     template = '{"edit_instruction": "{}"}' if name == "BriaFiboEditPipeline" else "{}"
     call = CALL | plain | (guidance if guided else {})
+    torch.manual_seed(0)  # of the adapter's weights, whatever test ran before
     return Editor(Diffuser.load(folder(name)).pipeline, call, template=template)
 
 
-def test_every_pipeline_of_the_table_is_tested():
-    assert set(MAKE) == set(CALLS) == set(PIPELINES)
-
-
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_edits_and_adapter(name, folder, tmp_path):
     editor = load(folder, name)
     images = noise_images(2)
@@ -267,26 +259,24 @@ def test_edits_and_adapter(name, folder, tmp_path):
     trained = editor.edit(images, INSTRUCTIONS, [1, 2])
     assert difference(trained, plain) > 1
     editor.save_adapter(tmp_path)
-    again = load(folder, name)
-    again.load_adapter(tmp_path)
-    assert bytes_of(again.edit(images, INSTRUCTIONS, [1, 2])) == bytes_of(trained)
-    again = load(folder, name)
-    again.pipeline.load_lora_weights(tmp_path)  # diffusers alone
-    assert bytes_of(again.edit(images, INSTRUCTIONS, [1, 2])) == bytes_of(trained)
+    for loads in (lambda new: new.load_adapter, lambda new: new.pipeline.load_lora_weights):
+        new = load(folder, name)
+        loads(new)(tmp_path)  # the second is of diffusers alone
+        assert bytes_of(new.edit(images, INSTRUCTIONS, [1, 2])) == bytes_of(trained)
 
 
 @pytest.mark.parametrize("guided", [False, True], ids=["plain", "guided"])
-@pytest.mark.parametrize("name", MAKE)
+@pytest.mark.parametrize("name", PIPELINES)
 def test_recorded_is_replayed_and_gradient_is_finite_difference(name, guided, folder):
     editor = load(folder, name, guided)
     parameters = editor.add_adapter(4)
     disturb(parameters)
     group = [noise_images(1) * 3, INSTRUCTIONS[:1] * 3, [5] * 3, [10, 11, 12]]
     with torch.no_grad():
-        ode = editor.rollout(*group, range(0), 0.0)
+        nearly_ode = editor.rollout(*group, range(3), 1e-4)
         rollout = editor.rollout(*group, range(1, 3), 0.8)
-    assert difference(ode.images, editor.edit(*group[:3])) <= 1
-    assert len(rollout.steps) == 2 and not ode.steps
+    assert difference(nearly_ode.images, editor.edit(*group[:3])) <= 1
+    assert len(rollout.steps) == 2
     calls = len(rollout.steps[0].calls)
     assert calls == (1 if not guided or name == "BriaFiboEditPipeline" else 2)
     for step in rollout.steps:
@@ -302,7 +292,8 @@ def test_recorded_is_replayed_and_gradient_is_finite_difference(name, guided, fo
 def check_gradient(editor, group, step, parameters):
     """d log-prob / d LoRA weights, along the gradient and along two random directions.
 
-    Measured: errors of 0.0003 of the gradient's length at most, and of 0.01 to 0.03 with a cache.
+    Measured with 6 random adapters each: errors of at most 0.0012 of the gradient's length, and of
+    0.011 to 0.030 with a cache. A longer difference would add curvature, a shorter one rounding.
     """
     with editor.adapter():
         editor.replay(step)[0].sum().backward()
@@ -313,9 +304,9 @@ def check_gradient(editor, group, step, parameters):
         directions.append([torch.randn(p.shape, generator=generator) for p in parameters])
     for direction in directions:
         unit = [d / dot(direction, direction) ** 0.5 for d in direction]
-        ahead = fresh_log_prob(editor, group, step, parameters, unit, 0.003)
-        behind = fresh_log_prob(editor, group, step, parameters, unit, -0.003)
-        error = (ahead - behind) / 0.006 - dot(gradient, unit)
+        ahead = fresh_log_prob(editor, group, step, parameters, unit, 0.002)
+        behind = fresh_log_prob(editor, group, step, parameters, unit, -0.002)
+        error = (ahead - behind) / 0.004 - dot(gradient, unit)
         assert abs(error) < 0.002 * dot(gradient, gradient) ** 0.5
 
 
@@ -352,7 +343,7 @@ def test_the_cache_of_qwen_image_21_would_make_the_gradient_wrong(folder):
     """What the table's `use_kv_cache: False` prevents, and proof that the check above notices."""
     editor = load(folder, "QwenImage21Pipeline")
     assert editor.call["use_kv_cache"] is False
-    with pytest.raises(ValueError, match="'editor.call.use_kv_cache' has to be False"):
+    with pytest.raises(ValueError, match="'editor.call' has to hold.*use_kv_cache.*False"):
         Editor(editor.pipeline, {"use_kv_cache": True})
     parameters = editor.add_adapter(4)
     disturb(parameters)
