@@ -100,7 +100,7 @@ class Actor(VLM):
         self.checkpointing = checkpointing
         if checkpointing:
             self.model.activation_checkpointing_enable()
-            self.model.disable_input_require_grads()  # for the reentrant kind only
+            self.model.disable_input_require_grads()  # only reentrant checkpointing needs it
         ends = self.model.generation_config.eos_token_id
         if ends is None:
             raise ValueError("generation_config.json names no eos_token_id: nothing would end")
@@ -113,7 +113,7 @@ class Actor(VLM):
         self.end_ids = [*ends, *(visual - {None})]
 
     def probe(self):
-        """Call once after loading: try two blank images, and turn sharing on if it works."""
+        """Call once after loading: turn sharing on if it works on two blank images."""
         if self.checkpointing:  # transformers then keeps no key-value cache
             return
         text = self.processor.tokenizer("red circle left of", add_special_tokens=False)
@@ -129,34 +129,29 @@ class Actor(VLM):
         replays them; do not train on such completions.
         Completion k of an image depends on its seed and on k, not on what else is in the batch.
         """
-        texts = zip(prompts, feedback, tried or [()] * len(images), strict=True)
-        # Every completion is a row of its own, and those of an image are neighbors.
-        requests = [request(*text) for text in texts for _ in range(n)]  # (N)
-        images = [image for image in images for _ in range(n)]
-        random_numbers = [Random(f"{seed} {k}") for seed in seeds for k in range(n)]
+        tried = tried or [()] * len(images)
+        requests = [request(*each) for each in zip(prompts, feedback, tried, strict=True)]
+        # The sampler leaves one token to choose from; `top_k` 0 spares `generate` a search.
+        settings = {"do_sample": True, "top_k": 0, "num_return_sequences": n}
+        settings |= {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.end_ids}
         ids, log_probs = [], []  # per completion, as long as its batch: (T_batch,)
-        for start in range(0, len(images), self.batch_size * n):
-            part = slice(start, start + self.batch_size * n)
-            inputs = self.inputs(SYSTEM, images[part], requests[part])
-            sampler = _Sampler(random_numbers[part], temperature or self.temperature)
-            with self.adapter(), torch.no_grad():
-                output = self.model.generate(
-                    **inputs,
-                    max_new_tokens=self.max_new_tokens,
-                    eos_token_id=self.end_ids,
-                    do_sample=False,  # the sampler leaves one token to choose from
-                    logits_processor=[sampler],
-                )
-            ids += output[:, inputs["input_ids"].shape[1] :]
-            log_probs += torch.cat(sampler.log_probs, 1)
+        with self.adapter(), torch.no_grad(), torch.random.fork_rng():
+            for start in range(0, len(images), self.batch_size):
+                part = slice(start, start + self.batch_size)
+                inputs = self.inputs(SYSTEM, images[part], requests[part])
+                sources = [Random(f"{seed} {k}") for seed in seeds[part] for k in range(n)]
+                sampler = _Sampler(sources, temperature or self.temperature)
+                output = self.model.generate(**inputs, **settings, logits_processor=[sampler])
+                ids += output[:, inputs["input_ids"].shape[1] :]
+                log_probs += torch.cat(sampler.log_probs, 1)
         ids = pad_sequence(ids, batch_first=True, padding_value=self.end_ids[0])  # (N, T)
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
         # A template for thinking may give the opening tag itself.
         given = "<think>" if self.chat(SYSTEM, "").rstrip().endswith("<think>") else ""
         thoughts, instructions = zip(*[parse_completion(given + text) for text in texts])
         return Proposals(
-            images=images,
-            requests=requests,
+            images=[image for image in images for _ in range(n)],
+            requests=[text for text in requests for _ in range(n)],
             ids=ids,
             mask=completion_mask(ids, self.end_ids),
             log_probs=pad_sequence(log_probs, batch_first=True),
@@ -169,7 +164,8 @@ class Actor(VLM):
         """Replay: log pi of the completions in `rows` (a slice) with gradient, (R, T) fp32."""
         images, requests = proposals.images[rows], proposals.requests[rows]
         ids, mask = proposals.ids[rows], proposals.mask[rows]  # (R, T)
-        # At a sampled image token, which ends its completion, the model would look for an image.
+        # At an image token, one of the end tokens, the model would look for an image. Nothing is
+        # read after an end, so all ends may become the same one.
         is_end = torch.isin(ids, ids.new_tensor(self.end_ids))
         ids_to_read = ids.masked_fill(is_end, self.end_ids[0])
         logits_of = self.shared_logits if self.share else self.single_logits
@@ -231,7 +227,7 @@ class Actor(VLM):
             tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
             config = PeftConfig.from_pretrained(folder)
             if config.init_lora_weights not in (True, False, "gaussian"):
-                raise ValueError(f"{config.init_lora_weights!r} would change the base model")
+                raise ValueError(f"{config.init_lora_weights!r} is not a plain LoRA")
             self.model.add_adapter(config, ADAPTER)
             self.add_adapter(config.r)
             found = set_peft_model_state_dict(self.model, tensors, ADAPTER)
@@ -242,7 +238,8 @@ class Actor(VLM):
             if wrong:
                 raise ValueError(f"missing, unknown, or not finite: {', '.join(wrong[:3])}")
         except Exception as error:  # of any kind: it comes from the depths of peft
-            raise ValueError(f"{folder} is no adapter of this Actor: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{folder} is no adapter of this Actor: {reason}") from error
 
     def save_adapter(self, folder):
         """Write what `PeftModel.from_pretrained(model, folder)` reads."""

@@ -59,8 +59,11 @@ def reflect(graph, probs, mass=1.0):
     """
     probs = tuple(float(prob) for prob in probs)
     count = len(graph.objects) + len(graph.triples)
-    if len(probs) != count or not all(0 <= prob <= 1 for prob in probs):  # refuses NaN, too
-        raise ValueError(f"give {count} probabilities from 0 to 1, not {probs}")
+    if not 0 < len(probs) == count or not all(0 <= prob <= 1 for prob in probs):  # NaN, too
+        raise ValueError(
+            f"give {count} probabilities from 0 to 1, not {probs}; if they are NaN, set "
+            "'checker.dtype' to bfloat16 or float32"
+        )
     objects = list(zip(graph.labels(), probs))
     triples = list(zip(graph.triples, probs[len(objects) :]))
     alone = graph.alone()
@@ -76,7 +79,7 @@ def reflect(graph, probs, mass=1.0):
 def normalize_image(image):
     """A PIL image from anywhere as the models read it: upright, RGB, over white.
 
-    Raises ValueError for modes I and F, of which nobody knows the range.
+    Raises ValueError for more than 8 bits per channel, of which nobody knows the range.
     """
     from PIL import Image, ImageOps
 
@@ -91,7 +94,8 @@ class VLM:
     """A frozen vision-language model and its processor: what Checker and Actor have in common.
 
     The model's parameters are frozen here and its tokenizer is set to pad on the left. Several VLMs
-    may share them. batch_size: texts per forward pass or `generate` call.
+    may share them. batch_size: texts per forward pass (`Actor.propose`: images per call, n texts
+    each).
     """
 
     def __init__(self, model, processor, batch_size=64):
@@ -120,6 +124,9 @@ class VLM:
         )
         if lacking := sorted(info["missing_keys"]):
             raise ValueError(f"{path} lacks the weights of {', '.join(lacking[:3])}")
+        if unused := sorted(info["unexpected_keys"]):  # `build` turns transformers' report off
+            reason = f"{path}: {len(unused)} tensors are not used, such as {unused[0]}"
+            print(f"{reason}; config.json may be of another model", file=sys.stderr)
         return cls(model.to(device), processor, **settings)
 
     def chat(self, system, text):
@@ -134,7 +141,7 @@ class VLM:
 
         template = str(getattr(self.processor, "chat_template", ""))
         settings = {flag: False for flag in ("enable_thinking", "thinking") if flag in template}
-        reason = "it prints lists"
+        reason = "it prints the list of image and text instead of reading it"
         for messages in (
             [{"role": "system", "content": [{"type": "text", "text": system}]}, user(text)],
             [{"role": "system", "content": system}, user(text)],
@@ -175,6 +182,8 @@ class VLM:
         inputs = system, [white, white, gray, gray], texts, *more
         with torch.no_grad():
             single = self.single_logits(*inputs).float().log_softmax(-1)
+            if single.isnan().any():
+                raise ValueError("it answers NaN; set its dtype to bfloat16 or float32")
             try:
                 shared = self.shared_logits(*inputs).float().log_softmax(-1)
                 # Relative to how far the first and the last are apart, which differ in image and
@@ -182,7 +191,7 @@ class VLM:
                 apart = (single[0] - single[-1]).abs().mean()
                 error = (shared - single).abs().mean() / apart
                 if not error < 0.1:
-                    raise ValueError(f"else the log-probs would differ by {error:.0%}")
+                    raise ValueError(f"sharing would change the log-probs by {error:.0%}")
                 self.share = True
             except Exception as failure:  # of any kind: it comes from the depths of transformers
                 part, reason = type(self).__name__, " ".join(str(failure).split())[:200]
@@ -297,7 +306,8 @@ class Checker(VLM):
     def shared_logits(self, system, images, texts):
         """The same, but all questions about an image share one reading of it.
 
-        The prompts are cut after the last image token. The rest of each is its tail.
+        That is the prompt up to the last image token. No question has begun there, so "" stands for
+        all of them. The rest is each question's tail.
         """
         import torch
         from PIL import Image

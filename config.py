@@ -32,21 +32,25 @@ def is_model(path):
 Natural = Annotated[int, "an integer, 0 or more", lambda n: n >= 0]
 Count = Annotated[int, "an integer, 1 or more", lambda n: n >= 1]
 GroupSize = Annotated[int, "an integer, 2 or more", lambda n: n >= 2]
+Phase = Annotated[int, "1 or 2", lambda n: n in (1, 2)]
 Seed = Annotated[int, "an integer from 0 to 2**31 - 1", lambda n: 0 <= n < 2**31]
-NonNegative = Annotated[float, "0 or more", lambda x: 0 <= x < math.inf]  # also refuses NaN
+Share = Annotated[float, "a number, 0 or more and below 1", lambda x: 0 <= x < 1]
+NonNegative = Annotated[
+    float, "a number, 0 or more", lambda x: 0 <= x < math.inf
+]  # also refuses NaN
 Positive = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Dtype = Annotated[str, f"one of {DTYPES}", lambda name: name in DTYPES]
 Template = Annotated[str, "text with {} where the instruction goes", lambda text: "{}" in text]
 Words = Annotated[
-    list, "a list of words (quote on, off, yes)", lambda words: all(type(w) is str for w in words)
+    list,
+    "a list of words (quote on, off, yes)",
+    lambda words: all(type(word) is str and word.strip(" ;,") for word in words),
 ]
 Model = Annotated[str, "an existing folder, or a Hub id owner/name", is_model]
 Adapter = Annotated[str, "an existing folder", lambda path: not path or isdir(path)]
 DataFile = Annotated[str, "an existing file (LAION-SG: see gpu/phase1.yaml)", isfile]
-RunFolder = Annotated[
-    str, "a folder (set all $VARS)", lambda path: path.strip() and "$" not in path
-]
+RunFolder = Annotated[str, "a folder (set all $VARS)", re.compile(r"[^~$\s][^$]*").fullmatch]
 
 
 @dataclass
@@ -106,7 +110,7 @@ class LoopConfig:  # what every entry point needs (eval.yaml)
 
 @dataclass
 class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
-    phase: int | None = None  # which phase this file is for; null: either
+    phase: Phase | None = None  # which phase this file is for; null: either
     rounds: Count = 3  # of samples; a later round goes on from one sample of each group
     data: DataFile = field(kw_only=True)  # training prompts; no label is used
     data_limit: Natural = 0  # the first prompts of the file; 0: all
@@ -129,7 +133,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     clip_high: NonNegative = 0.28
     kl: NonNegative = 0.01  # weight of the KL to the model without adapter; 0 skips that pass
     advantage_eps: Positive = 0.05  # added to the std so that Checker noise is not amplified
-    flat_range: NonNegative = 0.02  # groups whose rewards span no more than this are left out
+    flat_range: Share = 0.02  # groups whose rewards span no more than this are left out
     refill: bool = False  # later rounds drop the states of flat groups and fill up with new images
     updates: Count = 2  # optimizer steps on the samples of an iteration; at 1 the clip never acts
     micro_batch: Count = 64  # samples of a backward pass; phase 2 takes whole groups
@@ -143,6 +147,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
 # Arguments of a pipeline's call that the program sets. `sigmas` would move the steps of a window.
 REFUSED = "prompt prompt_2 prompt_3 image generator output_type return_dict sigmas".split()
 REFUSED += ["num_images_per_prompt"]
+# Those that are whole numbers, 1 or more.
 COUNTS = "num_inference_steps max_sequence_length max_area height width".split()
 
 
@@ -167,7 +172,7 @@ def load_config(path, schema, overrides=()):
                 section = section[name]
             section[last] = read_yaml(text, f"override {override!r}: ")
         return fill(schema, values, "", dirname(path))
-    except (OSError, ValueError, OverflowError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(" ".join(f"{path}: {error}".split())) from None  # one line
 
 
@@ -226,7 +231,7 @@ def check(kind, value, key, folder):
     python_type, wanted, accepts = get_args(kind) or (kind, kind.__name__, lambda value: True)
     if python_type is str and value is None:  # "key:" or, on the command line, "key="
         value = ""
-    if python_type is float and type(value) is int:
+    if python_type is float and type(value) is int and abs(value) < 1e300:
         value = float(value)
     if kind in (Model, Adapter, DataFile, RunFolder) and type(value) is str:
         value = expanduser(expandvars(value))

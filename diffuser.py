@@ -50,6 +50,10 @@ class Diffuser:
                 )
                 if missing := sorted(info["missing_keys"]):
                     raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
+                if unused := sorted(info["unexpected_keys"]):
+                    reason = f"{path}: {name}: {len(unused)} tensors are not used, such as "
+                    reason += f"{unused[0]}; config.json may be of another model"
+                    print(reason, file=sys.stderr)
         options |= {"trust_remote_code": False, **models}
         return cls(DiffusionPipeline.from_pretrained(path, **options).to(device))
 
@@ -78,9 +82,12 @@ class Diffuser:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 raise ValueError(f"key 'diffuser.call': {reason}") from error
             if all(asked) and made[0].size != asked:
-                raise ValueError(f"key 'diffuser.call': {asked} pixels become {made[0].size}")
+                raise ValueError(
+                    f"key 'diffuser.call': width and height {asked} become {made[0].size}; set "
+                    "them to that, or max_area to their product"
+                )
             if all(image.getbbox() is None for image in made):  # NaN becomes black, too
-                raise ValueError("only black images; set 'diffuser.dtype' to bfloat16 or float32")
+                raise ValueError("only black images; if 'diffuser.dtype' is float16, set another")
             images += made
         return images
 
@@ -91,15 +98,17 @@ class Diffuser:
         """
         if re.search("[\ud800-\udfff]", prompt):
             return "it holds a lone surrogate, half of a character"
+        if special := re.search(r"<\W?\w+\W?>", prompt):  # a VLM would look for an image
+            return f"it holds {special[0]!r}, which may be a special token"
         names = ("tokenizer_3", "tokenizer_2", "tokenizer")  # the highest-numbered reads the most
         found = [getattr(self.pipeline, name, None) for name in names]
-        found = [part for part in found if getattr(part, "is_fast", False)]
+        found = [part for part in found if hasattr(part, "is_fast")]
         if not found:  # such as a processor of text and images
             return None
         tokenizer = found[0]
-        encoded = tokenizer(prompt, return_offsets_mapping=True)
+        encoded = tokenizer(prompt, return_offsets_mapping=tokenizer.is_fast)
         ids, unknown = encoded["input_ids"], []
-        for id, (start, end) in zip(ids, encoded["offset_mapping"]):
+        for id, (start, end) in zip(ids, encoded.get("offset_mapping", [])):
             if id == tokenizer.unk_token_id and start < end:  # CLIP's end token has the same id
                 unknown.append(prompt[start:end])
         if unknown:
@@ -129,7 +138,7 @@ class Diffuser:
 def check_call(key, kind, call):
     """Compare the arguments of a pipeline's call with the signature of its class.
 
-    Raises ValueError for one that is unknown, of another type than its default, or without effect.
+    Raises ValueError for one that is unknown or of another type than its default.
     Dictionaries are refused because no pipeline checks their keys, tensors because YAML has none.
     """
     takes = inspect.signature(kind.__call__).parameters
@@ -139,11 +148,14 @@ def check_call(key, kind, call):
             raise ValueError(f"key '{key}': {kind.__name__} takes no {name} from a file")
         default = takes[name].default
         accepted = several.get(type(default), (type(default),))
-        if type(value) not in accepted and value is not default:  # isinstance takes True for an int
+        # Not isinstance, which takes True for an int. Only NaN differs from itself.
+        if (type(value) not in accepted and value is not default) or value != value:
             wanted = " or ".join(each.__name__ for each in accepted)
             raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}")
     if "true_cfg_scale" in takes:
         negative = call.get("negative_prompt") is not None
         scale = call.get("true_cfg_scale", takes["true_cfg_scale"].default if negative else 1)
         if (scale > 1) != negative:
-            raise ValueError(f"key '{key}': true_cfg_scale above 1 goes with a negative_prompt")
+            raise ValueError(
+                f"key '{key}': give true_cfg_scale above 1 and negative_prompt together, or neither"
+            )

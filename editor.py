@@ -39,7 +39,7 @@ class Kind(NamedTuple):
     batched: bool = False  # one call can edit different images
     rescaled: bool = False  # guidance keeps the length of the conditional output, per token
     latents_last: bool = False  # the latents' tokens come after those of the image that is edited
-    call: dict = {}  # arguments that its call has to have
+    call: dict = {}  # arguments set in its call; other values of them are refused
 
 
 # Recorded, replayed and checked against finite differences in tests/test_pipeline_families.py. Add
@@ -61,7 +61,7 @@ PIPELINES = {
 class RecordedStep:
     """One stochastic denoising step of B images; tensors in fp32 except those in `calls`."""
 
-    calls: list[tuple]  # (positional, keyword) arguments of the transformer; two with guidance
+    calls: list[tuple]  # (positional, keyword) arguments; guidance may take two calls
     sample: torch.Tensor  # (B, tokens, channels) latents x before the step
     next_sample: torch.Tensor  # (B, tokens, channels) latents x' after it
     sigma: float
@@ -91,8 +91,12 @@ class Editor:
 
     def __init__(self, pipeline, call=None, batch_size=64, template="{}"):
         self.kind = find_kind(type(pipeline).__name__)
-        if type(pipeline.scheduler).__name__ != "FlowMatchEulerDiscreteScheduler":
-            raise ValueError("the Editor needs a FlowMatchEulerDiscreteScheduler")
+        scheduler = type(pipeline.scheduler).__name__
+        if scheduler != "FlowMatchEulerDiscreteScheduler":
+            raise ValueError(
+                f"key 'editor.model': {scheduler} cannot be recorded; give the pipeline a "
+                "FlowMatchEulerDiscreteScheduler"
+            )
         self.pipeline = pipeline
         self.pipeline.set_progress_bar_config(disable=True)
         self.pipeline.transformer.requires_grad_(False)
@@ -133,7 +137,7 @@ class Editor:
             window: range of step indices. The last step is an ODE step and never recorded.
             noise_level: a in `sde_step`.
 
-        A hook keeps what goes into the transformer and comes out. `sde_step` replaces the
+        A hook keeps what goes into the transformer and what comes out. `sde_step` replaces the
         scheduler's step, which it equals outside the window.
         """
         scheduler, transformer = self.pipeline.scheduler, self.pipeline.transformer
@@ -154,10 +158,12 @@ class Editor:
             sigma, sigma_next = scheduler.sigmas[index : index + 2].tolist()
             level = noise_level if index in window else 0.0
             if level > 0:  # go on with exactly the velocity that a replay will compute
-                given, velocity = velocity.float(), self._velocity(outputs, velocity)
+                replayed = self._velocity(outputs, velocity)
                 tolerance = max(1e-4, 2 * torch.finfo(outputs[0].dtype).eps)
-                if not (velocity - given).norm() <= tolerance * given.norm():  # or NaN
+                difference = (replayed - velocity.float()).norm()
+                if not difference <= tolerance * replayed.norm():  # or NaN
                     raise ValueError("its guidance cannot be replayed; turn it off")
+                velocity = replayed
             next_latents, log_prob, mean, _ = sde_step(
                 velocity, latents, sigma, sigma_next, level, generator=generators
             )
@@ -188,16 +194,16 @@ class Editor:
         )
         return log_prob, mean, std
 
-    def _velocity(self, outputs, sample):
+    def _velocity(self, outputs, like):
         """The velocity (B, tokens, channels) in fp32 from what the transformer returned in a step.
 
-        Without guidance that is one output. It has more tokens than `sample`: those of the image
-        that is edited.
+        It has the shape of `like`; the other tokens of an output belong to the image that is
+        edited. Without guidance there is one output, and it is the velocity.
         """
-        tokens = sample.shape[1]
+        tokens = like.shape[1]
         part = slice(-tokens, None) if self.kind.latents_last else slice(tokens)
         outputs = [output[:, part].float() for output in outputs]
-        if len(outputs) == 1 and len(outputs[0]) == len(sample):
+        if len(outputs) == 1 and len(outputs[0]) == len(like):
             return outputs[0]
         return self._guided_velocity(outputs)
 
@@ -246,9 +252,12 @@ class Editor:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"key 'editor.call': {reason}") from error
         if all(asked) and made[0].size != asked:
-            raise ValueError(f"key 'editor.call': {asked} pixels become {made[0].size}")
+            raise ValueError(
+                f"key 'editor.call': width and height {asked} become {made[0].size}; set them to "
+                "that, or max_area to their product"
+            )
         if all(image.getbbox() is None for image in made):  # NaN becomes black, too
-            raise ValueError("only black images; set 'editor.dtype' to bfloat16 or float32")
+            raise ValueError("only black images; if 'editor.dtype' is float16, set another")
         return made
 
     def _report_cut(self, prompts):
@@ -310,7 +319,8 @@ class Editor:
             if wrong:
                 raise ValueError(f"missing, unknown, or not finite: {', '.join(wrong[:3])}")
         except Exception as error:  # of any kind: it comes from the depths of diffusers
-            raise ValueError(f"{folder} is no adapter of this Editor: {error}") from error
+            reason = f"{type(error).__name__}: {error}"
+            raise ValueError(f"{folder} is no adapter of this Editor: {reason}") from error
 
     def save_adapter(self, folder):
         """Write what `pipeline.load_lora_weights(folder)` reads, the LoRA alpha included."""
@@ -362,7 +372,7 @@ def find_kind(name):
 def normalize_image(image):
     """A PIL image from anywhere as the models read it: upright, RGB, over white.
 
-    Raises ValueError for modes I and F, of which nobody knows the range.
+    Raises ValueError for more than 8 bits per channel, of which nobody knows the range.
     """
     from PIL import Image, ImageOps
 

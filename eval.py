@@ -153,7 +153,7 @@ class Meter:
         if "input_ids" in keywords:  # a VLM; padding is computed, so it counts
             self.vlm_tokens += keywords["input_ids"].numel()
             return
-        latents = arguments[0] if arguments else keywords["hidden_states"]
+        latents = arguments[0] if arguments else keywords.get("hidden_states", keywords.get("x"))
         for row in latents:  # packed latents are (tokens, C), others (C, ..., H, W)
             self.flow_tokens += len(row) if row.ndim == 2 else row[0].numel()
         text = keywords.get("encoder_hidden_states")  # (B, tokens, C)
@@ -273,13 +273,15 @@ def interval(values, others=None):
     """What `bootstrap` returns as text, with signs if it is a difference."""
     sign = "" if others is None else "+"
     mean, low, high = bootstrap(values, others)
+    if math.isnan(mean):
+        return "–"
     return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
 def tables(rows, counts):
     """Three tables, each as {"title": str, "cells": rows of strings, headings first}.
 
-    counts: the number of relations of each prompt.
+    counts: the number of relations of each prompt, at most 6.
     """
     rows = sorted(rows, key=lambda row: row.name.startswith("loop"))  # stable: loops last
     last = rows[-1]
@@ -350,8 +352,9 @@ def run(arguments):
     made_with = {"config": fingerprint(config), "prompts": len(graphs)}
     rows = finished_rows(folder / "results.json", made_with, arguments.resume)
     loop = build(config)
-    judge, part = loop.checker, settings.judge
+    judge, judge_name, part = loop.checker, "the Checker's own model", settings.judge
     if part:
+        judge_name = part.model
         with naming(config, "evaluation.judge.model"):
             judge = Checker.load(part.model, *device_and_dtype(part), part.attention)
             judge.batch_size = part.batch_size
@@ -369,7 +372,9 @@ def run(arguments):
             report([folder])
         else:
             record(folder, trajectories)
-    say(f"\n{markdown(tables(rows, counts))}{folder / 'table.md'}\n{folder / 'report.html'}")
+    text = markdown(tables(rows, counts)) + f"The columns (VLM) and Judge are by {judge_name}.\n"
+    write(folder / "table.md", text)
+    say(f"\n{text}{folder / 'table.md'}\n{folder / 'report.html'}")
 
 
 def finished_rows(path, made_with, resume):
@@ -379,11 +384,16 @@ def finished_rows(path, made_with, resume):
     """
     if not resume and not path.exists():
         return []
-    results = json.loads(path.read_text(encoding="utf-8"))
-    rows = [Row(**row) for row in results["rows"]]
-    if not resume and not rows[-1].name.startswith("best of"):
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+        rows = [Row(**row) for row in results["rows"]]
+        finished = rows[-1].name.startswith("best of")
+        same = all(results[key] == value for key, value in made_with.items())
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{path}: cannot be read ({error}); remove it, or set --out") from None
+    if not resume and not finished:
         raise ValueError(f"{path}: is unfinished; add --resume, or --out with another folder")
-    if resume and any(results[key] != value for key, value in made_with.items()):
+    if resume and not same:
         raise ValueError(f"{path}: is of another config; start without --resume, or set --out")
     return rows if resume else []
 

@@ -268,7 +268,7 @@ def naming(config, key):
     except Exception as error:  # of any kind: it comes from the depths of three libraries
         value = functools.reduce(getattr, key.split("."), config)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if key.endswith(".adapter") and not isinstance(error, ValueError):
+        if "no adapter of" in reason:
             reason += "; the Actor takes adapters of phase 1, the Editor those of phase 2"
         raise ValueError(f"key '{key}': cannot load {value!r}: {reason}") from None
 

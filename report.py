@@ -41,7 +41,7 @@ def report(folders):
     """Make the page of each run, report.html in its folder. -> their paths."""
     pages = []
     for folder in map(Path, folders):
-        samples = sorted(folder.glob("samples/*.json"), key=lambda path: int(path.stem))
+        samples = sorted(folder.glob("samples/[0-9]*.json"), key=lambda path: int(path.stem))
         first_and_last = samples[:1] + samples[1:][-1:]
         body = section("Results", tables, folder / "results.json")
         body += section("Curves", curves, folder / "metrics.jsonl")
@@ -79,7 +79,7 @@ def curves(text):
     """A chart of every figure that was logged, as SVG."""
     series = {}  # name -> [(iteration, value)]
     for line in text.splitlines():
-        with suppress(ValueError):  # a killed run may have left half a line
+        with suppress(ValueError, AttributeError, KeyError):  # a killed run may leave half a line
             row = json.loads(line)
             iteration = row.pop("iteration")
             for name, value in row.items():
@@ -102,7 +102,9 @@ def curves(text):
 
 def gallery(*texts):
     samples = [sample for text in texts for sample in json.loads(text)[:SHOWN]]
-    parts = f"<p>At most {SHOWN} prompts. A training run shows each before and after training."
+    parts = f"<p>The first {SHOWN}." if len(samples) >= SHOWN else ""
+    if len(texts) > 1:
+        parts += "<p>Each prompt before training, then at the last validation."
     for sample in sorted(samples, key=lambda sample: sample["seed"]):
         steps, best = sample["steps"], sample["best"]
         scores = f"{steps[0]['score']:.2f} → {steps[best]['score']:.2f}"

@@ -97,7 +97,9 @@ def comparable_sets(graph):
 
 
 def parse_prompt(text, relations):
-    """Read what `SceneGraph.prompt()` writes. A name is one object, however often it appears.
+    """Read what `SceneGraph.prompt()` writes.
+
+    A name is one object, however often it appears, unless it says "another dog".
 
     relations: the known relation words. Raises ValueError, one line that shows the right form, for
     whatever is not understood.
@@ -107,7 +109,8 @@ def parse_prompt(text, relations):
         raise ValueError(f"prompt {text!r}: list your relation words under `relations`")
     objects, triples = [], []
     for clause in text.split(";"):
-        clause = " ".join(clause.split()).strip(" .!?\ufeff")
+        clause = " ".join(clause.split()).strip(" .!?'“”\ufeff")
+        clause = re.sub("(?i)^an? (?:photo|picture|image) of ", "", clause)
         if not clause:
             continue
         found = find_relation(clause, relations)
@@ -243,10 +246,12 @@ def read_laion(entry, place):
     for item in entry["items"]:
         id, label = str(item["item_id"]), clean_name(item["label"])
         attributes = item.get("attributes") or []
-        if id in names or isinstance(attributes, str):
-            raise ValueError(f"item {id} is there twice, or its attributes are not a list")
+        if isinstance(attributes, str):
+            attributes = [attributes]
+        if id in names:
+            raise ValueError(f"two items have the id {id}")
         if label:
-            names[id] = clean_name(" ".join([*attributes, label]))
+            names[id] = clean_name(" ".join([*filter(None, attributes), label]))
     for record in entry["relations"] or ():
         subject, object = str(record["item1"]), str(record["item2"])
         relation = re.sub("(?i)^(is|are)[ _](?=.)", "", " ".join(record["relation"].split()))
@@ -261,6 +266,8 @@ def read_laion(entry, place):
 
 def read_geneval(entry, place):
     groups = entry["include"]
+    if not groups:
+        raise ValueError("it includes nothing")
     names = [clean_name(f"{group.get('color') or ''} {group['class']}") for group in groups]
     objects, triples = [], []
     for number, (name, group) in enumerate(zip(names, groups)):
@@ -278,14 +285,17 @@ def read_geneval(entry, place):
 
 # ---- answers of VLMs ----
 
-# The key of a subject in front of its name. A denial in front of a triple, or behind it: "sea: no".
-SUBJECT = re.compile(r"\b(?:subject|head|source|s|[a-z]+ ?1)\W{0,2}[:=]\W*$")
+# The key in front of a subject's name ("_" is a space by then).
+SUBJECT = r"\b(?:subj(?:ect)?|head|source|from|s|[a-z]+ ?1)(?: ?\d| name)?\W{0,2}[:=]\W*$"
+# A denial in front of a triple, in the same clause.
 DENIAL = re.compile(r"\b(?:no|not|never)\b[^.,;\n\[\](){}]*$")
-ANSWER_NO = re.compile(r"[^\n\[\]{}]*: ?[\"']?(?:no|not|false)\b")
-# Between the words of a triple: keys in the singular ("relations:" begins a list), small words,
-# numbers, and marks other than brackets.
-FILLER = r"\b(?:s|\w*[^\Ws])[\"'”’]?\s?[:=]"
-FILLER += r"|\b(?:is|are|to|on|at|the|an?|located|placed|directly|\d+)\b|[^\w\[\]]"
+# One that answers it, after one key at most: "sun above sea: no", {..., "present": false}.
+ANSWER_NO = re.compile(r"[^\w\[\]{}.;]*(?:\b\w+[\"']?)?: ?[\"']?(?:no|not|false)\b|\? *no\b")
+# What may stand between the words of a triple: keys that do not end in "s" ("relations:" begins a
+# list), small words, numbers, and marks other than brackets.
+FILLER = r"\b(?:s|(?:[a-z]+ )?\w*[^\Ws])[\"'”’]?\s?[:=]"
+FILLER += r"|\b(?:is|are|be|to|on|at|the|an?|that|which|appears|located|positioned|placed|directly"
+FILLER += r"|slightly|\d+)\b|[^\w\[\]]"
 
 
 def parse_scene_graph(text, objects, relations):
@@ -314,7 +324,8 @@ def parse_scene_graph(text, objects, relations):
         colons = [re.search(r"[:=]\W*$", gap) for gap in gaps]
         if second[2]:
             subject, relation, object = first, second, third
-        elif third[2] and colons[1]:  # "sun - sea: above"
+        # "sun - sea: above", but not a line or braces further on
+        elif third[2] and colons[1] and (colons[0] or not re.search(r"[\n}]", gaps[0])):
             subject, object, relation = first, second, third
         elif first[2] and all(colons):  # {"relation": "above", "subject": "sun", "object": "sea"}
             relation, subject, object = first, second, third
@@ -325,7 +336,11 @@ def parse_scene_graph(text, objects, relations):
         denied = DENIAL.search(text, max(first.start() - 60, 0), first.start())
         if denied or ANSWER_NO.match(text, third.end(), third.end() + 60):
             continue
-        if SUBJECT.search(text, max(object.start() - 20, 0), object.start()):
+        called_subject = [
+            re.search(SUBJECT, text[max(name.start() - 20, 0) : name.start()])
+            for name in (subject, object)
+        ]
+        if called_subject[1] and not called_subject[0]:
             subject, object = object, subject
         triple = [without_the(match[0]) for match in (subject, relation, object)]
         triples[relation.start()] = names[triple[0]], words[triple[1]], names[triple[2]]
@@ -343,5 +358,6 @@ def parse_scene_graph(text, objects, relations):
 
 def is_filler(gap):
     """Whether two words with this text between them can belong to the same triple."""
-    other_object = re.search(r"\}\W*\{", gap[:80])
-    return len(gap) < 80 and not other_object and not re.sub(FILLER, "", gap)
+    if len(gap) >= 80 or re.search(r"\}\W*\{|\n *[-*\d]\W* \w+ ?:", gap):  # another record begins
+        return False
+    return not re.sub(FILLER, "", gap)

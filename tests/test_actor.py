@@ -291,9 +291,9 @@ def edited(saved, folder, change=lambda tensors: tensors, **config):
             {},
             "missing, unknown, or not finite: .*lora_A",
         ),
-        (lambda tensors: tensors | {"surplus.weight": torch.zeros(1)}, {}, "unknown: surplus"),
+        (lambda tensors: tensors | {"surplus.weight": torch.zeros(1)}, {}, "not finite: surplus"),
         (dict, {"r": 8}, "size mismatch"),
-        (dict, {"init_lora_weights": "pissa"}, "'pissa' would change the base model"),
+        (dict, {"init_lora_weights": "pissa"}, "'pissa' is not a plain LoRA"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(saved, tmp_path, change, config, message):

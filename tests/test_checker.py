@@ -251,7 +251,7 @@ def test_templates_take_a_system_message_in_different_ways(folder, template, cha
     ("template", "reason"),
     [
         ("{{ raise_exception('only for pairs of owls') }}", "only for pairs of owls"),
-        ("{{ messages[-1].content | trim }}", "it prints lists"),
+        ("{{ messages[-1].content | trim }}", "it prints the list"),
     ],
 )
 def test_a_template_that_fails_is_told(folder, template, reason):
@@ -269,7 +269,7 @@ def test_a_family_that_cannot_share_is_asked_one_by_one(drawn, checker, capsys, 
     def fails(*_):
         raise TypeError("no cache here")
 
-    for wrong, reason in ((fails, "no cache here"), (lambda *rows: -shared(*rows), "differ by")):
+    for wrong, reason in ((fails, "no cache here"), (lambda *rows: -shared(*rows), "would change")):
         monkeypatch.setattr(other, "shared_logits", wrong)
         other.probe()
         told = capsys.readouterr().err

@@ -122,7 +122,7 @@ def test_another_scheduler_is_refused(loop):
     from diffusers import UniPCMultistepScheduler
 
     loop.editor.pipeline.scheduler = UniPCMultistepScheduler()
-    with pytest.raises(ValueError, match="needs a FlowMatchEulerDiscreteScheduler"):
+    with pytest.raises(ValueError, match="UniPCMultistepScheduler cannot be recorded"):
         Editor(loop.editor.pipeline)
 
 

@@ -279,7 +279,8 @@ def test_the_command_writes_table_results_and_page(program, capsys):
     printed = capsys.readouterr().out
     assert "evaluating 3 prompts of " in printed and table in printed  # 3: the limit
     assert [row["name"] for row in results(out)["rows"]] == ["Diffuser", "loop", "best of 3"]
-    assert eval.markdown(results(out)["tables"]) == table
+    judged = "The columns (VLM) and Judge are by the Checker's own model.\n"
+    assert eval.markdown(results(out)["tables"]) + judged == table
     for row in results(out)["rows"]:
         assert set(row["values"]) == set(eval.HEADINGS)
         assert all(len(column) == 3 for column in row["values"].values())

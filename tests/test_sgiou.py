@@ -191,7 +191,7 @@ def test_laion_sg(tmp_path, capsys):
         {**LAION, "relations": [{"item1": 0, "relation": "on", "item2": 0}]},
         {**LAION, "relations": [{"item1": 0, "relation": "on", "item2": 2}]},  # without a label
         {**LAION, "items": LAION["items"] * 2},  # two items with the same id
-        {**LAION, "items": [{**LAION["items"][0], "attributes": "young"}, *LAION["items"][1:]]},
+        {"include": []},
         {"include": [{"class": "cat", "position": ["above", 5]}]},
         {"include": [{"class": "cat", "position": ["above", 0]}]},  # itself
         {"include": [{"class": "cat", "count": 10**9}]},
@@ -236,6 +236,29 @@ def test_t2i_compbench_and_plain_prompts(tmp_path, capsys):
     assert [graph.prompt() for graph in load_graphs(path)] == prompts
     assert "skipped 2 entries; the first: line 6: " in capsys.readouterr().err
     assert load_graphs(path, ["riding"])[-1].prompt() == "man riding horse"
+
+
+@pytest.mark.parametrize(
+    ("answer", "triples"),
+    [
+        ("sun: above sea\ndog: below sun", [("sun", "above", "sea"), ("dog", "below", "sun")]),
+        ("sun - sea: above; dog - sea: not above", [("sun", "above", "sea")]),
+        ("The sun is above the sea. Dog: not visible.", [("sun", "above", "sea")]),
+        ("Is the sun above the sea? No. Is the dog below the sun? Yes", [("dog", "below", "sun")]),
+        ('{"subject1": "sun", "relation1": "above", "object1": "sea"}', [("sun", "above", "sea")]),
+        (
+            "- object: sea\n  relation: above\n  subject: sun\n"
+            "- object: sun\n  relation: below\n  subject: dog",
+            [("sun", "above", "sea"), ("dog", "below", "sun")],
+        ),
+        ("The sun is positioned slightly above the sea.", [("sun", "above", "sea")]),
+    ],
+)
+def test_answers_that_are_easily_mixed_up(answer, triples):
+    assert (
+        list(parse_scene_graph(answer, ["sun", "sea", "dog"], ["above", "below"]).triples)
+        == triples
+    )
 
 
 @pytest.mark.parametrize(
