@@ -126,7 +126,6 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     rank: Count = 16  # of the LoRA adapter
     learning_rate: Positive = 1e-3  # of AdamW
     warmup: Natural = 5  # iterations of linear warm-up
-    decay: bool = False  # the rate also falls linearly, to 0 at the end of the run
     max_grad_norm: Positive = 1.0
     clip_low: NonNegative = 0.2  # rho is clipped to [1 - clip_low, 1 + clip_high]. Phase 2: set
     # both to about 0.026 / sqrt(latent dimensions), see `sde_step` in grpo.py

@@ -75,6 +75,7 @@ from sgiou import SceneGraph, load_graphs
 # Added to the seed of a round, so that completions, noise and edits never share a seed.
 NOISE_SEEDS, EDIT_SEEDS = 1_000_000, 2_000_000
 CHECKPOINT = "checkpoint.safetensors"  # in a run's folder
+MAY_CHANGE = ("iterations", "validate_every", "run")  # keys, when a run is resumed
 
 
 @dataclass
@@ -425,10 +426,8 @@ def optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
     all_stats: one per batch. `metrics` keeps those of the iteration's last step.
     """
     # The rate rises over the first iterations, whatever the number of updates in each.
-    rate = config.learning_rate * min(1, (iteration + 1) / max(config.warmup, 1))
-    if config.decay:
-        rate *= 1 - iteration / config.iterations
-    optimizer.param_groups[0]["lr"] = rate
+    warm_up = min(1, (iteration + 1) / max(config.warmup, 1))
+    optimizer.param_groups[0]["lr"] = config.learning_rate * warm_up
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
     if not math.isfinite(norm):
         metrics["skipped"] += 1
@@ -502,7 +501,7 @@ class Run:
         self.graphs = self.read(config.data, config.data_limit or None)
         held_out = self.read(config.validation, config.validation_limit)
         self.first_trajectories = loop.start(held_out, list(range(len(held_out))))
-        self.made_with = made_with(config)
+        self.made_with = fingerprint(config, MAY_CHANGE)
         self.rows = saved["metrics"] if saved else []  # by iteration; row 0: before training
         lines = [json.dumps(row) + "\n" for row in self.rows]
         write(self.folder / "metrics.jsonl", "".join(lines))
@@ -589,7 +588,7 @@ def check_run(config, phase, resume):
     if not resume:
         return None
     saved = read_checkpoint(path)
-    then, now = saved["made with"], made_with(config)
+    then, now = saved["made with"], fingerprint(config, MAY_CHANGE)
     differences = [
         f"{key} ({then.get(key, 'unset')} then, {now.get(key, 'unset')} now)"
         for key in then | now
@@ -604,14 +603,6 @@ def check_run(config, phase, resume):
     if config.iterations < done:
         raise ValueError(f"{folder}: {done} iterations are done; set iterations={done} or more")
     return saved
-
-
-def made_with(config):
-    """The part of a config that has to stay the same when a run is resumed."""
-    may_change = ["validate_every", "run"]
-    if not config.decay:  # otherwise the rates of all iterations depend on their number
-        may_change.append("iterations")
-    return fingerprint(config, may_change)
 
 
 def save_checkpoint(path, parameters, optimizer, about):
