@@ -35,9 +35,8 @@ GroupSize = Annotated[int, "an integer, 2 or more", lambda n: n >= 2]
 Phase = Annotated[int, "1 or 2", lambda n: n in (1, 2)]
 Seed = Annotated[int, "an integer from 0 to 2**31 - 1", lambda n: 0 <= n < 2**31]
 Share = Annotated[float, "a number, 0 or more and below 1", lambda x: 0 <= x < 1]
-NonNegative = Annotated[
-    float, "a number, 0 or more", lambda x: 0 <= x < math.inf
-]  # also refuses NaN
+# `<` is false for NaN, so these refuse it.
+NonNegative = Annotated[float, "a number, 0 or more", lambda x: 0 <= x < math.inf]
 Positive = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Dtype = Annotated[str, f"one of {DTYPES}", lambda name: name in DTYPES]
@@ -146,7 +145,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
 # Arguments of a pipeline's call that the program sets. `sigmas` would move the steps of a window.
 REFUSED = "prompt prompt_2 prompt_3 image generator output_type return_dict sigmas".split()
 REFUSED += ["num_images_per_prompt"]
-# Those that are whole numbers, 1 or more.
+# Arguments that have to be whole numbers, 1 or more, if they are given.
 COUNTS = "num_inference_steps max_sequence_length max_area height width".split()
 
 

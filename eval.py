@@ -362,7 +362,8 @@ def run(arguments):
     graphs = loop.diffuser.readable(graphs, settings.data)
     counts = [min(len(graph.triples), 6) for graph in graphs]  # 6: or more
 
-    say(f"evaluating {len(graphs)} prompts of {settings.data}; finished rows:")
+    say(f"evaluating {len(graphs)} prompts of {settings.data}; if interrupted, --resume keeps")
+    say("the finished rows:")
     for trajectories in evaluate(loop, graphs, settings, config.relations, judge, rows):
         say(f"  {rows[-1].name}")
         results = {"tables": tables(rows, counts), "rows": [vars(row) for row in rows]} | made_with

@@ -28,7 +28,7 @@ Both phases do this:
 
 In the code N is the number of samples of a round (states * G), R of these are trained on in one
 `Batch`, and T is the number of actions of a sample (phase 2: one per batch). Figures are collected
-per sample, stats per batch, metrics per iteration.
+per sample or token, stats per batch, metrics per iteration.
 
 The randomness of training is drawn from the seed, the iteration and the round, so a resumed run
 ends with the same adapter, on a CPU bit for bit. `TrainConfig` in config.py has the meaning and the
