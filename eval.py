@@ -355,8 +355,10 @@ def run(arguments):
     judge, judge_name, part = loop.checker, "the Checker's own model", settings.judge
     if part:
         judge_name = part.model
+        with naming(config, "evaluation.judge.device"):
+            device, dtype = device_and_dtype(part)
         with naming(config, "evaluation.judge.model"):
-            judge = Checker.load(part.model, *device_and_dtype(part), part.attention)
+            judge = Checker.load(part.model, device, dtype, part.attention)
             judge.batch_size = part.batch_size
             judge.probe()
     graphs = loop.diffuser.readable(graphs, settings.data)

@@ -257,6 +257,8 @@ def read_laion(entry, place):
         relation = re.sub("(?i)^(is|are)[ _](?=.)", "", " ".join(record["relation"].split()))
         if subject == object or not relation:
             raise ValueError("a relation of an item to itself, or without a word")
+        if missing := {subject, object} - names.keys():
+            raise ValueError(f"a relation with item {missing.pop()}, which is missing or unnamed")
         triples.append((names[subject], relation, names[object]))
     if not triples:
         raise ValueError("it has no relations")

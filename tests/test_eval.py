@@ -328,6 +328,8 @@ def test_another_vlm_can_measure(program, monkeypatch, tmp_path):
     )
     program(f"evaluation.judge={{model: {tmp_path}}}")
     assert judges and all(vlm is loaded for vlm in judges)
+    with pytest.raises(SystemExit, match="key 'evaluation.judge.device': .*'tpu9'"):
+        program(f"evaluation.judge={{model: {tmp_path}, device: tpu9}}")
 
 
 def test_an_evaluation_keeps_out_of_a_training_run(program, tmp_path):

@@ -207,6 +207,13 @@ def test_a_bad_entry_is_skipped_and_counted(tmp_path, capsys, entry):
         load_graphs(write(tmp_path, [entry]))
 
 
+@pytest.mark.parametrize("item", [99, 2])  # not there; without a label
+def test_a_relation_to_no_item_is_named(tmp_path, item):
+    entry = {**LAION, "relations": [{"item1": item, "relation": "on", "item2": 0}]}
+    with pytest.raises(ValueError, match=f"relation with item {item}, which is missing or unnamed"):
+        load_graphs(write(tmp_path, [entry]))
+
+
 def test_geneval(tmp_path, capsys):
     lines = """
 {"tag": "position", "include": [{"class": "horse", "count": 1},
