@@ -7,8 +7,7 @@ is one denoising step.
     advantage  A_i = (r_i - mean_g) / (std_g + eps)               GRPO, arXiv 2402.03300
     loss       -sum min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) / count
                rho = exp(log_prob - old_log_prob)                 PPO, 1707.06347; DAPO, 2503.14476
-               in phase 2 log rho + KL(old || new) instead of     GRPO-Guard, 2510.22319
-               log rho, so that its mean is 0; see train.py
+               phase 2: rho = exp(... + KL(old || new))           GRPO-Guard, 2510.22319
     k3         exp(d) - d - 1,  d = log pi_ref - log pi           Schulman 2020; GRPO
     flow       x_sigma = (1 - sigma) x0 + sigma e,  v = e - x0,  dt = sigma_next - sigma < 0
     SDE step   s = a sqrt(sigma / (1 - sigma))                    Flow-GRPO, arXiv 2505.05470
@@ -17,12 +16,12 @@ is one denoising step.
                at sigma = 1, where s is infinite: s = a sqrt(sigma / (1 - sigma_next))
     its KL     |mean - mean_ref|^2 / (2 std^2)
 
-Symbols: r reward, A advantage, rho ratio, v velocity, x sample, x' next_sample, a noise_level.
-As in DAPO, and unlike GRPO, there are two clip bounds, the loss is a sum divided by `count`, the
-number of actions in the optimizer step, and groups with (nearly) equal rewards are left out. As in
-Flow-GRPO's code, the log-prob and the KL of a denoising step are means over the latent dimensions,
-not sums. Unlike that code, `gaussian_kl` keeps the -dt of std^2, as in the formula. For the same
-penalty our KL weight has to be theirs * |dt|.
+Symbols: r reward, A advantage, rho ratio, x0 image, e and z noise, v velocity, s noise scale,
+x sample, x' next_sample, a noise_level.
+
+Three things are DAPO's, not GRPO's: two clip bounds; a loss summed over all actions and divided by
+their number, `count`; and groups with (nearly) equal rewards are left out. As in Flow-GRPO's code,
+the log-prob and the KL of a denoising step are means over the latent dimensions, not sums.
 
 Needs torch only: copy this file anywhere.
 """
@@ -151,10 +150,10 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
             independent of the rest of the batch.
 
     Returns (next_sample, log_prob (B,), mean, std). log_prob is the MEAN over the D latent
-    dimensions of log N(next_sample; mean, std^2), so rho is the D-th root of the true ratio. The
-    spread of the true log ratio grows like sqrt(D), so that of log rho shrinks like 1 / sqrt(D):
-    scale the clip range by that, too. An ODE step has log_prob None and std 0; the step to
-    sigma_next = 0 is always one, because its noise would stay in the image.
+    dimensions of log N(next_sample; mean, std^2), so log rho is the true log ratio divided by D.
+    The spread of the true one grows like sqrt(D), so the spread of log rho shrinks like
+    1 / sqrt(D), and the clip range has to shrink with it. An ODE step has log_prob None and std 0;
+    the step to sigma_next = 0 is always one, because its noise would stay in the image.
     Raises ValueError for sigmas out of order.
     """
     if not 0 <= sigma_next < sigma <= 1:
@@ -164,7 +163,7 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
     # s is infinite at sigma = 1, the first step. Flow-GRPO's code then divides by 1 - sigma_next.
     sigma_in_s = sigma if sigma < 1 else sigma_next
     s = noise_level * math.sqrt(sigma / (1 - sigma_in_s)) if sigma_next > 0 else 0.0
-    pull = s**2 / (2 * sigma)
+    pull = s**2 / (2 * sigma)  # appears twice in the formula
     mean = sample * (1 + pull * dt) + velocity * ((1 + pull * (1 - sigma)) * dt)
     std = s * math.sqrt(-dt)
     if std == 0:

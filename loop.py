@@ -42,16 +42,14 @@ HOTTER = 1.25  # factor on the temperature from one attempt to the next
 
 @dataclass
 class Step:
-    """The generated image, or what a round ends with: an edited image, or the old one again."""
+    """One entry of a trajectory: the generated image, or what a round ended with."""
 
     image: object  # PIL image
     reflection: object  # the Checker's `Reflection` on it
     source: int | None = None  # index of the step that the round started from; None: generated
     thought: str = ""
-    # "none" (the Actor wants no edit) and None (its completion is malformed) leave the image as it
-    # was, and so does a repeated instruction: it was tried on this image before.
-    instruction: str | None = None
-    repeated: bool = False
+    instruction: str | None = None  # None: malformed, or generated; "none": no edit wanted
+    repeated: bool = False  # it was tried on this image before, so it was not carried out
 
     @property
     def edited(self):
@@ -131,7 +129,7 @@ class Loop:
         for t, (thought, instruction) in zip(active, self.propose(active)):
             best = t.best
             repeated = instruction in t.tried
-            # It holds the image and reflection it starts from, until those of the edit are there.
+            # If there is an edit, its image and reflection replace these below.
             step = Step(best.image, best.reflection, t.best_index, thought, instruction, repeated)
             if step.edited:
                 edits.append((step, t.graph, t.step_seed))

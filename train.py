@@ -1,6 +1,7 @@
 """Reflection-GRPO (RL-RIG, arXiv 2602.19974): trains the Actor (phase 1) or the Editor (phase 2).
 
-Read `phase1`, then `phase2`, then the functions that they call; stop at `Run`, the rest is files.
+Read `phase1`, then `phase2`, then the functions that they call. Stop at `Run`: from there on it is
+log, files and the command line.
 Both phases do this:
 
     for every iteration:
@@ -19,16 +20,17 @@ Both phases do this:
                phase 1: the Actor                     phase 2: the Editor
     sample     a completion, and the edit that it     an edited image
                asks for
-    action     a token                                a denoising step in a window of SDE steps,
-                                                      which is drawn for every round
+    action     a token                                a stochastic (SDE) denoising step; a window of
+                                                      them is drawn per round, for all groups
     a group    one state (image, feedback, tried      one state, one instruction, and the initial
      shares    instructions) and one seed for all     latents, therefore also all steps before the
                its edits                              window
     it varies  the completion                         the noise inside the window
 
-In the code N is the number of samples of a round (states * G), R of these are trained on in one
-`Batch`, and T is the number of actions of a sample (phase 2: one per batch). Figures are collected
-per sample or token, stats per batch, metrics per iteration.
+Shapes: N samples in a round (states * G), R samples in a `Batch` (grpo.py calls them B), T actions
+of a sample in a `Batch`: its tokens in phase 1, and one in phase 2, where every recorded step is
+its own `Batch`. Gradients add up over all batches before each optimizer step.
+`figures`, `stats` and `metrics` are only for the log; skip them on a first reading.
 
 The randomness of training is drawn from the seed, the iteration and the round, so a resumed run
 ends with the same adapter, on a CPU bit for bit. `TrainConfig` in config.py has the meaning and the
@@ -73,7 +75,7 @@ from report import record, say, write
 from sgiou import SceneGraph, load_graphs
 
 # Added to the seed of a round, so that completions, noise and edits never share a seed.
-NOISE_SEEDS, EDIT_SEEDS = 1_000_000, 2_000_000
+NOISE_OFFSET, EDIT_OFFSET = 1_000_000, 2_000_000
 CHECKPOINT = "checkpoint.safetensors"  # in a run's folder
 MAY_CHANGE = ("iterations", "validate_every", "run")  # keys, when a run is resumed
 
@@ -107,6 +109,7 @@ def phase1(loop, config, resume=False):
     torch.manual_seed(config.seed)  # for the weights of a new adapter
     parameters = actor.add_adapter(config.rank)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
+    # Locks the folder, reads the data, and restores the checkpoint or validates once.
     run = Run(loop, config, actor, parameters, optimizer, saved)
 
     for iteration in range(run.first_iteration, config.iterations):
@@ -123,27 +126,11 @@ def phase1(loop, config, resume=False):
                 break
             seed = rng.randrange(1 << 30)
 
-            # 2. Sample G completions per state.
+            # 2. Sample G completions per state, and carry out their instructions.
             proposals = sample_completions(actor, states, seed, G)
-            before = [state for state in states for _ in range(G)]  # (N)
-            group_of = [group for group in range(len(states)) for _ in range(G)]  # (N)
-
-            # Carry out the instructions. Unlike the loop, training does not ask again if one was
-            # tried before. All edits of a group have one seed, so that their rewards differ only by
-            # the instruction, and equal instructions of a group are carried out only once.
             instructions = proposals.instructions  # (N); None: malformed, "none": no edit wanted
-            pairs = list(zip(group_of, instructions))  # (N)
-            # `dict.fromkeys` keeps the distinct pairs, in order.
-            edits = [(g, text) for g, text in dict.fromkeys(pairs) if is_new_edit(states[g], text)]
-            images = loop.editor.edit(
-                [states[g].image for g, _ in edits],
-                [text for _, text in edits],
-                [seed + EDIT_SEEDS + g for g, _ in edits],
-            )
-            graphs = [states[g].graph for g, _ in edits]
-            edited = dict(zip(edits, check_states(loop.checker, graphs, images)))
-            # (N); where no edit was carried out, the state as it was
-            after = [edited.get(pair, state) for pair, state in zip(pairs, before)]
+            before = [state for state in states for _ in range(G)]  # (N)
+            after = carry_out(loop, states, instructions, seed + EDIT_OFFSET, G)  # (N)
 
             # 3. Reward: the Checker's score of the better of the two images, the one that the loop
             # keeps. If an edit that makes things worse cost something, the Actor would learn to
@@ -156,7 +143,7 @@ def phase1(loop, config, resume=False):
 
             # 4. Advantages within each group.
             device = proposals.mask.device
-            advantages, kept = sample_advantages(rewards, config, device)  # (N, 1) each
+            advantages, kept = advantages_in_groups(rewards, config, device)  # (N, 1) each
 
             # Micro-batches of R completions. Padding and flat groups are masked out.
             for first in range(0, len(rewards), config.micro_batch):
@@ -172,22 +159,22 @@ def phase1(loop, config, resume=False):
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained tokens of the iteration
 
-        # 5. Reference: the base model, even if this run started from a trained adapter, because
-        # `log_probs` leaves the adapter off unless it is called inside `adapter()`.
+        # 5. Reference: log-probs under the base model, because `log_probs` uses the adapter only
+        # inside `adapter()`. (The base model even if this run started from a trained adapter.)
         if config.kl > 0:
             with torch.no_grad():
                 for batch in batches:
                     batch.reference = actor.log_probs(*batch.recorded)
 
-        updates = config.updates if batches else 0  # none if all groups are flat
+        updates = config.updates if batches else 0  # none if there is nothing to learn from
         for update in range(updates):
             optimizer.zero_grad()
             all_stats = []  # one per batch
             for batch in batches:
-                with actor.adapter():  # `backward`, too: on leaving, peft freezes it
+                with actor.adapter():  # around `backward` too: peft freezes the adapter on leaving
                     # 6. Replay. In the first update the policy is still the one that sampled, so
-                    # the log-probs must be the recorded ones. (With `updates: 1`, as in the shipped
-                    # files, rho is therefore 1, and the clip never acts.)
+                    # the log-probs must be the recorded ones. (So with `updates: 1`, as in
+                    # phase1.yaml, the ratio of new to old is 1, and the clip never acts.)
                     log_probs = actor.log_probs(*batch.recorded)  # (R, T)
                     if update == 0:
                         check_on_policy(log_probs, batch, count, config, metrics)
@@ -204,7 +191,7 @@ def phase1(loop, config, resume=False):
                     loss.backward()
                 all_stats.append(stats)
             optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
-        run.finish(iteration + 1, metrics)
+        run.end_iteration(iteration + 1, metrics)
     run.lock.close()
 
 
@@ -246,15 +233,16 @@ def phase2(loop, config, resume=False):
             # steps before the window; its members differ only by the noise in the window.
             before = [state for state, _ in edits for _ in range(G)]  # (N)
             instructions = [text for _, text in edits for _ in range(G)]  # (N)
-            seeds = [seed + EDIT_SEEDS + group for group in range(len(edits)) for _ in range(G)]
+            seeds = [seed + EDIT_OFFSET + group for group in range(len(edits)) for _ in range(G)]
             start = rng.randint(0, config.latest_window_start)  # one window for the whole round
             window = range(start, start + config.window)  # of steps; the others have no noise
             # A call takes whole groups: as many as `micro_batch` allows but at least one, and just
             # one if the pipeline cannot edit different images together.
             groups_per_call = max(config.micro_batch // G, 1) if editor.batched else 1
-            size = G * groups_per_call
-            calls = [slice(first, first + size) for first in range(0, len(before), size)]  # rows
-            noise_seeds = range(seed + NOISE_SEEDS, seed + NOISE_SEEDS + len(before))
+            size = G * groups_per_call  # edits per call
+            # The rows of each call.
+            calls = [slice(first, first + size) for first in range(0, len(before), size)]
+            noise_seeds = range(seed + NOISE_OFFSET, seed + NOISE_OFFSET + len(before))
             with torch.no_grad():
                 rollouts = [
                     editor.rollout(
@@ -277,7 +265,7 @@ def phase2(loop, config, resume=False):
 
             # 4. Advantages within each group.
             device = rollouts[0].steps[0].log_prob.device
-            advantages, kept = sample_advantages(rewards, config, device)  # (N, 1) each
+            advantages, kept = advantages_in_groups(rewards, config, device)  # (N, 1) each
 
             # A batch: one recorded step of the R edits of a call. Flat groups are masked out.
             for rows, rollout in zip(calls, rollouts):
@@ -297,23 +285,22 @@ def phase2(loop, config, resume=False):
                 for batch in batches:
                     _, batch.reference, _ = editor.replay(batch.recorded)
 
-        updates = config.updates if batches else 0  # none if all groups are flat
+        updates = config.updates if batches else 0  # none if there is nothing to learn from
         for update in range(updates):
             optimizer.zero_grad()
             all_stats = []  # one per batch
             for batch in batches:
-                with editor.adapter():  # `backward`, too: on leaving, peft freezes it
+                with editor.adapter():  # around `backward` too: peft freezes the adapter on leaving
                     # 6. Replay, as in phase 1.
                     log_prob, mean, std = editor.replay(batch.recorded)  # (R,), (R, tokens, C)
                     log_probs = log_prob[:, None]  # (R, 1)
                     if update == 0:
                         check_on_policy(log_probs, batch, count, config, metrics)
 
-                    # 7. Update, as in phase 1, except that the KL between the old policy and the
-                    # new one is added to log rho first. Under the old policy the mean of log rho is
-                    # minus this KL. Over thousands of dimensions that alone puts nearly every rho
-                    # below the clip range. With the KL, and its gradient, the mean is 0
-                    # (GRPO-Guard, arXiv 2510.22319). In the first update both are 0.
+                    # 7. Update, as in phase 1, with one addition that matters from the second
+                    # update on (in the first it is 0). Under the old policy log rho has the mean
+                    # -KL(old || new). Over thousands of dimensions that alone puts nearly every
+                    # rho below the clip range, so this KL is added back (GRPO-Guard, 2510.22319).
                     drift = gaussian_kl(mean, batch.recorded.mean, std)[:, None]  # (R, 1)
                     centered = log_probs + drift
                     loss, stats = clipped_loss(
@@ -327,7 +314,7 @@ def phase2(loop, config, resume=False):
                     loss.backward()
                 all_stats.append(stats)
             optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
-        run.finish(iteration + 1, metrics)
+        run.end_iteration(iteration + 1, metrics)
     run.lock.close()
 
 
@@ -365,12 +352,32 @@ def sample_completions(actor, states, seed, n=1):
     )
 
 
+def carry_out(loop, states, instructions, seed, G):
+    """The state after each of N = len(states) * G instructions; the old one if nothing is edited.
+
+    All edits of a group have one seed, so that their rewards differ only by the instruction. Equal
+    instructions of a group then give equal images, so they are carried out once. Unlike the loop,
+    training does not ask again if an instruction was tried before.
+    """
+    pairs = [(n // G, text) for n, text in enumerate(instructions)]  # (N): group, instruction
+    # `dict.fromkeys` keeps the distinct pairs, in order.
+    edits = [(g, text) for g, text in dict.fromkeys(pairs) if is_new_edit(states[g], text)]
+    images = loop.editor.edit(
+        [states[g].image for g, _ in edits],
+        [text for _, text in edits],
+        [seed + g for g, _ in edits],
+    )
+    graphs = [states[g].graph for g, _ in edits]
+    edited = dict(zip(edits, check_states(loop.checker, graphs, images)))
+    return [edited.get((g, text), states[g]) for g, text in pairs]
+
+
 def is_new_edit(state, instruction):
     """Whether the loop would carry it out: it asks for an edit, and was not tried on this image."""
     return instruction not in (None, "none", *state.tried)
 
 
-def sample_advantages(rewards, config, device):
+def advantages_in_groups(rewards, config, device):
     """Advantages (N, 1), and which samples are kept (N, 1): False in flat groups."""
     rewards = torch.tensor(rewards, device=device).view(-1, config.group_size)
     advantages, kept = group_advantages(rewards, config.advantage_eps, config.flat_range)
@@ -404,10 +411,10 @@ def next_states(before, after, instructions, kept, config, rng):
 def check_on_policy(log_probs, batch, count, config, metrics):
     """Raise ValueError if an iteration's first replay does not give the recorded log-probs.
 
-    Some trainers use `log_probs.detach()` as `old` instead, which hides every bug of the rollout.
-    `tolerance` is for the mean of |replayed - recorded| over all `count` trained actions of the
-    iteration, summed up batch by batch. With a bf16 KV cache, single tokens differ a lot although
-    nothing is wrong.
+    Called once per batch. The running sum ends at the mean of |replayed - recorded| over all
+    `count` trained actions of the iteration. `tolerance` is for that mean, because with a bf16 KV
+    cache single tokens differ a lot although nothing is wrong. Some trainers use
+    `log_probs.detach()` as `old` instead, which hides every bug of the rollout.
     """
     difference = (log_probs.detach() - batch.old_log_probs).abs()
     error = difference[batch.mask].sum().item() / count
@@ -510,7 +517,7 @@ class Run:
         if saved:
             restore(saved["tensors"], parameters, optimizer)
         else:
-            self.finish(0, {})
+            self.end_iteration(0, {})
         loop.trained = True  # from here on; a start that fails before leaves the loop as it was
         self.first_iteration = len(self.rows) - 1
 
@@ -518,7 +525,7 @@ class Run:
         graphs = load_graphs(path, self.config.relations, limit)
         return self.loop.diffuser.readable(graphs, path)
 
-    def finish(self, done, metrics):
+    def end_iteration(self, done, metrics):
         """End iteration `done`, 0 being the start: validate if it is time, log, and save."""
         config, folder = self.config, self.folder
         seconds = time.perf_counter() - self.began

@@ -66,7 +66,7 @@ def metrics(folder):
 def watched(monkeypatch):
     """Notes the samples of every round, and weights and gradient before every step."""
     seen = SimpleNamespace(rounds=[[]], weights=[], gradients=[])  # rounds: a list per iteration
-    note, optimizer_step, finish = train.add_figures, train.optimizer_step, train.Run.finish
+    note, optimizer_step, finish = train.add_figures, train.optimizer_step, train.Run.end_iteration
     toys.made.clear()
 
     def note_samples(figures, before, after, rewards, kept):
@@ -88,7 +88,7 @@ def watched(monkeypatch):
 
     monkeypatch.setattr(train, "add_figures", note_samples)
     monkeypatch.setattr(train, "optimizer_step", note_gradient)
-    monkeypatch.setattr(train.Run, "finish", note_iteration)
+    monkeypatch.setattr(train.Run, "end_iteration", note_iteration)
     return seen
 
 
