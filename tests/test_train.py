@@ -66,7 +66,8 @@ def metrics(folder):
 def watched(monkeypatch):
     """Notes the samples of every round, and weights and gradient before every step."""
     seen = SimpleNamespace(rounds=[[]], weights=[], gradients=[])  # rounds: a list per iteration
-    note, optimizer_step, finish = train.add_figures, train.optimizer_step, train.Run.end_iteration
+    note, optimizer_step = train.add_figures, train.optimizer_step
+    end_iteration = train.Run.end_iteration
     toys.made.clear()
 
     def note_samples(figures, before, after, rewards, kept):
@@ -82,7 +83,7 @@ def watched(monkeypatch):
         optimizer_step(optimizer, parameters, *rest)
 
     def note_iteration(run, done, metrics):
-        finish(run, done, metrics)
+        end_iteration(run, done, metrics)
         toys.made.clear()
         seen.rounds += [[]] if done else []
 
