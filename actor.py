@@ -7,7 +7,7 @@ A completion of any other form is malformed and edits nothing; `<edit>none</edit
 What is public of RL-RIG (arXiv 2602.19974) does not say which form the paper uses.
 
 Phase 1 trains a LoRA adapter: `propose` samples completions and keeps their ids and log-probs,
-`log_probs` scores the same ids again with gradient.
+`replay` scores the same ids again, with gradient.
 
 The adapter is active only inside `propose` and `adapter()`. A Checker that shares the model never
 sees it; otherwise the policy would grade itself.
@@ -78,7 +78,7 @@ class Actor(VLM):
             tokens are kept.
         max_new_tokens: longest completion.
         temperature: of sampling, above 0. Log-probs are of the distribution at this temperature.
-        checkpointing: recompute activations in `log_probs`: less memory, a third more time. The
+        checkpointing: recompute activations in `replay`: less memory, a third more time. The
             completions of a request then cannot share one reading of it.
     """
 
@@ -125,8 +125,8 @@ class Actor(VLM):
         """Sample n completions for each of B images: `Proposals` of N = B * n.
 
         Args: B PIL images; B prompts; B `Reflection.feedback`; B ints; tried: B lists of strings;
-        temperature: of these completions only, instead of the Actor's own, at which `log_probs`
-        replays them; do not train on such completions.
+        temperature: of these completions only, instead of the Actor's own, at which `replay`
+        scores them; do not train on such completions.
         Completion k of an image depends on its seed and on k, not on what else is in the batch.
         """
         tried = tried or [()] * len(images)
@@ -160,8 +160,8 @@ class Actor(VLM):
             truncated=(~torch.isin(ids, ids.new_tensor(self.end_ids)).any(1)).tolist(),
         )
 
-    def log_probs(self, proposals, rows):
-        """Replay: log pi of the completions in `rows` (a slice) with gradient, (R, T) fp32."""
+    def replay(self, proposals, rows):
+        """Log-probs of the completions in `rows` (a slice) again, with gradient: (R, T) fp32."""
         images, requests = proposals.images[rows], proposals.requests[rows]
         ids, mask = proposals.ids[rows], proposals.mask[rows]  # (R, T)
         # At an image token, one of the end tokens, the model would look for an image. Nothing is

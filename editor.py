@@ -127,8 +127,9 @@ class Editor:
             edited += self._call(images[part], instructions[part], seeds[part])
         return edited
 
+    @torch.no_grad()
     def rollout(self, images, instructions, seeds, noise_seeds, window, noise_level):
-        """Edit B images with stochastic steps; call it under `torch.no_grad()`.
+        """Edit B images with stochastic steps: `Rollout`.
 
         Args:
             seeds: of the initial latents. Samples of a group have the same seed, so they also

@@ -172,7 +172,7 @@ def measure(trajectories, judge, relations, exact):
     values = {f"vlm_{name}": column for name, column in overlaps(seen, graphs).items()}
     values["judge"] = grade(judge, images, [graph.prompt() for graph in graphs])
     values["checker"] = [t.best.reflection.score for t in trajectories]
-    values["edits"] = [float(sum(step.edited for step in t.steps[1:])) for t in trajectories]
+    values["edits"] = [float(sum(step.is_edit for step in t.steps[1:])) for t in trajectories]
     if exact:
         from tiny.world import debris, exact_graphs, kept_share
 

@@ -1,4 +1,4 @@
-"""Reflection-GRPO, the mathematics: advantages, log-probs, clipped loss, KL, the flow's SDE step.
+"""The math of Reflection-GRPO: advantages, log-probs, clipped loss, KL, the flow's SDE step.
 
 Both training phases of RL-RIG (arXiv 2602.19974) use this file. In phase 1 a sample is a completion
 of the Actor and an action is a token. In phase 2 a sample is an image of the Editor and an action
@@ -16,12 +16,12 @@ is one denoising step.
                at sigma = 1, where s is infinite: s = a sqrt(sigma / (1 - sigma_next))
     its KL     |mean - mean_ref|^2 / (2 std^2)
 
-Symbols: r reward, A advantage, rho ratio, x0 image, e and z noise, v velocity, s noise scale,
-x sample, x' next_sample, a noise_level.
+Symbols: r reward, A advantage, rho ratio, x0 image, e and z noise, v velocity, x sample,
+x' next_sample, a noise_level, s the diffusion coefficient of the SDE.
 
-Three things are DAPO's, not GRPO's: two clip bounds; a loss summed over all actions and divided by
-their number, `count`; and groups with (nearly) equal rewards are left out. As in Flow-GRPO's code,
-the log-prob and the KL of a denoising step are means over the latent dimensions, not sums.
+Three things are DAPO's, not GRPO's: two clip bounds, the sum over all actions divided by their
+number (`count`), and leaving out groups with (nearly) equal rewards. As in Flow-GRPO's code, the
+log-prob and the KL of a denoising step are means over the latent dimensions, not sums.
 
 Needs torch only: copy this file anywhere.
 """
@@ -89,9 +89,9 @@ def clipped_loss(log_probs, old_log_probs, advantages, mask, count, clip_low=0.2
         count: number of trained actions in the WHOLE optimizer step. Dividing every micro-batch by
             it makes their gradients add up to the gradient of one large batch.
 
-    Returns (loss, stats). stats: floats that add up over micro-batches as the loss does: the mean
-    ratio, and the shares of actions whose gradient the clip stops (clipped_low: A < 0,
-    clipped_high: A > 0). Only for ratio_error, max |rho - 1|, take the maximum instead.
+    Returns (loss, stats). stats, for the log: the mean ratio and the shares of actions whose
+    gradient the clip stops (clipped_low: A < 0, clipped_high: A > 0), which add up over
+    micro-batches as the loss does; and ratio_error, max |rho - 1|, of which you take the maximum.
     Raises ValueError for shapes that would broadcast, FloatingPointError if rho is not finite.
     """
     shapes = [tuple(x.shape) for x in (log_probs, old_log_probs, mask, advantages)]
@@ -118,10 +118,9 @@ def k3_kl(log_probs, ref_log_probs, bound=20.0):
     """k3 estimate of KL(pi || pi_ref) per token: exp(d) - d - 1 >= 0, d = log pi_ref - log pi.
 
     Both arguments have the same shape; returns that shape in fp32.
-    The value is unbiased for tokens sampled from pi (Schulman 2020; used in arXiv 2402.03300). From
-    the second update on the tokens come from an earlier policy, so it is approximate, as in GRPO.
-    As a loss term it has the gradient of KL(pi_ref || pi), which agrees with that of
-    KL(pi || pi_ref) to first order near pi_ref. `bound` keeps exp(d) finite.
+    The value is unbiased for tokens sampled from pi (Schulman 2020; used in arXiv 2402.03300), so
+    only approximate from the second update on, as in GRPO. Its gradient is that of KL(pi_ref || pi)
+    instead; near pi_ref the two nearly agree. `bound` keeps exp(d) finite.
     """
     delta = (ref_log_probs.float() - log_probs.float()).clamp(max=bound)
     return delta.expm1() - delta  # expm1, because exp(d) - 1 loses its digits near 0
@@ -146,14 +145,14 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
         sigma, sigma_next: floats, 1 >= sigma > sigma_next >= 0.
         noise_level: a in the formula; 0 gives Euler's ODE step.
         next_sample: None to sample x', or the recorded x' to replay it.
-        generator: a torch.Generator, or a list of B of them, which makes the noise of each sample
-            independent of the rest of the batch.
+        generator: a torch.Generator, or a list of B of them: then the noise of a sample is the
+            same in any batch.
 
     Returns (next_sample, log_prob (B,), mean, std). log_prob is the MEAN over the D latent
     dimensions of log N(next_sample; mean, std^2), so log rho is the true log ratio divided by D.
-    The spread of the true one grows like sqrt(D), so the spread of log rho shrinks like
-    1 / sqrt(D), and the clip range has to shrink with it. An ODE step has log_prob None and std 0;
-    the step to sigma_next = 0 is always one, because its noise would stay in the image.
+    The true one spreads like sqrt(D), so log rho like 1 / sqrt(D), and the clip range has to shrink
+    with it. An ODE step has log_prob None and std 0; the step to sigma_next = 0 always is one,
+    because its noise would stay in the image.
     Raises ValueError for sigmas out of order.
     """
     if not 0 <= sigma_next < sigma <= 1:
@@ -163,11 +162,11 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
     # s is infinite at sigma = 1, the first step. Flow-GRPO's code then divides by 1 - sigma_next.
     sigma_in_s = sigma if sigma < 1 else sigma_next
     s = noise_level * math.sqrt(sigma / (1 - sigma_in_s)) if sigma_next > 0 else 0.0
-    pull = s**2 / (2 * sigma)  # appears twice in the formula
-    mean = sample * (1 + pull * dt) + velocity * ((1 + pull * (1 - sigma)) * dt)
+    c = s**2 / (2 * sigma)  # appears twice in the formula
+    mean = sample * (1 + c * dt) + velocity * ((1 + c * (1 - sigma)) * dt)
     std = s * math.sqrt(-dt)
     if std == 0:
-        return mean if next_sample is None else next_sample, None, mean, std
+        return (mean if next_sample is None else next_sample), None, mean, std
     if next_sample is None:
         next_sample = mean + std * _draw_noise(mean, generator)
     # detach: the recorded x' is an action. The gradient of its log-prob goes through the mean.
@@ -189,7 +188,7 @@ def chunked_token_log_probs(logits, ids, temperature=1.0):
 
     log_softmax keeps fp32 copies of all logits for the backward pass, each of 5 GB for 32
     completions of 256 tokens at V = 151,936. Here they exist for one completion at a time and are
-    made again in the backward pass. Raises ValueError if logits and ids have different lengths.
+    recomputed in the backward pass. Raises ValueError if logits and ids have different lengths.
     """
     if logits.shape[:2] != ids.shape:
         raise ValueError(f"logits {tuple(logits.shape)} for ids {tuple(ids.shape)}: align them")

@@ -9,7 +9,7 @@
         reflection = checker.check(image)
     the answer is the best-scored image of the trajectory, not the last one
 
-`Loop` is that; `build` loads the parts; `main` is the command line:
+`Loop` does this, `build` loads the parts, and `main` is the command line:
 
     python loop.py "red circle left of blue square; green triangle above red circle" --seed 3
 """
@@ -52,7 +52,7 @@ class Step:
     repeated: bool = False  # it was tried on this image before, so it was not carried out
 
     @property
-    def edited(self):
+    def is_edit(self):
         return self.instruction not in (None, "none") and not self.repeated
 
 
@@ -76,9 +76,9 @@ class Trajectory:
 
     @property
     def tried(self):
-        """The instructions that were carried out on the best image. All failed to improve it."""
+        """Instructions tried on the best image. None improved it, or its result would be best."""
         best = self.best_index
-        return [step.instruction for step in self.steps if step.edited and step.source == best]
+        return [step.instruction for step in self.steps if step.is_edit and step.source == best]
 
     @property
     def step_seed(self):
@@ -131,8 +131,8 @@ class Loop:
             repeated = instruction in t.tried
             # If there is an edit, its image and reflection replace these below.
             step = Step(best.image, best.reflection, t.best_index, thought, instruction, repeated)
-            if step.edited:
-                edits.append((step, t.graph, t.step_seed))
+            if step.is_edit:
+                edits.append((step, t.graph, t.step_seed))  # `step_seed` changes with `steps`
             t.steps.append(step)
         images = self.editor.edit(
             [step.image for step, _, _ in edits],

@@ -1,8 +1,7 @@
 """Reflection-GRPO (RL-RIG, arXiv 2602.19974): trains the Actor (phase 1) or the Editor (phase 2).
 
-Read `phase1`, then `phase2`, then the functions that they call. Stop at `Run`: from there on it is
-log, files and the command line.
-Both phases do this:
+Read `phase1`, then `phase2`, then the functions that they call. Stop at `add_figures`: the rest is
+log, validation, files, and the command line. Both phases do this:
 
     for every iteration:
         1 states          freshly generated images that the Checker is not satisfied with
@@ -27,10 +26,10 @@ Both phases do this:
                its edits                              window
     it varies  the completion                         the noise inside the window
 
-Shapes: N samples in a round (states * G), R samples in a `Batch` (grpo.py calls them B), T actions
-of a sample in a `Batch`: its tokens in phase 1, and one in phase 2, where every recorded step is
-its own `Batch`. Gradients add up over all batches before each optimizer step.
-`figures`, `stats` and `metrics` are only for the log; skip them on a first reading.
+Shapes: a round has N samples (states * G). A `Batch`, which is one backward pass, has R of them (B
+in grpo.py) with T actions each: the tokens in phase 1; T = 1 in phase 2, where every recorded step
+is a batch of its own. Gradients add up over all batches before each optimizer step.
+`figures`, `stats` and `metrics` are for the log (and `check_on_policy`); skip them at first.
 
 The randomness of training is drawn from the seed, the iteration and the round, so a resumed run
 ends with the same adapter, on a CPU bit for bit. `TrainConfig` in config.py has the meaning and the
@@ -77,7 +76,7 @@ from sgiou import SceneGraph, load_graphs
 # Added to the seed of a round, so that completions, noise and edits never share a seed.
 NOISE_OFFSET, EDIT_OFFSET = 1_000_000, 2_000_000
 CHECKPOINT = "checkpoint.safetensors"  # in a run's folder
-MAY_CHANGE = ("iterations", "validate_every", "run")  # keys, when a run is resumed
+MAY_CHANGE = ("iterations", "validate_every", "run")  # keys that a resumed run may change
 
 
 @dataclass
@@ -104,12 +103,11 @@ class Batch:
 def phase1(loop, config, resume=False):
     """Train the Actor. The Editor is frozen and only makes the images that are rewarded."""
     actor, G = loop.actor, config.group_size
-    clip = config.clip_low, config.clip_high
-    saved = check_run(config, 1, resume)
+    saved = check_run(config, 1, resume)  # the checkpoint to resume; None for a new run
     torch.manual_seed(config.seed)  # for the weights of a new adapter
     parameters = actor.add_adapter(config.rank)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
-    # Locks the folder, reads the data, and restores the checkpoint or validates once.
+    # Locks the folder, reads the data, and restores the checkpoint or, in a new run, validates.
     run = Run(loop, config, actor, parameters, optimizer, saved)
 
     for iteration in range(run.first_iteration, config.iterations):
@@ -132,10 +130,9 @@ def phase1(loop, config, resume=False):
             before = [state for state in states for _ in range(G)]  # (N)
             after = carry_out(loop, states, instructions, seed + EDIT_OFFSET, G)  # (N)
 
-            # 3. Reward: the Checker's score of the better of the two images, the one that the loop
-            # keeps. If an edit that makes things worse cost something, the Actor would learn to
-            # write "none". No edit ("none" or a repeat) earns the old score, and a malformed
-            # completion earns the old score minus `malformed_penalty`.
+            # 3. Reward: the score of the better image, old or edited, which the loop keeps. If bad
+            # edits were punished, the Actor would learn to write "none". "none" and repeats earn
+            # the old score, malformed completions the old score minus `malformed_penalty`.
             rewards = []  # (N)
             for state, new, text in zip(before, after, instructions):
                 score = max(state.reflection.score, new.reflection.score)
@@ -143,7 +140,7 @@ def phase1(loop, config, resume=False):
 
             # 4. Advantages within each group.
             device = proposals.mask.device
-            advantages, kept = advantages_in_groups(rewards, config, device)  # (N, 1) each
+            advantages, kept = per_sample_advantages(rewards, config, device)  # (N, 1) each
 
             # Micro-batches of R completions. Padding and flat groups are masked out.
             for first in range(0, len(rewards), config.micro_batch):
@@ -153,18 +150,18 @@ def phase1(loop, config, resume=False):
                     old_log_probs = proposals.log_probs[rows]
                     batches.append(Batch((proposals, rows), old_log_probs, advantages[rows], mask))
 
+            states = next_states(before, after, instructions, kept, config, rng)
             add_figures(figures, before, after, rewards, kept)
             add_completion_figures(figures, before, proposals)
-            states = next_states(before, after, instructions, kept, config, rng)
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained tokens of the iteration
 
-        # 5. Reference: log-probs under the base model, because `log_probs` uses the adapter only
+        # 5. Reference: log-probs of the base model, because the adapter is on only in `propose` and
         # inside `adapter()`. (The base model even if this run started from a trained adapter.)
         if config.kl > 0:
             with torch.no_grad():
                 for batch in batches:
-                    batch.reference = actor.log_probs(*batch.recorded)
+                    batch.reference = actor.replay(*batch.recorded)  # (R, T)
 
         updates = config.updates if batches else 0  # none if there is nothing to learn from
         for update in range(updates):
@@ -175,13 +172,19 @@ def phase1(loop, config, resume=False):
                     # 6. Replay. In the first update the policy is still the one that sampled, so
                     # the log-probs must be the recorded ones. (So with `updates: 1`, as in
                     # phase1.yaml, the ratio of new to old is 1, and the clip never acts.)
-                    log_probs = actor.log_probs(*batch.recorded)  # (R, T)
+                    log_probs = actor.replay(*batch.recorded)  # (R, T)
                     if update == 0:
                         check_on_policy(log_probs, batch, count, config, metrics)
 
                     # 7. Update.
                     loss, stats = clipped_loss(
-                        log_probs, batch.old_log_probs, batch.advantages, batch.mask, count, *clip
+                        log_probs,
+                        batch.old_log_probs,
+                        batch.advantages,
+                        batch.mask,
+                        count,
+                        config.clip_low,
+                        config.clip_high,
                     )
                     if config.kl > 0:
                         kl = k3_kl(log_probs, batch.reference)  # (R, T)
@@ -198,9 +201,8 @@ def phase1(loop, config, resume=False):
 def phase2(loop, config, resume=False):
     """Train the Editor on the frozen Actor's instructions. Step 1 is the same as in phase 1."""
     editor, G = loop.editor, config.group_size
-    clip = config.clip_low, config.clip_high
     saved = check_run(config, 2, resume)
-    torch.manual_seed(config.seed)  # for the weights of a new adapter
+    torch.manual_seed(config.seed)
     parameters = editor.add_adapter(config.rank)
     optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=0.0)
     run = Run(loop, config, editor, parameters, optimizer, saved)
@@ -220,8 +222,7 @@ def phase2(loop, config, resume=False):
             seed = rng.randrange(1 << 30)
 
             # 2. One instruction per state. A state is dropped for this iteration if its completion
-            # is malformed, is "none", or repeats an instruction that was tried. If that leaves
-            # none, the iteration has no more rounds.
+            # is malformed, is "none", or repeats one tried before. No state left: no more rounds.
             proposals = sample_completions(loop.actor, states, seed)
             add_completion_figures(figures, states, proposals)
             pairs = zip(states, proposals.instructions)
@@ -236,36 +237,33 @@ def phase2(loop, config, resume=False):
             seeds = [seed + EDIT_OFFSET + group for group in range(len(edits)) for _ in range(G)]
             start = rng.randint(0, config.latest_window_start)  # one window for the whole round
             window = range(start, start + config.window)  # of steps; the others have no noise
-            # A call takes whole groups: as many as `micro_batch` allows but at least one, and just
-            # one if the pipeline cannot edit different images together.
-            groups_per_call = max(config.micro_batch // G, 1) if editor.batched else 1
-            size = G * groups_per_call  # edits per call
-            # The rows of each call.
-            calls = [slice(first, first + size) for first in range(0, len(before), size)]
+            # Whole groups per pipeline call: as many as fit in `micro_batch` but at least one, and
+            # only one if the pipeline cannot edit different images together.
+            size = G * (max(config.micro_batch // G, 1) if editor.batched else 1)  # edits per call
+            calls = [slice(first, first + size) for first in range(0, len(before), size)]  # rows
             noise_seeds = range(seed + NOISE_OFFSET, seed + NOISE_OFFSET + len(before))
-            with torch.no_grad():
-                rollouts = [
-                    editor.rollout(
-                        [state.image for state in before[rows]],
-                        instructions[rows],
-                        seeds[rows],
-                        noise_seeds[rows],
-                        window,
-                        config.noise_level,
-                    )
-                    for rows in calls
-                ]
+            rollouts = [
+                editor.rollout(
+                    [state.image for state in before[rows]],
+                    instructions[rows],
+                    seeds[rows],
+                    noise_seeds[rows],
+                    window,
+                    config.noise_level,
+                )
+                for rows in calls
+            ]
 
-            # 3. Reward: the score of the edited image, even if it is worse. Otherwise it would cost
-            # the Editor nothing to break an image.
+            # 3. Reward: the score of the edited image, even if it is worse than the old one.
+            # Otherwise the Editor could break images at no cost.
             images = [image for rollout in rollouts for image in rollout.images]  # (N)
             graphs = [state.graph for state in before]
-            after = check_states(loop.checker, graphs, images)
+            after = checked_states(loop.checker, graphs, images)
             rewards = [state.reflection.score for state in after]  # (N)
 
             # 4. Advantages within each group.
             device = rollouts[0].steps[0].log_prob.device
-            advantages, kept = advantages_in_groups(rewards, config, device)  # (N, 1) each
+            advantages, kept = per_sample_advantages(rewards, config, device)  # (N, 1) each
 
             # A batch: one recorded step of the R edits of a call. Flat groups are masked out.
             for rows, rollout in zip(calls, rollouts):
@@ -274,37 +272,43 @@ def phase2(loop, config, resume=False):
                         old_log_probs = step.log_prob[:, None]  # (R, 1)
                         batches.append(Batch(step, old_log_probs, advantages[rows], kept[rows]))
 
-            add_figures(figures, before, after, rewards, kept)
             states = next_states(before, after, instructions, kept, config, rng)
+            add_figures(figures, before, after, rewards, kept)
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained steps of the iteration
 
-        # 5. Reference, as in phase 1; here it is the mean of the step.
+        # 5. Reference, as in phase 1: the mean of the step. In `rollout` the adapter was on.
         if config.kl > 0:
             with torch.no_grad():
                 for batch in batches:
                     _, batch.reference, _ = editor.replay(batch.recorded)
 
-        updates = config.updates if batches else 0  # none if there is nothing to learn from
+        updates = config.updates if batches else 0
         for update in range(updates):
             optimizer.zero_grad()
             all_stats = []  # one per batch
             for batch in batches:
-                with editor.adapter():  # around `backward` too: peft freezes the adapter on leaving
+                with editor.adapter():
                     # 6. Replay, as in phase 1.
                     log_prob, mean, std = editor.replay(batch.recorded)  # (R,), (R, tokens, C)
                     log_probs = log_prob[:, None]  # (R, 1)
                     if update == 0:
                         check_on_policy(log_probs, batch, count, config, metrics)
 
-                    # 7. Update, as in phase 1, with one addition that matters from the second
-                    # update on (in the first it is 0). Under the old policy log rho has the mean
-                    # -KL(old || new). Over thousands of dimensions that alone puts nearly every
-                    # rho below the clip range, so this KL is added back (GRPO-Guard, 2510.22319).
+                    # 7. Update, as in phase 1, but KL(old || new) is added to log rho (GRPO-Guard,
+                    # 2510.22319). With `updates: 1`, as in phase2.yaml, it is 0. In later updates
+                    # log rho has the mean -KL under the old policy, which would put nearly every
+                    # rho below the clip range: in phase 2 that range is narrow.
                     drift = gaussian_kl(mean, batch.recorded.mean, std)[:, None]  # (R, 1)
                     centered = log_probs + drift
                     loss, stats = clipped_loss(
-                        centered, batch.old_log_probs, batch.advantages, batch.mask, count, *clip
+                        centered,
+                        batch.old_log_probs,
+                        batch.advantages,
+                        batch.mask,
+                        count,
+                        config.clip_low,
+                        config.clip_high,
                     )
                     if config.kl > 0:
                         kl = gaussian_kl(mean, batch.reference, std)[:, None]  # (R, 1)
@@ -329,12 +333,12 @@ def new_states(loop, graphs, count, rng):
         generated += len(chosen)
         seeds = [rng.randrange(1 << 30) for _ in chosen]
         images = loop.diffuser.generate([graph.prompt() for graph in chosen], seeds)
-        made = check_states(loop.checker, chosen, images)
+        made = checked_states(loop.checker, chosen, images)
         states += [state for state in made if not state.reflection.satisfied]
     return states[:count], 1 - len(states) / max(generated, 1)
 
 
-def check_states(checker, graphs, images):
+def checked_states(checker, graphs, images):
     """A new `State` for each graph and image."""
     reflections = checker.check(images, graphs)
     return [State(*parts) for parts in zip(graphs, images, reflections, strict=True)]
@@ -368,7 +372,7 @@ def carry_out(loop, states, instructions, seed, G):
         [seed + g for g, _ in edits],
     )
     graphs = [states[g].graph for g, _ in edits]
-    edited = dict(zip(edits, check_states(loop.checker, graphs, images)))
+    edited = dict(zip(edits, checked_states(loop.checker, graphs, images)))
     return [edited.get((g, text), states[g]) for g, text in pairs]
 
 
@@ -377,7 +381,7 @@ def is_new_edit(state, instruction):
     return instruction not in (None, "none", *state.tried)
 
 
-def advantages_in_groups(rewards, config, device):
+def per_sample_advantages(rewards, config, device):
     """Advantages (N, 1), and which samples are kept (N, 1): False in flat groups."""
     rewards = torch.tensor(rewards, device=device).view(-1, config.group_size)
     advantages, kept = group_advantages(rewards, config.advantage_eps, config.flat_range)
@@ -387,11 +391,10 @@ def advantages_in_groups(rewards, config, device):
 def next_states(before, after, instructions, kept, config, rng):
     """The states of the next round. One random member of each group decides.
 
-    Random, not the best: the loop samples once per state, so it would rarely reach the best of G.
-    If the member's image scored higher than the one it started from, continue from that image, on
-    which nothing was tried yet. Otherwise continue from the old one, and let the Actor read that
-    the instruction did not help. States that satisfy the Checker are dropped, and with `refill`
-    those of flat groups, too.
+    Random, not the best of G: the loop samples only once per state. If the member's image scored
+    higher than the old one, it is the new state, with nothing tried yet. Otherwise the old one
+    stays, and if it was edited, `tried` now lists the instruction, for the Actor to read. States
+    that satisfy the Checker are dropped, and with `refill` those of flat groups, too.
     """
     states = []
     for first in range(0, len(before), config.group_size):
@@ -411,10 +414,10 @@ def next_states(before, after, instructions, kept, config, rng):
 def check_on_policy(log_probs, batch, count, config, metrics):
     """Raise ValueError if an iteration's first replay does not give the recorded log-probs.
 
-    Called once per batch. The running sum ends at the mean of |replayed - recorded| over all
-    `count` trained actions of the iteration. `tolerance` is for that mean, because with a bf16 KV
-    cache single tokens differ a lot although nothing is wrong. Some trainers use
-    `log_probs.detach()` as `old` instead, which hides every bug of the rollout.
+    Called once per batch: `replay_error` grows to the mean |replayed - recorded| over all `count`
+    trained actions of the iteration. The mean, not the maximum, because with a bf16 KV cache single
+    tokens differ a lot although nothing is wrong. Some trainers use `log_probs.detach()` as `old`
+    instead, which hides every bug of the rollout.
     """
     difference = (log_probs.detach() - batch.old_log_probs).abs()
     error = difference[batch.mask].sum().item() / count
@@ -439,10 +442,7 @@ def optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
     if not math.isfinite(norm):
         metrics["skipped"] += 1
         return
-    # With `offload`, `restore` left Adam's moments on the CPU, where the model was at the time.
-    for parameter, state in optimizer.state.items():
-        for name in ("exp_avg", "exp_avg_sq"):
-            state[name] = state[name].to(parameter.device)
+    move_moments(optimizer)
     optimizer.step()
     for name in all_stats[0]:
         combine = max if name == "ratio_error" else sum  # the others are parts of a mean
@@ -655,6 +655,13 @@ def restore(tensors, parameters, optimizer):
             parameter.data.copy_(value)
         else:
             optimizer.state[parameter][name] = value
+
+
+def move_moments(optimizer):
+    """Move Adam's moments to the parameters, which were on the CPU if `offload` is on."""
+    for parameter, state in optimizer.state.items():
+        for name in ("exp_avg", "exp_avg_sq"):
+            state[name] = state[name].to(parameter.device)
 
 
 def checksum(text, tensors):

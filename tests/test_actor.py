@@ -160,7 +160,7 @@ def test_sampling_and_replay_equal_a_loop_over_tokens(states):
     actor = load(temperature=0.7)
     proposals = actor.propose(*first(states, 2), seeds=[0, 1])
     with torch.no_grad():
-        replayed = actor.log_probs(proposals, slice(None))
+        replayed = actor.replay(proposals, slice(None))
     for row in range(2):
         inputs = actor.inputs(SYSTEM, [proposals.images[row]], [proposals.requests[row]])
         ids = inputs["input_ids"]
@@ -209,7 +209,7 @@ def trained(rank=4, **settings):
 
 def scores(actor, proposals):
     with actor.adapter(), torch.no_grad():
-        return actor.log_probs(proposals, slice(None))
+        return actor.replay(proposals, slice(None))
 
 
 @pytest.fixture(scope="module")
@@ -230,13 +230,13 @@ def test_the_adapter_is_active_inside_its_block_only(states):
         raise RuntimeError("in the middle of a rollout")
 
     with torch.no_grad():
-        base = actor.log_probs(proposals, slice(None))
+        base = actor.replay(proposals, slice(None))
     hook = actor.model.register_forward_hook(fail)
     with pytest.raises(RuntimeError, match="middle"):
         actor.propose(*first(states, 2), seeds=[0, 1])
     hook.remove()
     with torch.no_grad():
-        assert torch.equal(actor.log_probs(proposals, slice(None)), base)
+        assert torch.equal(actor.replay(proposals, slice(None)), base)
     untrained = actor.without_adapter()
     assert torch.equal(scores(untrained, proposals), base)
     assert not torch.equal(scores(actor, proposals), base)
@@ -252,7 +252,7 @@ def test_training_continues_with_the_adapter_that_is_there(saved):
     parameters = actor.add_adapter(4)
     assert torch.equal(scores(actor, proposals), expected)
     with actor.adapter():
-        actor.log_probs(proposals, slice(None)).sum().backward()
+        actor.replay(proposals, slice(None)).sum().backward()
     assert sum(p.grad is not None for p in actor.model.parameters()) == len(parameters)
     assert [id(p) for p in actor.add_adapter(4)] == [id(p) for p in parameters]
 
@@ -352,7 +352,7 @@ def test_checkpointing_changes_no_gradient(saved):
         layer = actor.model.model.language_model.layers[0]
         layer.mlp.register_forward_pre_hook(lambda *_: entered.append(torch.is_grad_enabled()))  # noqa: B023
         with actor.adapter():
-            actor.log_probs(proposals, slice(None)).sum().backward()
+            actor.replay(proposals, slice(None)).sum().backward()
         assert len(entered) == 1 + recompute  # once forward, once more in backward
         gradients.append([parameter.grad for parameter in parameters])
     for one, other in zip(*gradients):

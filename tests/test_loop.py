@@ -75,7 +75,7 @@ def test_malformed_and_none_edit_nothing():
     written = {1: [None, "none", MOVE], 2: [MOVE, None, "none"]}
     (first, second), script = run({1: [0.1] * 4, 2: [0.3, 0.4]}, instructions=written)
     assert [step.instruction for step in first.steps] == [None, None, "none", MOVE]
-    assert [step.edited for step in first.steps] == [False, False, False, True]
+    assert [step.is_edit for step in first.steps] == [False, False, False, True]
     assert numbers(first) == [0, 0, 0, 3] and numbers(second) == [0, 1, 1, 1]
     assert first.steps[2].reflection is first.steps[0].reflection
     assert [step.source for step in second.steps] == [None, 0, 1, 1]
@@ -127,7 +127,7 @@ def test_an_actor_that_insists_edits_nothing():
     (trajectory,), script = run({1: [0.2, 0.1]}, 2, {1: [MOVE] * (1 + loop.ATTEMPTS)})
     assert len(script.made("edit")) == 1
     last = trajectory.steps[-1]
-    assert (last.instruction, last.repeated, last.edited) == (MOVE, True, False)
+    assert (last.instruction, last.repeated, last.is_edit) == (MOVE, True, False)
     assert last.image is trajectory.steps[0].image
     assert trajectory.tried == [MOVE]  # not counted twice
     assert "tried before: no edit" in story(trajectory)

@@ -40,7 +40,6 @@ SMALL = [
     "validation_limit=2",
 ]
 PHASES = pytest.mark.parametrize("phase", [phase1, phase2])
-REPLAY = {phase1: "log_probs", phase2: "replay"}  # method of the part that is trained
 
 
 def settings(phase, folder, *overrides):
@@ -413,7 +412,7 @@ def test_a_rollout_that_cannot_be_replayed_stops_the_run(tmp_path, phase, sample
     """The mean over the iteration counts: with a bf16 cache, single tokens may differ more."""
     loop = toys.loop()
     part = trained(loop, phase)
-    replay = getattr(part, REPLAY[phase])
+    replay = part.replay
     errors = torch.zeros((64, 1) if phase is phase1 else (64,))
     errors[:samples] = error
 
@@ -425,7 +424,7 @@ def test_a_rollout_that_cannot_be_replayed_stops_the_run(tmp_path, phase, sample
             return found[0] + errors[: len(found[0])], *found[1:]
         return found + errors[: len(found)]
 
-    setattr(part, REPLAY[phase], wrong)
+    part.replay = wrong
     overrides = ["tolerance=1e-4", "rounds=1", "groups=16", "flat_range=0", "updates=1"]
     with pytest.raises(ValueError, match="differ from") if refused else contextlib.nullcontext():
         phase(loop, settings(phase, tmp_path, *overrides))
@@ -436,7 +435,7 @@ def test_a_rollout_that_cannot_be_replayed_stops_the_run(tmp_path, phase, sample
 def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path, phase, capsys):
     loop = toys.loop()
     part = trained(loop, phase)
-    replay = getattr(part, REPLAY[phase])
+    replay = part.replay
 
     def sick(*arguments):
         """The log-probs are right, but the derivative of the square root at 0 is infinite."""
@@ -444,7 +443,7 @@ def test_gradients_that_are_not_finite_are_skipped_and_counted(tmp_path, phase, 
         extra = part.current().sub(part.current().detach()).abs().sqrt().sum()
         return (found[0] + extra, *found[1:]) if isinstance(found, tuple) else found + extra
 
-    setattr(part, REPLAY[phase], sick)
+    part.replay = sick
     phase(loop, settings(phase, tmp_path, "iterations=5", "kl=0", "groups=9"))
     assert all(row["skipped"] > 0 for row in metrics(tmp_path)[1:])
     assert torch.equal(part.weights, torch.zeros(4))

@@ -309,9 +309,9 @@ def test_replay_gives_the_recorded_log_probs(actor):
     for rows in (slice(0, 6), slice(1, 4)):
         mask, recorded = proposals.mask[rows], proposals.log_probs[rows]
         with actor.adapter(), torch.no_grad():
-            assert (actor.log_probs(proposals, rows) - recorded)[mask].abs().max() < 1e-4
+            assert (actor.replay(proposals, rows) - recorded)[mask].abs().max() < 1e-4
         with torch.no_grad():  # without the adapter it is another policy
-            assert (actor.log_probs(proposals, rows) - recorded)[mask].abs().max() > 1e-3
+            assert (actor.replay(proposals, rows) - recorded)[mask].abs().max() > 1e-3
 
 
 def test_one_reading_of_a_request_gives_the_gradient_of_one_each(actor, capsys):
@@ -329,7 +329,7 @@ def test_one_reading_of_a_request_gives_the_gradient_of_one_each(actor, capsys):
             lambda *_, passes=passes, **__: passes.append(1), with_kwargs=True
         )
         with actor.adapter():
-            log_probs = actor.log_probs(proposals, slice(1, 9))
+            log_probs = actor.replay(proposals, slice(1, 9))
             (log_probs * (weight * proposals.mask)[1:9]).sum().backward()
         hook.remove()
         assert len(passes) == 1 + actor.share
@@ -346,7 +346,7 @@ def test_a_sampled_image_token_is_not_shown_an_image(actor):
     assert image_token in actor.end_ids
     proposals.ids[0, 1] = image_token
     with torch.no_grad():
-        assert actor.log_probs(proposals, slice(0, 1)).isfinite().all()
+        assert actor.replay(proposals, slice(0, 1)).isfinite().all()
 
 
 def test_every_parameter_of_the_adapter_learns_and_the_checker_is_spared(actor):
@@ -355,7 +355,7 @@ def test_every_parameter_of_the_adapter_learns_and_the_checker_is_spared(actor):
     proposals = actor.propose(images()[:1], PROMPTS[:1], FEEDBACK[:1], seeds=[5])
     parameters = actor.add_adapter(4)  # those of the adapter that is there
     with actor.adapter():
-        actor.log_probs(proposals, slice(None)).sum().backward()
+        actor.replay(proposals, slice(None)).sum().backward()
     assert all(parameter.grad is not None for parameter in parameters)
     torch.optim.SGD(parameters, 0.03).step()
     assert checker.check(images(), GRAPHS) == before
@@ -368,7 +368,7 @@ def test_a_saved_adapter_loads_in_peft_and_here(actor, vlm, tmp_path):
     actor.share = False  # as in an Actor that was not probed
     proposals = actor.propose(images()[:2], PROMPTS[:2], FEEDBACK[:2], seeds=[5, 6])
     with actor.adapter(), torch.no_grad():
-        expected = actor.log_probs(proposals, slice(None))
+        expected = actor.replay(proposals, slice(None))
     actor.save_adapter(tmp_path)
 
     def fresh():
@@ -378,8 +378,8 @@ def test_a_saved_adapter_loads_in_peft_and_here(actor, vlm, tmp_path):
     ours = fresh()
     ours.load_adapter(tmp_path)
     with ours.adapter(), torch.no_grad():
-        assert torch.equal(ours.log_probs(proposals, slice(None)), expected)
+        assert torch.equal(ours.replay(proposals, slice(None)), expected)
     theirs = fresh()
     theirs.model = PeftModel.from_pretrained(theirs.model, tmp_path).base_model.model.eval()
     with torch.no_grad():
-        assert torch.equal(theirs.log_probs(proposals, slice(None)), expected)
+        assert torch.equal(theirs.replay(proposals, slice(None)), expected)

@@ -106,7 +106,7 @@ class Actor(Policy):
         made.append(proposals)
         return proposals
 
-    def log_probs(self, proposals, rows):
+    def replay(self, proposals, rows):
         return self.current().log_softmax(0)[proposals.ids[rows]]
 
 

@@ -195,7 +195,7 @@ def kept_share(trajectory):
     pairs = [
         kept(found[step.source], things, step.instruction)
         for step, things in zip(trajectory.steps, found)
-        if step.edited
+        if step.is_edit
     ]
     total = sum(whole for _, whole in pairs)
     return sum(part for part, _ in pairs) / total if total else None

@@ -121,7 +121,7 @@ def bench_vlm(loop, groups=8, group_size=8):
 
     def update():
         with actor.adapter():
-            actor.log_probs(proposals, slice(None)).sum().backward()
+            actor.replay(proposals, slice(None)).sum().backward()
 
     compare(actor, f"Actor, update of {groups} groups of {group_size} completions", update)
 
