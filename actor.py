@@ -105,6 +105,8 @@ class Actor(VLM):
         if ends is None:
             raise ValueError("generation_config.json names no eos_token_id: nothing would end")
         ends = ends if isinstance(ends, list) else [ends]
+        if not all(0 <= end < self.model.get_input_embeddings().num_embeddings for end in ends):
+            raise ValueError(f"eos_token_id {ends} is not in the vocabulary: nothing would end")
         # Drop the folder's sampling defaults, such as a repetition penalty: they would change the
         # distribution whose log-probs we record.
         self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
@@ -114,8 +116,6 @@ class Actor(VLM):
 
     def probe(self):
         """Call once after loading: turn sharing on if it works on two blank images."""
-        if self.checkpointing:  # transformers then keeps no key-value cache
-            return
         text = self.processor.tokenizer("red circle left of", add_special_tokens=False)
         ids = torch.tensor([text["input_ids"]] * 4, device=self.model.device)  # (4, T)
         circle, square = request("red circle", ""), request("blue square left of red circle", "")
@@ -130,6 +130,7 @@ class Actor(VLM):
         Completion k of an image depends on its seed and on k, not on what else is in the batch.
         """
         tried = tried or [()] * len(images)
+        temperature = self.temperature if temperature is None else temperature
         requests = [request(*each) for each in zip(prompts, feedback, tried, strict=True)]
         # The sampler leaves one token to choose from; `top_k` 0 spares `generate` a search.
         settings = {"do_sample": True, "top_k": 0, "num_return_sequences": n}
@@ -140,7 +141,7 @@ class Actor(VLM):
                 part = slice(start, start + self.batch_size)
                 inputs = self.inputs(SYSTEM, images[part], requests[part])
                 sources = [Random(f"{seed} {k}") for seed in seeds[part] for k in range(n)]
-                sampler = _Sampler(sources, temperature or self.temperature)
+                sampler = _Sampler(sources, temperature)
                 output = self.model.generate(**inputs, **settings, logits_processor=[sampler])
                 ids += output[:, inputs["input_ids"].shape[1] :]
                 log_probs += torch.cat(sampler.log_probs, 1)
@@ -234,7 +235,9 @@ class Actor(VLM):
             wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
             # Some programs repeat the config's alpha as tensors.
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
-            wrong += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+            wrong += [
+                n for n, x in tensors.items() if not x.is_floating_point() or not x.isfinite().all()
+            ]
             if wrong:
                 raise ValueError(f"missing, unknown, or not finite: {', '.join(wrong[:3])}")
         except Exception as error:  # of any kind: it comes from the depths of peft
@@ -291,6 +294,11 @@ class _Sampler:
         # 24 bits, so that the number is exact in fp32 and below 1.
         uniform = [[source.getrandbits(24) / 2**24] for source in self.random_numbers]
         uniform = torch.tensor(uniform, device=cdf.device) * cdf[:, -1:]  # (N, 1)
+        if not uniform.isfinite().all():
+            raise ValueError(
+                "the Actor's logits are NaN: its adapter diverged or is damaged, or "
+                "actor.temperature is too small"
+            )
         ids = torch.searchsorted(cdf, uniform, right=True)  # (N, 1), never of probability 0
         self.log_probs.append(token_log_probs(logits[:, None], ids, self.temperature))
         return torch.full_like(logits, -math.inf).scatter(1, ids, 0.0)

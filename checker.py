@@ -12,6 +12,7 @@ A triple's question asks for its two objects too, so these are not counted a sec
 adding a missing object in the wrong place would raise the score, while SG-IoU falls.
 """
 
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -30,6 +31,14 @@ class Reflection:
     score: float  # the reward, in [0, 1]
     feedback: str  # what is missing or wrong, in words that the Actor reads; "" if nothing is
     mass: float = 1.0  # mean probability of yes and no together; if low, `probs` mean little
+
+    def __post_init__(self):
+        fine = all(0 <= prob <= 1 for prob in self.probs) and math.isfinite(self.score + self.mass)
+        if not self.probs or not fine:
+            raise ValueError(
+                f"{self}: probabilities have to be 0 to 1 and the score finite; if they are NaN, "
+                "set 'checker.dtype' to bfloat16 or float32"
+            )
 
     @property
     def satisfied(self):
@@ -59,11 +68,8 @@ def reflect(graph, probs, mass=1.0):
     """
     probs = tuple(float(prob) for prob in probs)
     count = len(graph.objects) + len(graph.triples)
-    if not 0 < len(probs) == count or not all(0 <= prob <= 1 for prob in probs):  # NaN, too
-        raise ValueError(
-            f"give {count} probabilities from 0 to 1, not {probs}; if they are NaN, set "
-            "'checker.dtype' to bfloat16 or float32"
-        )
+    if len(probs) != count:
+        raise ValueError(f"give {count} probabilities, not {len(probs)}")
     objects = list(zip(graph.labels(), probs))
     triples = list(zip(graph.triples, probs[len(objects) :]))
     alone = graph.alone()
@@ -104,6 +110,7 @@ class VLM:
         self.processor.tokenizer.padding_side = "left"
         self.batch_size = batch_size
         self.share = False  # one encoding of an image for all texts about it; see `try_sharing`
+        self.checkpointing = False  # see `Actor`
 
     @classmethod
     def load(cls, path, device="cpu", dtype="float32", attention="", **settings):
@@ -173,17 +180,22 @@ class VLM:
         """Share from now on if `shared_logits` finds what `single_logits` does, else say why not.
 
         Both belong to the subclass. They read four texts, two about each of two blank images.
-        Returns the log-probs that `single_logits` found.
+        Returns the log-probs that `single_logits` found. Raises ValueError for a template that
+        drops the text, and for NaN.
         """
         import torch
         from PIL import Image
 
+        if self.chat(system, texts[0]) == self.chat(system, ""):
+            raise ValueError("its chat template drops the text of the message")
         white, gray = Image.new("RGB", (64, 64), "white"), Image.new("RGB", (96, 64), "gray")
         inputs = system, [white, white, gray, gray], texts, *more
         with torch.no_grad():
             single = self.single_logits(*inputs).float().log_softmax(-1)
             if single.isnan().any():
                 raise ValueError("it answers NaN; set its dtype to bfloat16 or float32")
+            if self.checkpointing:  # transformers then keeps no key-value cache
+                return single
             try:
                 shared = self.shared_logits(*inputs).float().log_softmax(-1)
                 # Relative to how far the first and the last are apart, which differ in image and
@@ -251,15 +263,13 @@ class Checker(VLM):
     def probe(self):
         """Call once after loading: try two blank images, and turn sharing on if it works.
 
-        Raises ValueError if the chat template drops the question or ends inside a thought, or if
-        yes and no together have little probability: the reward would be noise.
+        Raises ValueError if the chat template ends inside a thought, or if yes and no together have
+        little probability: the reward would be noise.
         """
         name = self.processor.tokenizer.name_or_path
         asked = [object_question("red circle"), triple_question(("cup", "left of", "red book"))]
         if OPEN_THOUGHT.search(self.chat(SYSTEM, "")):
             raise ValueError(f"the chat template of {name} ends inside a thought")
-        if self.chat(SYSTEM, asked[0]) == self.chat(SYSTEM, asked[1]):
-            raise ValueError(f"the chat template of {name} drops the question")
         probs = self.try_sharing(SYSTEM, asked * 2).exp()  # (4, V)
         mass = probs[:, sum(self.yes_no, [])].sum(1).min()
         if not mass >= LEAST_MASS:  # `not >=` also catches NaN

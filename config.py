@@ -12,7 +12,6 @@ adapter, or data file that is not there is looked for in the folder of the YAML 
 import difflib
 import hashlib
 import json
-import math
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from os.path import dirname, exists, expanduser, expandvars, isdir, isfile, join
@@ -29,15 +28,15 @@ def is_model(path):
 
 
 # Annotated[Python type, what is accepted, check of the value]
-Natural = Annotated[int, "an integer, 0 or more", lambda n: n >= 0]
-Count = Annotated[int, "an integer, 1 or more", lambda n: n >= 1]
-GroupSize = Annotated[int, "an integer, 2 or more", lambda n: n >= 2]
+Natural = Annotated[int, "an integer, 0 or more", lambda n: 0 <= n < 2**31]
+Count = Annotated[int, "an integer, 1 or more", lambda n: 1 <= n < 2**31]
+GroupSize = Annotated[int, "an integer, 2 or more", lambda n: 2 <= n < 2**31]
 Phase = Annotated[int, "1 or 2", lambda n: n in (1, 2)]
 Seed = Annotated[int, "an integer from 0 to 2**31 - 1", lambda n: 0 <= n < 2**31]
 Share = Annotated[float, "a number, 0 or more and below 1", lambda x: 0 <= x < 1]
 # `<` is false for NaN, so these refuse it.
-NonNegative = Annotated[float, "a number, 0 or more", lambda x: 0 <= x < math.inf]
-Positive = Annotated[float, "a number above 0", lambda x: 0 < x < math.inf]
+NonNegative = Annotated[float, "a number from 0 to 1e9", lambda x: 0 <= x <= 1e9]
+Positive = Annotated[float, "a number from 1e-9 to 1e9", lambda x: 1e-9 <= x <= 1e9]
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 Dtype = Annotated[str, f"one of {DTYPES}", lambda name: name in DTYPES]
 Template = Annotated[str, "text with {} where the instruction goes", lambda text: "{}" in text]
@@ -49,7 +48,11 @@ Words = Annotated[
 Model = Annotated[str, "an existing folder, or a Hub id owner/name", is_model]
 Adapter = Annotated[str, "an existing folder", lambda path: not path or isdir(path)]
 DataFile = Annotated[str, "an existing file (LAION-SG: see gpu/phase1.yaml)", isfile]
-RunFolder = Annotated[str, "a folder (set all $VARS)", re.compile(r"[^~$\s][^$]*").fullmatch]
+RunFolder = Annotated[
+    str,
+    "a folder (set all $VARS)",
+    lambda path: re.fullmatch(r"[^~$\s][^$\0]*", path) and not isfile(path),
+]
 
 
 @dataclass
@@ -175,7 +178,10 @@ def load_config(path, schema, overrides=()):
 
 
 class Loader(yaml.SafeLoader):
-    """Refuses equal keys, of which PyYAML keeps the last, and reads 1e-6 as a number, not text."""
+    """Refuses equal keys, of which PyYAML keeps the last. Reads 1e-6 as a number, and 010 as text.
+
+    PyYAML reads YAML 1.1, where 1e-6 is text, 010 is 8, and 1:30 is 90.
+    """
 
     def compose_mapping_node(self, anchor):
         node = super().compose_mapping_node(anchor)
@@ -188,6 +194,10 @@ class Loader(yaml.SafeLoader):
 
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+INTEGER = re.compile(r"[-+]?(0|[1-9]\d*)$")
+for signs, resolvers in Loader.yaml_implicit_resolvers.copy().items():
+    Loader.yaml_implicit_resolvers[signs] = [r for r in resolvers if not r[0].endswith(":int")]
+Loader.add_implicit_resolver("tag:yaml.org,2002:int", INTEGER, list("-+0123456789"))
 
 
 def read_yaml(text, where=""):
@@ -271,7 +281,9 @@ def flatten(values, prefix=""):
 
 def content_hash(path):
     """A hash of a data file, or of the files in an adapter's folder."""
-    files = [path] if path.is_file() else sorted(filter(Path.is_file, path.iterdir()))
+    files = [path]
+    if path.is_dir():
+        files = sorted(p for p in path.iterdir() if p.suffix in (".json", ".safetensors"))
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:

@@ -120,6 +120,8 @@ class Editor:
 
     def edit(self, images, instructions, seeds):
         """One edited PIL image per image, instruction and seed, whatever else is in the batch."""
+        if not len(images) == len(instructions) == len(seeds):
+            raise ValueError(f"{len(images)=}, {len(instructions)=}, {len(seeds)=}: need the same")
         edited = []
         size = self.batch_size if self.batched else 1
         for start in range(0, len(images), size):
@@ -305,6 +307,8 @@ class Editor:
 
         transformer = self.pipeline.transformer
         try:
+            if Path(folder).is_dir() and len(found := [*Path(folder).glob("*.safetensors")]) > 1:
+                raise ValueError(f"{len(found)} files; leave only the one with the adapter in it")
             with warnings.catch_warnings():
                 # peft only warns of layers that the file's config names and its tensors lack.
                 warnings.simplefilter("error", RuntimeWarning)
@@ -316,7 +320,9 @@ class Editor:
             found = set_peft_model_state_dict(transformer, tensors, ADAPTER)
             wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
-            wrong += [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+            wrong += [
+                n for n, x in tensors.items() if not x.is_floating_point() or not x.isfinite().all()
+            ]
             if wrong:
                 raise ValueError(f"missing, unknown, or not finite: {', '.join(wrong[:3])}")
         except Exception as error:  # of any kind: it comes from the depths of diffusers

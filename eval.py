@@ -348,7 +348,6 @@ def run(arguments):
     limit = None if arguments.full else settings.limit
     graphs = load_graphs(settings.data, config.relations, limit)
     folder = output_folder(arguments.out)
-    folder.mkdir(parents=True, exist_ok=True)
     made_with = {"config": fingerprint(config), "prompts": len(graphs)}
     rows = finished_rows(folder / "results.json", made_with, arguments.resume)
     loop = build(config)
@@ -383,7 +382,7 @@ def run(arguments):
 def finished_rows(path, made_with, resume):
     """The rows of an interrupted evaluation; none for a new one.
 
-    Raises ValueError if it is another one, or if a new one would replace it.
+    Raises ValueError if it is of another config, or if a new one would replace unfinished rows.
     """
     if not resume and not path.exists():
         return []

@@ -306,11 +306,16 @@ def once_per_place():
     return is_new
 
 
-def output_folder(path):
-    """A folder for results. Raises ValueError if a training run is in it, or the name is odd."""
+def output_folder(path, *foreign):
+    """Make a folder for results. Raises ValueError if it holds a run, or `foreign` files."""
     folder = Path(check(RunFolder, path, "--out", ""))
-    if (folder / "checkpoint.safetensors").exists():
-        raise ValueError(f"--out: {folder} holds a training run; name another folder")
+    for name in ("checkpoint.safetensors", "metrics.jsonl", *foreign):
+        if (folder / name).exists():
+            raise ValueError(f"--out: {folder} holds another run ({name}); name another folder")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out: {error}; name another folder") from None
     return folder
 
 
@@ -333,7 +338,7 @@ def main():
         config = load_config(arguments.config, LoopConfig, [*overrides, "evaluation="])
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
         graphs = graphs or load_graphs(arguments.prompts, config.relations)
-        out = output_folder(arguments.out)
+        out = output_folder(arguments.out, "results.json")
         loop = build(config)
         if arguments.prompts:
             graphs = loop.diffuser.readable(graphs, arguments.prompts)

@@ -41,7 +41,8 @@ def report(folders):
     """Make the page of each run, report.html in its folder. -> their paths."""
     pages = []
     for folder in map(Path, folders):
-        samples = sorted(folder.glob("samples/[0-9]*.json"), key=lambda path: int(path.stem))
+        samples = [path for path in folder.glob("samples/*.json") if path.stem.isdecimal()]
+        samples.sort(key=lambda path: int(path.stem))
         first_and_last = samples[:1] + samples[1:][-1:]
         body = section("Results", tables, folder / "results.json")
         body += section("Curves", curves, folder / "metrics.jsonl")
@@ -57,8 +58,13 @@ def report(folders):
 
 def section(title, show, *files):
     """A part of the page: what `show` makes of the texts of those files that exist."""
-    texts = [file.read_text("utf-8") for file in files if file.exists()]
-    return f"<h2>{title}</h2>{show(*texts)}" if texts else ""
+    files = [file for file in files if file.exists()]
+    try:
+        shown = show(*(file.read_text("utf-8") for file in files)) if files else ""
+    except Exception as error:  # of any type, whatever the files hold instead
+        names = ", ".join(map(str, files))
+        raise ValueError(f"{names}: cannot be shown ({type(error).__name__}: {error})") from None
+    return f"<h2>{title}</h2>{shown}" if files else ""
 
 
 def verbatim(text):
@@ -111,7 +117,7 @@ def gallery(*texts):
         parts += f"<h3>{html(sample['prompt'])}</h3><em>{scores} · seed {sample['seed']}</em><ol>"
         for number, step in enumerate(steps):
             mark = "best" if number == best else ""
-            parts += f'<li class="{mark}"><img src="{step["image"]}" alt="">'
+            parts += f'<li class="{mark}"><img src="{escape(step["image"])}" alt="">'
             parts += f"<p><b>{step['score']:.2f}</b>image {number} {mark}"
             for asked, p in step["verdicts"]:
                 parts += f'<p class="{"yes" if p >= 0.5 else "no"}"><b>{p:.0%}</b>{html(asked)}'
@@ -219,8 +225,12 @@ def remove_images(folder):
 def write(path, text):
     """Write a file aside and rename it, so that nobody ever reads half of it."""
     aside = Path(f"{path}.{os.getpid()}.aside")
-    aside.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(aside, path)
+    try:
+        aside.write_text(text, encoding="utf-8", errors="backslashreplace")
+        os.replace(aside, path)
+    except OSError as error:  # of a full disk, for example: it does not name the file
+        aside.unlink(missing_ok=True)
+        raise OSError(f"{path}: cannot be written ({error})") from None
 
 
 def say(text):

@@ -17,6 +17,7 @@ import json
 import re
 import sys
 from dataclasses import dataclass
+from unicodedata import category
 
 # Relation words of GenEval (arXiv 2310.11513) and T2I-CompBench (arXiv 2307.06350), and three more.
 SPATIAL = ("left of", "right of", "above", "below", "next to", "near", "on side of", "on top of")
@@ -95,6 +96,16 @@ def comparable_sets(graph):
 
 # ---- prompts ----
 
+# Between two clauses: a semicolon, a tab, the end of a line, or a full stop after a word.
+CLAUSE_END = r"[;；\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|(?<=[^\W\d]{3})\. "
+# In front of a clause: the mark of a list, and words that say nothing.
+CLAUSE_START = r"(?i)^(?:[-*•] |\d+[.)] )?(?:an? (?:photo|picture|image) of )?"
+# Shows that a text is not the name of one object.
+SENTENCE = re.compile(
+    r"(?i) (?:an?|the) |^(?:an|the|another)$|n['’]t\b|\b(?:is|are|was|were|be|can|should|must|"
+    r"no|not|nor|never|cannot|without|and|or|plus|then|that|which|between|it|itself)\b"
+)
+
 
 def parse_prompt(text, relations):
     """Read what `SceneGraph.prompt()` writes.
@@ -108,9 +119,9 @@ def parse_prompt(text, relations):
     if not relations:
         raise ValueError(f"prompt {text!r}: list your relation words under `relations`")
     objects, triples = [], []
-    for clause in text.split(";"):
-        clause = " ".join(clause.split()).strip(" .!?'“”\ufeff")
-        clause = re.sub("(?i)^an? (?:photo|picture|image) of ", "", clause)
+    for clause in re.split(CLAUSE_END, text):
+        clause = " ".join(clause.split()).strip(" .!?'\ufeff")
+        clause = re.sub(CLAUSE_START, "", clause)
         if not clause:
             continue
         found = find_relation(clause, relations)
@@ -160,10 +171,10 @@ def either(words):
 
 
 def is_name(text, relations):
-    """Whether a part of a prompt can be the name of one object."""
-    small_words = "an?|the|is|are|was|were|be|and|or|not|no|that|which|between"
-    sentence = re.search(rf"(?i)[,&/|!?:()\[\]{{}}\"]| (?:{small_words}) |n['’]t\b| not$", text)
-    return text and not sentence and not find_relation(text, [*SPATIAL, *relations])
+    """Whether a text can be the name of one object: letters, marks, and digits, but no sentence."""
+    plain = all(category(sign)[0] in "LMN" or sign in " _-.'’" for sign in text)
+    known = [*SPATIAL, *relations]
+    return plain and text and not SENTENCE.search(text) and not find_relation(text, known)
 
 
 def clean_name(text):
@@ -233,30 +244,43 @@ def read_entry(entry, place, relations):
     """The SceneGraph of an entry. Raises whatever goes wrong."""
     if isinstance(entry, str) and entry.startswith("{"):
         entry = json.loads(entry)
+    if isinstance(entry, dict) and "include" in entry:
+        return read_geneval(entry, place)
+    if isinstance(entry, dict) and "items" in entry:
+        return read_laion(entry, place)
     if isinstance(entry, dict):
-        return read_geneval(entry, place) if "include" in entry else read_laion(entry, place)
+        entry = entry["prompt"]
     graph = parse_prompt(entry, [*SPATIAL, *relations])  # yours win over an equal one
     if not relations and not graph.triples:
         raise ValueError("no known relation; list your relation words under `relations`")
     return graph
 
 
+def checked_name(*words):
+    """One name of the words in an entry. Raises whatever goes wrong if they are no text."""
+    name = clean_name(" ".join(words))
+    if not re.search(r"\w", name) or ";" in name or not name.isprintable():
+        raise ValueError(f"{name!r} is no name")
+    return name
+
+
 def read_laion(entry, place):
     names, triples = {}, []  # names by item id as text: ids are written as 0 and as "0"
     for item in entry["items"]:
-        id, label = str(item["item_id"]), clean_name(item["label"])
-        attributes = item.get("attributes") or []
+        id, attributes = str(item["item_id"]), item.get("attributes") or []
         if isinstance(attributes, str):
             attributes = [attributes]
         if id in names:
             raise ValueError(f"two items have the id {id}")
-        if label:
-            names[id] = clean_name(" ".join([*filter(None, attributes), label]))
+        if not isinstance(attributes, list):
+            raise ValueError("attributes are not a list")
+        if clean_name(item["label"]):
+            names[id] = checked_name(*filter(None, attributes), item["label"])
     for record in entry["relations"] or ():
         subject, object = str(record["item1"]), str(record["item2"])
-        relation = re.sub("(?i)^(is|are)[ _](?=.)", "", " ".join(record["relation"].split()))
-        if subject == object or not relation:
-            raise ValueError("a relation of an item to itself, or without a word")
+        relation = re.sub("(?i)^(is|are)[ _](?=.)", "", checked_name(record["relation"]))
+        if subject == object:
+            raise ValueError(f"a relation of item {subject} to itself")
         if missing := {subject, object} - names.keys():
             raise ValueError(f"a relation with item {missing.pop()}, which is missing or unnamed")
         triples.append((names[subject], relation, names[object]))
@@ -270,7 +294,7 @@ def read_geneval(entry, place):
     groups = entry["include"]
     if not groups:
         raise ValueError("it includes nothing")
-    names = [clean_name(f"{group.get('color') or ''} {group['class']}") for group in groups]
+    names = [checked_name(each.get("color") or "", checked_name(each["class"])) for each in groups]
     objects, triples = [], []
     for number, (name, group) in enumerate(zip(names, groups)):
         count = group.get("count", 1)
@@ -281,7 +305,7 @@ def read_geneval(entry, place):
             relation, other = group["position"]
             if other == number or other not in range(len(groups)):
                 raise ValueError(f"position {group['position']} names no other object")
-            triples.append((name, relation, names[other]))
+            triples.append((name, checked_name(relation), names[other]))
     return SceneGraph(objects, triples, entry.get("prompt") or "", place)
 
 
@@ -290,14 +314,25 @@ def read_geneval(entry, place):
 # The key in front of a subject's name ("_" is a space by then).
 SUBJECT = r"\b(?:subj(?:ect)?|head|source|from|s|[a-z]+ ?1)(?: ?\d| name)?\W{0,2}[:=]\W*$"
 # A denial in front of a triple, in the same clause.
-DENIAL = re.compile(r"\b(?:no|not|never)\b[^.,;\n\[\](){}]*$")
-# One that answers it, after one key at most: "sun above sea: no", {..., "present": false}.
-ANSWER_NO = re.compile(r"[^\w\[\]{}.;]*(?:\b\w+[\"']?)?: ?[\"']?(?:no|not|false)\b|\? *no\b")
+DENIAL = re.compile(r"\b(?:no|not|never|cannot|neither|false)\b[^.,;\n\[\](){}]*$")
+# One behind it: "sun above sea: no", "... (not visible)", [..., false], {..., "present": false}.
+ANSWER_NO = re.compile(
+    r"[\"'*)\]]{0,3}(?:\s*,?\s*[\"']?\w+[\"']?:|[?,]| ?[:(=|–—>-]+| is) ?[\"'*]?"
+    r"(?:no|not|false|incorrect|wrong|absent|0(?![.\d]))\b(?! \w+ [a-z])|[\"'*) ]*[:,-]? ?[❌✗✘]"
+)
+# Heads a list of what the image lacks: "Missing objects:", "not_present":
+LACKING = r"\b(?:missing|absent|not|wrong|incorrect)\b[ \w]*[\"'*]*:"
+# A list in brackets (with bounding boxes) or braces; otherwise the line, and lines below it.
+LISTED = r"(?:\W{0,9}\[(?:[^\[\]]|\[[^\[\]]*\])*|\W{0,9}\{[^{}]*\}|.*(?:\n *[-*\d].*)*)"
+# Tags such as <think>, [THINK], or <|thought|>, and those that end a thought.
+THOUGHT, THOUGHT_END = (
+    rf"[<\[◁]\W?{slash}(?:think|thought|reason|scratch)\w*\W?[>\]▷]" for slash in ("", "/")
+)
 # What may stand between the words of a triple: keys that do not end in "s" ("relations:" begins a
 # list), small words, numbers, and marks other than brackets.
 FILLER = r"\b(?:s|(?:[a-z]+ )?\w*[^\Ws])[\"'”’]?\s?[:=]"
-FILLER += r"|\b(?:is|are|be|to|on|at|the|an?|that|which|appears|located|positioned|placed|directly"
-FILLER += r"|slightly|\d+)\b|[^\w\[\]]"
+FILLER += r"|\b(?:is|are|be|and|to|on|at|the|an?|that|which|appears|located|positioned|placed"
+FILLER += r"|directly|slightly|\d+)\b|[^\w\[\]]"
 
 
 def parse_scene_graph(text, objects, relations):
@@ -313,12 +348,16 @@ def parse_scene_graph(text, objects, relations):
 
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)  # of JSON
     text = text.lower().replace("_", " ")
-    text = re.split(r"</(?:think|reason)\w*>", text)[-1]
-    text = re.split(r"<(?:think|reason)\w*>", text)[0]
+    text = re.split(THOUGHT, re.split(THOUGHT_END, text)[-1])[0]
+    text = re.sub(LACKING + LISTED, "", text)
+    # left of(sun, sea) -> sun left of sea;
+    call = rf"({either(words)})\s?\(\W*({either(names)})\W*,\W*({either(names)})\W*\)"
+    text = re.sub(call, r" \2 \1 \3;", text)
 
     # A triple is two names and a relation with little between them.
     found = list(known.finditer(text))
     triples = {}  # by place of the relation word
+    subject_of = {}  # by place of a name that is the object of a triple
     for first, second, third in zip(found, found[1:], found[2:]):
         gaps = text[first.end() : second.start()], text[second.end() : third.start()]
         if not all(map(is_filler, gaps)):
@@ -326,6 +365,8 @@ def parse_scene_graph(text, objects, relations):
         colons = [re.search(r"[:=]\W*$", gap) for gap in gaps]
         if second[2]:
             subject, relation, object = first, second, third
+            if re.match(r"\W*(?:[,;]|and\b)", gaps[0]):  # "sun above sea, left of dog"
+                subject = subject_of.get(first.start(), first)
         # "sun - sea: above", but not a line or braces further on
         elif third[2] and colons[1] and (colons[0] or not re.search(r"[\n}]", gaps[0])):
             subject, object, relation = first, second, third
@@ -335,8 +376,7 @@ def parse_scene_graph(text, objects, relations):
             continue
         if not (subject[1] and object[1]) or relation.start() in triples:
             continue
-        denied = DENIAL.search(text, max(first.start() - 60, 0), first.start())
-        if denied or ANSWER_NO.match(text, third.end(), third.end() + 60):
+        if is_denied(text, first.start(), third.end()):
             continue
         called_subject = [
             re.search(SUBJECT, text[max(name.start() - 20, 0) : name.start()])
@@ -346,20 +386,29 @@ def parse_scene_graph(text, objects, relations):
             subject, object = object, subject
         triple = [without_the(match[0]) for match in (subject, relation, object)]
         triples[relation.start()] = names[triple[0]], words[triple[1]], names[triple[2]]
+        subject_of[object.start()] = subject
 
     # Objects may be listed apart from triples: in brackets, on the line, or below it.
-    in_brackets = r"\W{0,9}\[(?:[^\[\]]|\[[^\[\]]*\])*"  # with bounding boxes
-    pattern = rf"\b(?:objects|object list|entities)\b({in_brackets}|.*(?:\n *[-*\d].*)*)"
-    listed = " ".join(re.findall(pattern, text))
-    seen = [names[without_the(name)] for name, _ in known.findall(listed) if name]
+    listed = " ".join(re.findall(rf"\b(?:objects|object list|entities)\b({LISTED})", text))
+    seen = [
+        names[without_the(name[1])]
+        for name in known.finditer(listed)
+        if name[1] and not is_denied(listed, name.start(), name.end())
+    ]
     seen += names_in(triples.values())
     if not seen and not re.search(r"\[\s*\]", text):
         return None
     return SceneGraph(dict.fromkeys(seen), triples.values())
 
 
+def is_denied(text, start, end):
+    """Whether the words around a part of the text say that it is not so."""
+    return DENIAL.search(text, max(start - 60, 0), start) or ANSWER_NO.match(text, end, end + 60)
+
+
 def is_filler(gap):
     """Whether two words with this text between them can belong to the same triple."""
-    if len(gap) >= 80 or re.search(r"\}\W*\{|\n *[-*\d]\W* \w+ ?:", gap):  # another record begins
+    # Another record begins, or another sentence.
+    if len(gap) >= 80 or re.search(r"\}\W*\{|\n *[-*\d]\W* \w+ ?:|[.!?]\s(?!\w+:)", gap):
         return False
     return not re.sub(FILLER, "", gap)

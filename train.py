@@ -588,6 +588,11 @@ def check_run(config, phase, resume):
     folder, path = Path(config.run), Path(config.run) / CHECKPOINT
     if path.exists() and not resume:
         raise ValueError(f"{folder}: holds a run; continue it with --resume, or set run=another")
+    if (folder / "results.json").exists():
+        raise ValueError(f"{folder}: holds an evaluation; set run=another")
+    for adapter in filter(None, (config.actor.adapter, config.editor.adapter)):
+        if folder.resolve() in (Path(adapter).resolve(), *Path(adapter).resolve().parents):
+            raise ValueError(f"{folder}: training would overwrite {adapter}; set run=another")
     if resume and not path.exists():
         raise ValueError(f"{folder}: holds no checkpoint; start without --resume")
     if folder.exists():

@@ -184,11 +184,26 @@ def test_a_folders_sampling_defaults_are_dropped(states):
     assert torch.equal(again.propose(*first(states, 3), seeds=range(3)).ids, plain)
 
 
-def test_a_model_without_an_end_token_is_refused(actor):
+@pytest.mark.parametrize(("end", "message"), [(None, "no eos_token_id"), (10**5, "not in the voc")])
+def test_a_model_without_an_end_token_is_refused(actor, end, message):
     model = load().model
-    model.generation_config.eos_token_id = None
-    with pytest.raises(ValueError, match="no eos_token_id"):
+    model.generation_config.eos_token_id = end
+    with pytest.raises(ValueError, match=message):
         Actor(model, actor.processor)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_template_that_drops_the_prompt_is_refused(checkpointing):
+    actor = load(checkpointing=checkpointing)
+    actor.processor.chat_template = "<image> <answer>"
+    with pytest.raises(ValueError, match="drops the text of the message"):
+        actor.probe()
+
+
+def test_a_model_that_answers_nan_is_refused(states):
+    actor = load(temperature=1e-40)
+    with pytest.raises(ValueError, match="logits are NaN: .*temperature is too small"):
+        actor.propose(*first(states, 1), seeds=[0])
 
 
 def test_truncated_completions_are_counted(states):
@@ -292,6 +307,7 @@ def edited(saved, folder, change=lambda tensors: tensors, **config):
             "missing, unknown, or not finite: .*lora_A",
         ),
         (lambda tensors: tensors | {"surplus.weight": torch.zeros(1)}, {}, "not finite: surplus"),
+        (lambda tensors: {n: t.to(torch.int8) for n, t in tensors.items()}, {}, "not finite: "),
         (dict, {"r": 8}, "size mismatch"),
         (dict, {"init_lora_weights": "pissa"}, "'pissa' is not a plain LoRA"),
     ],

@@ -82,7 +82,12 @@ def test_folders_for_results(run, tmp_path):
     refused(run(*words, "--out", ""), "--out", "a folder")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "checkpoint.safetensors").touch()
-    refused(run(*words, "--out", "run"), "run holds a training run")
+    refused(run(*words, "--out", "run"), "run holds another run")
+    (tmp_path / "evaluation").mkdir()
+    (tmp_path / "evaluation" / "results.json").touch()
+    refused(run(*words, "--out", "evaluation"), "evaluation holds another run")
+    refused(run(*words, "--out", "config.yaml"), "--out", "make it a folder")
+    refused(run(*words, "--out", "config.yaml/results"), "--out", "name another folder")
 
 
 @pytest.mark.parametrize("script", [("loop.py", "a above b"), ("eval.py",)])

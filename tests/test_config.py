@@ -105,12 +105,15 @@ def test_every_shipped_file_loads(tmp_path, monkeypatch, path):
         # types
         "checker=3",
         "rounds=3.0",
+        "rounds=010",  # YAML 1.1 reads 8
+        "rounds=1:30",  # YAML 1.1 reads 90
         "relations=[on, above]",  # YAML reads on as true
         # ranges
         "rounds=0",
         "group_size=1",
         "seed=2147483648",
         "kl=.nan",
+        "rank=100000000000000000000",
         "checker.dtype=fp16",
         "editor.template=mend it",  # no place for the instruction
         # paths
@@ -120,6 +123,7 @@ def test_every_shipped_file_loads(tmp_path, monkeypatch, path):
         "data=gone.json",
         "run=",
         "run=$NO_SUCH/run",
+        "run=prompts.json",
         # arguments of a pipeline's call
         "diffuser.call.num_inference_steps=8.0",
         "diffuser.call.height=0",

@@ -5,6 +5,7 @@ Other pipelines are tested in test_pipeline_families.py.
 
 import inspect
 import json
+import shutil
 
 import pytest
 import torch
@@ -54,6 +55,8 @@ def test_an_edit_depends_on_its_seed_alone(loop, images, monkeypatch):
     monkeypatch.setattr(loop.editor, "batch_size", 1)
     assert difference(loop.editor.edit(images, texts, [1, 3]), batch) <= 1
     assert loop.editor.edit([], [], []) == []
+    with pytest.raises(ValueError, match=r"len\(images\)=1, .* need the same"):
+        loop.editor.edit(images[1:], texts, [1, 3])
 
 
 def test_images_from_outside_are_read_upright_in_rgb_over_white(loop, images):
@@ -262,6 +265,12 @@ def without(part):
 def test_an_adapter_that_does_not_fit_is_refused(adapter, fresh, change, keep_metadata):
     rewrite(adapter, change, keep_metadata)
     with pytest.raises(ValueError, match="no adapter of this Editor"):
+        fresh().load_adapter(adapter.parent)
+
+
+def test_a_folder_with_two_adapters_is_refused(adapter, fresh):
+    shutil.copy(adapter, adapter.with_name("other.safetensors"))
+    with pytest.raises(ValueError, match="2 files; leave only the one"):
         fresh().load_adapter(adapter.parent)
 
 

@@ -335,7 +335,7 @@ def test_another_vlm_can_measure(program, monkeypatch, tmp_path):
 def test_an_evaluation_keeps_out_of_a_training_run(program, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "checkpoint.safetensors").write_bytes(b"")
-    with pytest.raises(SystemExit, match="--out: .* holds a training run"):
+    with pytest.raises(SystemExit, match="--out: .* holds another run"):
         program()
 
 

@@ -175,6 +175,23 @@ def test_a_folder_that_is_no_run(tmp_path):
     assert process.stderr.startswith(f"report.py: {tmp_path}") and process.stderr.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("results.json", "[]"),
+        ("results.json", ""),
+        ("metrics.jsonl", '{"iteration": "1", "reward": 1}\n{"iteration": [2], "reward": 2}'),
+        ("samples/0000.json", "[{}]"),
+    ],
+)
+def test_a_file_that_cannot_be_shown_is_named(tmp_path, name, text):
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "2024_photo.json").touch()  # not ours
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"{name}: cannot be shown"):
+        report.report([tmp_path])
+
+
 @pytest.mark.parametrize("closed", [None, "/dev/full"])
 def test_a_terminal_that_is_gone_stops_nothing(monkeypatch, closed):
     with open(closed, "w") if closed else contextlib.nullcontext() as stream:

@@ -95,9 +95,12 @@ def test_prompt_names_every_object_once():
     [
         ("A red circle to the left of the blue square.", "red circle left of blue square"),
         ("the sun was directly above the sea!", "sun above sea"),
-        ("Red_Circle  LEFT_OF\tan owl; sun", "Red_Circle left of owl; sun"),
+        ("Red_Circle  LEFT_OF\u00a0an owl; sun", "Red_Circle left of owl; sun"),
         ("\ufeffsun on the top of rug;; sun on top of rug;", "sun on top of rug"),
         ("dog; another dog; dog", "dog; another dog"),
+        ("sun left of sea. Moon above sea\ndog", "sun left of sea; Moon above sea; dog"),
+        ("1. sun left of St. Bernard", "sun left of St. Bernard"),
+        ("हिन्दी left of sun", "हिन्दी left of sun"),
     ],
 )
 def test_what_a_prompt_means(text, prompt):
@@ -109,7 +112,15 @@ def test_what_a_prompt_means(text, prompt):
     ["", "left of blue square"]
     + ["sun left of sea above moon"]  # two relations
     + ["sun left of sea, moon above sea", "red circle left of a Red_circle"]
-    + ["a boy riding a horse", "dog behind tree", "the sun isn't above the sea"],
+    + ["a boy riding a horse", "dog behind tree", "the sun isn't above the sea", "no sun"]
+    + [
+        "sun cannot be above sea",
+        "sun left of it",
+        "sun + sea",
+        "“sun” left of sea",
+        "sun\0",
+        "the",
+    ],
 )
 def test_what_is_not_understood_is_refused_and_the_right_form_shown(text):
     with pytest.raises(ValueError, match="^prompt clause|^the prompt is empty") as caught:
@@ -195,6 +206,11 @@ def test_laion_sg(tmp_path, capsys):
         {"include": [{"class": "cat", "position": ["above", 5]}]},
         {"include": [{"class": "cat", "position": ["above", 0]}]},  # itself
         {"include": [{"class": "cat", "count": 10**9}]},
+        {"include": [{"class": "", "color": "red"}]},
+        {"include": [{"class": None}]},
+        {**LAION, "items": [{"item_id": 0, "label": "sun", "attributes": {"color": "red"}}]},
+        {**LAION, "items": [{"item_id": 0, "label": "sun; sea"}]},
+        {"caption": "sun above sea"},
     ],
 )
 def test_a_bad_entry_is_skipped_and_counted(tmp_path, capsys, entry):
@@ -245,6 +261,9 @@ def test_t2i_compbench_and_plain_prompts(tmp_path, capsys):
     assert load_graphs(path, ["riding"])[-1].prompt() == "man riding horse"
 
 
+SUN = ("sun", "above", "sea")
+
+
 @pytest.mark.parametrize(
     ("answer", "triples"),
     [
@@ -259,13 +278,24 @@ def test_t2i_compbench_and_plain_prompts(tmp_path, capsys):
             [("sun", "above", "sea"), ("dog", "below", "sun")],
         ),
         ("The sun is positioned slightly above the sea.", [("sun", "above", "sea")]),
+        ("Objects: dog, sea\nabove(sun, sea), below(dog, sun)", [SUN, ("dog", "below", "sun")]),
+        ('{"sun": {"above": "sea", "below": "dog"}}', [SUN, ("sun", "below", "dog")]),
+        ("sun: above sea, below dog", [SUN, ("sun", "below", "dog")]),
+        ("sun is above sea and below dog", [SUN, ("sun", "below", "dog")]),
+        ("There is a sun. Above the sea is a dog.", []),
+        ("Above the sea is the sun. Below the sun is the dog.", []),
+        (
+            '{"triples": [["sun", "above", "sea"]], "missing_triples": [["dog", "below", "sun"]]}',
+            [SUN],
+        ),
+        ("Not present:\n- dog below sun\n- sea above dog\n\nPresent:\n- sun above sea", [SUN]),
+        ("[THINK]dog below sun[/THINK]sun above sea", [SUN]),
+        ("<|thought|>dog below sun<|/thought|>sun above sea", [SUN]),
     ],
 )
 def test_answers_that_are_easily_mixed_up(answer, triples):
-    assert (
-        list(parse_scene_graph(answer, ["sun", "sea", "dog"], ["above", "below"]).triples)
-        == triples
-    )
+    graph = parse_scene_graph(answer, ["sun", "sea", "dog"], ["above", "below"])
+    assert list(graph.triples if graph else []) == triples
 
 
 @pytest.mark.parametrize(
@@ -350,6 +380,9 @@ def test_answers_as_vlms_write_them(style):
         ('{"objects": [{"name": "sun", "bbox": [1, 2]}, {"name": "sea"}]}', ("sun", "sea")),
         ("**Objects:**\n- sun\n- sea\n\n**Triples:**\n(none)", ("sun", "sea")),
         ("Objects: sun, sea. Pairs: sun - sea. Relations: left of.", ("sun", "sea")),
+        ('{"objects": {"sun": true, "sea": false}, "missing_objects": ["man\'s hat"]}', ("sun",)),
+        ("Objects: sun, sea (no), no man's hat", ("sun",)),
+        ("Objects: sun. Objects not in the image: sea", ("sun",)),
     ],
 )
 def test_objects_of_an_answer(text, objects):
@@ -371,7 +404,10 @@ def test_an_answer_without_a_graph_is_none(text):
     ['["sun", "on", null, "sea"]', '["sun", "on", "se', '[["sun", "on"], ["sea", "on"]]']
     + ['{"subject": "sun", "relation": "on"}, {"object": "sea"}', "sun eats sea"]
     + ["The sun isn't on the sea.", "There is no sun on the sea.", "sun - on - sea: No"]
-    + ['{"subject": "sun", "relation": "on", "object": "sea", "present": false}'],
+    + ['{"subject": "sun", "relation": "on", "object": "sea", "present": false}']
+    + ['["sun", "on", "sea", false]', "| sun | on | sea | no |", "sun on sea ❌"]
+    + ["sun on sea" + no for no in (" - no", " (no)", " -> false", ": incorrect", " is not true")]
+    + ["I cannot see the sun on the sea", "It is false that the sun is on the sea"],
 )
 def test_an_incomplete_or_denied_triple_is_no_triple(text):
     graph = parse_scene_graph(text, ["sun", "sea"], ["on"])

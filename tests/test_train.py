@@ -581,6 +581,15 @@ def test_a_folder_that_holds_a_run_is_protected(tmp_path):
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
+def test_a_run_does_not_overwrite_what_it_starts_from_nor_an_evaluation(tmp_path):
+    adapter = tmp_path / "run" / "adapter"
+    adapter.mkdir(parents=True)
+    words = command(tmp_path / "run", f"actor.adapter={adapter}")
+    assert f"training would overwrite {adapter}; set run=another" in refusal(*words)
+    (tmp_path / "run" / "results.json").touch()
+    assert "holds an evaluation; set run=another" in refusal(*words)
+
+
 def test_a_finished_run_says_so_and_cannot_become_shorter(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2"))
