@@ -4,7 +4,7 @@
     <edit>move the red circle left of the blue square</edit>
 
 A completion of any other form is malformed and edits nothing; `<edit>none</edit>` asks for no edit.
-What is public of RL-RIG (arXiv 2602.19974) does not say which form the paper uses.
+The public text of RL-RIG (arXiv 2602.19974) does not give the paper's form.
 
 Phase 1 trains a LoRA adapter: `propose` samples completions and keeps their ids and log-probs,
 `replay` scores the same ids again, with gradient.
@@ -42,7 +42,7 @@ TARGETS = r".*(language|text)_model\..*((q|k|v|o|gate|up|down|out)_proj|in_proj\
 
 
 def request(prompt, feedback, tried=()):
-    """The user message. tried: instructions that did not make this very image better."""
+    """The user message. tried: instructions that did not improve this image."""
     text = f"Prompt: {prompt}. {feedback or 'nothing is wrong'}."
     return f"{text} Tried without success: {'; '.join(tried)}." if tried else text
 
@@ -125,14 +125,13 @@ class Actor(VLM):
         """Sample n completions for each of B images: `Proposals` of N = B * n.
 
         Args: B PIL images; B prompts; B `Reflection.feedback`; B ints; tried: B lists of strings;
-        temperature: of these completions only, instead of the Actor's own, at which `replay`
-        scores them; do not train on such completions.
+        temperature: instead of the Actor's own. `replay` uses its own, so do not train on these.
         Completion k of an image depends on its seed and on k, not on what else is in the batch.
         """
         tried = tried or [()] * len(images)
         temperature = self.temperature if temperature is None else temperature
         requests = [request(*each) for each in zip(prompts, feedback, tried, strict=True)]
-        # The sampler leaves one token to choose from; `top_k` 0 spares `generate` a search.
+        # `_Sampler`, below, draws each token; `top_k` 0 saves `generate` a search.
         settings = {"do_sample": True, "top_k": 0, "num_return_sequences": n}
         settings |= {"max_new_tokens": self.max_new_tokens, "eos_token_id": self.end_ids}
         ids, log_probs = [], []  # per completion, as long as its batch: (T_batch,)
@@ -140,8 +139,8 @@ class Actor(VLM):
             for start in range(0, len(images), self.batch_size):
                 part = slice(start, start + self.batch_size)
                 inputs = self.inputs(SYSTEM, images[part], requests[part])
-                sources = [Random(f"{seed} {k}") for seed in seeds[part] for k in range(n)]
-                sampler = _Sampler(sources, temperature)
+                rngs = [Random(f"{seed} {k}") for seed in seeds[part] for k in range(n)]
+                sampler = _Sampler(rngs, temperature)
                 output = self.model.generate(**inputs, **settings, logits_processor=[sampler])
                 ids += output[:, inputs["input_ids"].shape[1] :]
                 log_probs += torch.cat(sampler.log_probs, 1)
@@ -165,8 +164,8 @@ class Actor(VLM):
         """Log-probs of the completions in `rows` (a slice) again, with gradient: (R, T) fp32."""
         images, requests = proposals.images[rows], proposals.requests[rows]
         ids, mask = proposals.ids[rows], proposals.mask[rows]  # (R, T)
-        # At an image token, one of the end tokens, the model would look for an image. Nothing is
-        # read after an end, so all ends may become the same one.
+        # An image token ends a completion, but as an input it would need an image. Nothing after
+        # an end counts, so every end is fed as the same token.
         is_end = torch.isin(ids, ids.new_tensor(self.end_ids))
         ids_to_read = ids.masked_fill(is_end, self.end_ids[0])
         logits_of = self.shared_logits if self.share else self.single_logits
@@ -240,7 +239,7 @@ class Actor(VLM):
             ]
             if wrong:
                 raise ValueError(f"missing, unknown, or not finite: {', '.join(wrong[:3])}")
-        except Exception as error:  # of any kind: it comes from the depths of peft
+        except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{folder} is no adapter of this Actor: {reason}") from error
 
@@ -283,8 +282,8 @@ class _Sampler:
     cumulative distribution the number falls in (inverse CDF sampling).
     """
 
-    def __init__(self, random_numbers, temperature):
-        self.random_numbers = random_numbers  # (N) `random.Random`s
+    def __init__(self, rngs, temperature):
+        self.rngs = rngs  # (N) `random.Random`s
         self.temperature = temperature
         self.log_probs = []  # one (N, 1) fp32 per token
 
@@ -292,7 +291,7 @@ class _Sampler:
         """Args: logits (N, V) of the next token. Returns logits that allow the sampled one only."""
         cdf = (logits.float() / self.temperature).softmax(-1).cumsum(-1)  # (N, V)
         # 24 bits, so that the number is exact in fp32 and below 1.
-        uniform = [[source.getrandbits(24) / 2**24] for source in self.random_numbers]
+        uniform = [[rng.getrandbits(24) / 2**24] for rng in self.rngs]
         uniform = torch.tensor(uniform, device=cdf.device) * cdf[:, -1:]  # (N, 1)
         if not uniform.isfinite().all():
             raise ValueError(

@@ -1,11 +1,11 @@
 """Checker: the VLM that looks at an image and says which stated objects and relations it shows.
 
 Its score is the intrinsic reward of RL-RIG (arXiv 2602.19974): no label is ever used. There is one
-question per object and one per triple. What is public of the paper does not say how they are
-answered. Here P(yes) is read from the logits of the first answer token, because a probability
-carries more signal than a sampled yes: the rewards of a group are rarely all the same.
+question per object and one per triple. P(yes) is read from the logits of the first answer token,
+which the public text of the paper leaves open: unlike sampled answers, probabilities rarely give a
+whole group the same reward.
 
-    P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)    over all spellings of both
+    P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)    yes, no: all spellings
     score  = mean P(yes) over all triples and the objects that no triple names        in [0, 1]
 
 A triple's question asks for its two objects too, so these are not counted a second time. Otherwise
@@ -30,7 +30,7 @@ class Reflection:
     probs: tuple[float, ...]  # P(yes) per object, then per triple, in the order of the graph
     score: float  # the reward, in [0, 1]
     feedback: str  # what is missing or wrong, in words that the Actor reads; "" if nothing is
-    mass: float = 1.0  # mean probability of yes and no together; if low, `probs` mean little
+    mass: float = 1.0  # P(yes or no), mean over the questions; if low, do not trust `probs`
 
     def __post_init__(self):
         fine = all(0 <= prob <= 1 for prob in self.probs) and math.isfinite(self.score + self.mass)
@@ -99,9 +99,8 @@ def normalize_image(image):
 class VLM:
     """A frozen vision-language model and its processor: what Checker and Actor have in common.
 
-    The model's parameters are frozen here and its tokenizer is set to pad on the left. Several VLMs
-    may share them. batch_size: texts per forward pass (`Actor.propose`: images per call, n texts
-    each).
+    Freezes the model and sets its tokenizer to pad on the left; several VLMs may share both.
+    batch_size: texts per forward pass; in `Actor.propose` images, with n completions each.
     """
 
     def __init__(self, model, processor, batch_size=64):
@@ -177,11 +176,10 @@ class VLM:
         return batch.to(self.model.device, self.model.dtype)
 
     def try_sharing(self, system, texts, *more):
-        """Share from now on if `shared_logits` finds what `single_logits` does, else say why not.
+        """Set `share` if the subclass's `shared_logits` agrees with `single_logits`; else say why.
 
-        Both belong to the subclass. They read four texts, two about each of two blank images.
-        Returns the log-probs that `single_logits` found. Raises ValueError for a template that
-        drops the text, and for NaN.
+        Args: four texts, two about each of two blank images. Returns the single log-probs. Raises
+        ValueError for a chat template that drops the text, and for NaN.
         """
         import torch
         from PIL import Image
@@ -198,26 +196,24 @@ class VLM:
                 return single
             try:
                 shared = self.shared_logits(*inputs).float().log_softmax(-1)
-                # Relative to how far the first and the last are apart, which differ in image and
-                # text: on tiny models rounding in bf16 gives 3%, a wrong attention window 15%.
+                # Relative to the difference between two texts. On tiny models bf16 rounding gives
+                # 3%, a wrong attention window 15%.
                 apart = (single[0] - single[-1]).abs().mean()
                 error = (shared - single).abs().mean() / apart
                 if not error < 0.1:
                     raise ValueError(f"sharing would change the log-probs by {error:.0%}")
                 self.share = True
-            except Exception as failure:  # of any kind: it comes from the depths of transformers
+            except Exception as failure:
                 part, reason = type(self).__name__, " ".join(str(failure).split())[:200]
                 print(f"{part}: every text encodes its image anew; {reason}", file=sys.stderr)
         return single
 
     def read_on(self, system, images, texts, ids, mask, keep, cut=0):
-        """Read R prompts with a tail of T tokens each; equal prompts are read only once.
+        """Logits for R prompts, each followed by a tail: the Actor's completion, or the Checker's
+        question. Equal prompts run once, and each tail continues from a copy of their KV cache.
 
-        A key-value cache keeps what was read of them, and every tail continues from a copy of it.
-
-        Args: ids (R, T): the tails, padded on the right, because padding between prompt and tail
-        would count in a sliding window; mask (R, T): False for padding; cut: how many tokens at the
-        end of every prompt are left out.
+        Args: ids (R, T): the tails, padded on the right, because padding on the left would count in
+        a sliding window; mask (R, T): False for padding; cut: tokens to drop at a prompt's end.
         Returns logits (R, 1 + keep, V): after the prompt and the last `keep` tokens of the tail.
         """
         import torch
@@ -314,10 +310,10 @@ class Checker(VLM):
         return output.logits[:, -1].float()
 
     def shared_logits(self, system, images, texts):
-        """The same, but all questions about an image share one reading of it.
+        """The same, but an image is encoded once for all its questions.
 
-        That is the prompt up to the last image token. No question has begun there, so "" stands for
-        all of them. The rest is each question's tail.
+        The shared prompt is that of the question "", cut after the last image token; the tails are
+        the rest of each question's prompt.
         """
         import torch
         from PIL import Image

@@ -22,7 +22,7 @@ import yaml
 
 
 def is_model(path):
-    """A folder or a Hub id. A mistyped path into an existing folder only looks like a Hub id."""
+    """A folder or a Hub id, but no mistyped path a/b into an existing folder a."""
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", path)
     return isdir(path) or (hub_id and not exists(path.split("/")[0]))
 
@@ -42,7 +42,7 @@ Dtype = Annotated[str, f"one of {DTYPES}", lambda name: name in DTYPES]
 Template = Annotated[str, "text with {} where the instruction goes", lambda text: "{}" in text]
 Words = Annotated[
     list,
-    "a list of words (quote on, off, yes)",
+    "a list of words ('on' in quotes)",
     lambda words: all(type(word) is str and word.strip(" ;,") for word in words),
 ]
 Model = Annotated[str, "an existing folder, or a Hub id owner/name", is_model]
@@ -110,17 +110,17 @@ class LoopConfig:  # what every entry point needs (eval.yaml)
     evaluation: EvaluationConfig | None = None  # used by eval.py only
 
 
-@dataclass
+@dataclass(kw_only=True)
 class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     phase: Phase | None = None  # which phase this file is for; null: either
-    rounds: Count = 3  # of samples; a later round goes on from one sample of each group
-    data: DataFile = field(kw_only=True)  # training prompts; no label is used
+    rounds: Count = 3  # of sampling; later ones continue one sample of each group
+    data: DataFile  # training prompts; no label is used
     data_limit: Natural = 0  # the first prompts of the file; 0: all
-    validation: DataFile = field(kw_only=True)
+    validation: DataFile
     validation_limit: Count = 60
     validate_every: Count = 10  # iterations
     exact: bool = False  # also validate by the pixel parser: embedded world only
-    run: RunFolder = field(kw_only=True)  # folder for adapter, checkpoint and metrics
+    run: RunFolder  # folder for adapter, checkpoint and metrics
     seed: Seed = 0  # of all randomness of the run
     iterations: Count = 50  # each of `rounds` rounds and `updates` optimizer steps
     groups: Count = 8  # states of round 1 in an iteration; later rounds continue them
@@ -129,9 +129,8 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     learning_rate: Positive = 1e-3  # of AdamW
     warmup: Natural = 5  # iterations of linear warm-up
     max_grad_norm: Positive = 1.0
-    clip_low: NonNegative = 0.2  # rho is clipped to [1 - clip_low, 1 + clip_high]. Phase 2: set
-    # both to about 0.026 / sqrt(latent dimensions), see `sde_step` in grpo.py
-    clip_high: NonNegative = 0.28
+    clip_low: NonNegative = 0.2  # rho is clipped to [1 - clip_low, 1 + clip_high]; in phase 2
+    clip_high: NonNegative = 0.28  # about 0.026 / sqrt(latent dimensions), see `sde_step`
     kl: NonNegative = 0.01  # weight of the KL to the model without adapter; 0 skips that pass
     advantage_eps: Positive = 0.05  # added to the std so that Checker noise is not amplified
     flat_range: Share = 0.02  # groups whose rewards span no more than this are left out
@@ -142,7 +141,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     noise_level: Positive = 0.8  # a of the SDE (phase 2)
     window: Count = 3  # SDE steps of an edit (phase 2)
     latest_window_start: Natural = 2  # the window's first step is drawn from 0 to this (phase 2)
-    tolerance: NonNegative = 1e-4  # mean |log-prob replayed - recorded| of an iteration
+    tolerance: NonNegative = 1e-4  # of mean |log-prob replayed - recorded|, or it stops
 
 
 # Arguments of a pipeline's call that the program sets. `sigmas` would move the steps of a window.

@@ -1,8 +1,8 @@
 """Diffuser: the frozen text-to-image model that starts the Generate-Reflect-Edit loop.
 
-Any diffusers text-to-image pipeline works. An editing pipeline of the Kontext type that is called
-without an image is one too, so Diffuser and Editor can share one set of weights. The arguments of
-the pipeline call (size, steps, guidance, text length) come from `call:` in the YAML, not from code.
+Any diffusers text-to-image pipeline works, also an editing pipeline that needs no image, such as
+FLUX.1 Kontext; then Diffuser and Editor can share one set of weights. The arguments of the pipeline
+call (size, steps, guidance, text length) come from `call:` in the YAML.
 """
 
 import inspect
@@ -64,8 +64,8 @@ class Diffuser:
         """
         import torch
 
-        # With `offload: true` an update leaves the transformer on the GPU. The text encoder needs
-        # the room. Without offload this does nothing.
+        # With `offload: true` an update leaves the transformer on the GPU: make room for the text
+        # encoder. Without, this does nothing.
         self.pipeline.maybe_free_model_hooks()
         asked = self.call.get("width"), self.call.get("height")
         images = []
@@ -78,7 +78,7 @@ class Diffuser:
                 call["negative_prompt"] = [call["negative_prompt"]] * len(prompts[part])
             try:
                 made = self.pipeline(prompt=prompts[part], generator=generators, **call).images
-            except Exception as error:  # of any kind: it comes from the depths of the pipeline
+            except Exception as error:
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
                 raise ValueError(f"key 'diffuser.call': {reason}") from error
             if all(asked) and made[0].size != asked:

@@ -37,7 +37,7 @@ class Kind(NamedTuple):
     """What differs between the pipelines that can be the Editor."""
 
     batched: bool = False  # one call can edit different images
-    rescaled: bool = False  # guidance keeps the length of the conditional output, per token
+    rescaled: bool = False  # guidance keeps the norm of the conditional output, per token
     latents_last: bool = False  # the latents' tokens come after those of the image that is edited
     call: dict = {}  # arguments set in its call; other values of them are refused
 
@@ -200,8 +200,8 @@ class Editor:
     def _velocity(self, outputs, like):
         """The velocity (B, tokens, channels) in fp32 from what the transformer returned in a step.
 
-        It has the shape of `like`; the other tokens of an output belong to the image that is
-        edited. Without guidance there is one output, and it is the velocity.
+        An output has the tokens of `like` and those of the edited image. One output for B samples
+        is the velocity; more outputs, or one for 2 B, are guidance.
         """
         tokens = like.shape[1]
         part = slice(-tokens, None) if self.kind.latents_last else slice(tokens)
@@ -213,12 +213,12 @@ class Editor:
     def _guided_velocity(self, outputs):
         """Classifier-free guidance, as the pipelines of PIPELINES do it; skip on a first reading.
 
-        v = u + s (c - u)            c: output for the instruction, u: without it, s: scale
-        v = (u + s (c - u)) |c| / |u + s (c - u)|    rescaled, per token
+        v = u + s (c - u)    c: output for the instruction, u: without it, s: scale
+        rescaled: v |c| / |v|, per token
         """
-        if len(outputs) == 1:  # one call with a batch twice as large
+        if len(outputs) == 1:  # one call: u is its first half
             unconditional, conditional = outputs[0].chunk(2)
-        else:
+        else:  # two calls: c comes first
             conditional, unconditional = outputs
         name = "true_cfg_scale" if "true_cfg_scale" in self.defaults else "guidance_scale"
         scale = (self.defaults | self.call)[name]
@@ -251,7 +251,7 @@ class Editor:
         try:
             with self.adapter():
                 made = self.pipeline(prompt=prompts, generator=generators, **call).images
-        except Exception as error:  # of any kind: it comes from the depths of the pipeline
+        except Exception as error:
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
             raise ValueError(f"key 'editor.call': {reason}") from error
         if all(asked) and made[0].size != asked:
@@ -325,7 +325,7 @@ class Editor:
             ]
             if wrong:
                 raise ValueError(f"missing, unknown, or not finite: {', '.join(wrong[:3])}")
-        except Exception as error:  # of any kind: it comes from the depths of diffusers
+        except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{folder} is no adapter of this Editor: {reason}") from error
 

@@ -36,8 +36,8 @@ from loop import Trajectory, build, device_and_dtype, naming, output_folder
 from report import record, report, say, write
 from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
 
-HEADINGS = {"sg_iou": "SG-IoU", "entity_iou": "Entity-IoU", "relation_iou": "Relation-IoU"}
-HEADINGS |= {f"vlm_{name}": f"{heading} (VLM)" for name, heading in HEADINGS.items()}
+IOUS = {"sg_iou": "SG-IoU", "entity_iou": "Entity-IoU", "relation_iou": "Relation-IoU"}
+HEADINGS = IOUS | {f"vlm_{name}": f"{heading} (VLM)" for name, heading in IOUS.items()}
 HEADINGS |= {name: name.capitalize() for name in ("judge", "checker", "kept", "debris", "edits")}
 EXTRACT = (
     'You list what an image shows as JSON: {"objects":[...],"triples":[["subject","relation",'
@@ -71,15 +71,15 @@ def evaluate(loop, graphs, settings, relations, judge, rows):
     """
     with Meter(loop) as generation:
         first = loop.start(graphs, [settings.seed + number for number in range(len(graphs))])
-    everything = [("Diffuser", replace(loop, rounds=0))]
-    everything += systems(loop, settings.untrained_temperature)
-    everything += [("best of", loop)]
+    loops = systems(loop, settings.untrained_temperature)
+    everything = [("Diffuser", replace(loop, rounds=0)), *loops, ("best of", loop)]
     for name, system in everything[len(rows) :]:
         trajectories = first_images(first)
-        meter = copy.copy(generation)  # the first images are part of the cost
+        meter = copy.copy(generation)  # the first images count
         if name == "best of":
             highest = max(row.flow_tokens for row in rows)
-            name = f"best of {best_of_n(loop, trajectories, meter, highest)}"
+            n = best_of_n(loop, trajectories, meter, highest)  # adds images
+            name = f"best of {n}"
         else:
             with meter:
                 for _ in range(system.rounds):

@@ -263,7 +263,7 @@ def naming(config, key):
     """Put the config key and its value into the message of whatever goes wrong inside."""
     try:
         yield
-    except Exception as error:  # of any kind: it comes from the depths of three libraries
+    except Exception as error:
         value = functools.reduce(getattr, key.split("."), config)
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if "no adapter of" in reason:

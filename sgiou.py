@@ -152,7 +152,7 @@ def find_relation(text, relations):
     listed = {without_the(relation): relation for relation in relations}
     before = "(?:(?:that|which|is|are|was|were|directly|to|on|at|the) )*"
     pattern = rf"(?ai)(?<!\S){before}({either(listed)})(?!\S)"
-    match = re.search(pattern, text.replace("_", " "))  # of the same length as text
+    match = re.search(pattern, text.replace("_", " "))  # of equal length
     if not match:
         return None
     subject, object = text[: match.start()], text[match.end() :]
