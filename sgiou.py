@@ -96,14 +96,15 @@ def comparable_sets(graph):
 
 # ---- prompts ----
 
-# Between two clauses: a semicolon, a tab, the end of a line, or a full stop after a word.
-CLAUSE_END = r"[;；\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]|(?<=[^\W\d]{3})\. "
+# Between two clauses: a semicolon, a tab, or the end of a line.
+CLAUSE_END = r"[;；\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 # In front of a clause: the mark of a list, and words that say nothing.
 CLAUSE_START = r"(?i)^(?:[-*•] |\d+[.)] )?(?:an? (?:photo|picture|image) of )?"
-# Shows that a text is not the name of one object.
+# Shows that a text is not the name of one object. ("St. Bernard" and "black-and-white cat" are.)
 SENTENCE = re.compile(
-    r"(?i) (?:an?|the) |^(?:an|the|another)$|n['’]t\b|\b(?:is|are|was|were|be|can|should|must|"
-    r"no|not|nor|never|cannot|without|and|or|plus|then|that|which|between|it|itself)\b"
+    r"(?i) (?:an?|the) |^(?:an|the|another)$|n['’]t\b|\w{3}\. |(?<!-)\b(?:is|are|was|were|be|"
+    r"should|must|no|not|nor|never|cannot|without|and|or|plus|then|that|which|between|it|itself)"
+    r"\b(?!-)"
 )
 
 
@@ -120,7 +121,7 @@ def parse_prompt(text, relations):
         raise ValueError(f"prompt {text!r}: list your relation words under `relations`")
     objects, triples = [], []
     for clause in re.split(CLAUSE_END, text):
-        clause = " ".join(clause.split()).strip(" .!?'\ufeff")
+        clause = " ".join(clause.split()).strip(" .,:!?'“”。…\ufeff")
         clause = re.sub(CLAUSE_START, "", clause)
         if not clause:
             continue
@@ -172,7 +173,7 @@ def either(words):
 
 def is_name(text, relations):
     """Whether a text can be the name of one object: letters, marks, and digits, but no sentence."""
-    plain = all(category(sign)[0] in "LMN" or sign in " _-.'’" for sign in text)
+    plain = all(category(sign)[0] in "LMN" or sign in " _-.'’\u200c\u200d" for sign in text)
     known = [*SPATIAL, *relations]
     return plain and text and not SENTENCE.search(text) and not find_relation(text, known)
 
@@ -256,12 +257,13 @@ def read_entry(entry, place, relations):
     return graph
 
 
-def checked_name(*words):
-    """One name of the words in an entry. Raises whatever goes wrong if they are no text."""
-    name = clean_name(" ".join(words))
-    if not re.search(r"\w", name) or ";" in name or not name.isprintable():
-        raise ValueError(f"{name!r} is no name")
-    return name
+def checked(*words):
+    """The words of an entry as one text. Raises whatever goes wrong if that is no name."""
+    text = " ".join(" ".join(words).split())
+    plain = re.sub("[\u200c\u200d]", "", text)  # without joiners, which Persian and Hindi need
+    if not text or ";" in text or not plain.isprintable():
+        raise ValueError(f"{text!r} is no name or relation")
+    return text
 
 
 def read_laion(entry, place):
@@ -275,10 +277,10 @@ def read_laion(entry, place):
         if not isinstance(attributes, list):
             raise ValueError("attributes are not a list")
         if clean_name(item["label"]):
-            names[id] = checked_name(*filter(None, attributes), item["label"])
+            names[id] = clean_name(checked(*filter(None, attributes), item["label"]))
     for record in entry["relations"] or ():
         subject, object = str(record["item1"]), str(record["item2"])
-        relation = re.sub("(?i)^(is|are)[ _](?=.)", "", checked_name(record["relation"]))
+        relation = re.sub("(?i)^(is|are)[ _](?=.)", "", checked(record["relation"]))
         if subject == object:
             raise ValueError(f"a relation of item {subject} to itself")
         if missing := {subject, object} - names.keys():
@@ -294,7 +296,9 @@ def read_geneval(entry, place):
     groups = entry["include"]
     if not groups:
         raise ValueError("it includes nothing")
-    names = [checked_name(each.get("color") or "", checked_name(each["class"])) for each in groups]
+    names = [
+        clean_name(checked(each.get("color") or "", checked(each["class"]))) for each in groups
+    ]
     objects, triples = [], []
     for number, (name, group) in enumerate(zip(names, groups)):
         count = group.get("count", 1)
@@ -305,7 +309,7 @@ def read_geneval(entry, place):
             relation, other = group["position"]
             if other == number or other not in range(len(groups)):
                 raise ValueError(f"position {group['position']} names no other object")
-            triples.append((name, checked_name(relation), names[other]))
+            triples.append((name, checked(relation), names[other]))
     return SceneGraph(objects, triples, entry.get("prompt") or "", place)
 
 
@@ -314,14 +318,25 @@ def read_geneval(entry, place):
 # The key in front of a subject's name ("_" is a space by then).
 SUBJECT = r"\b(?:subj(?:ect)?|head|source|from|s|[a-z]+ ?1)(?: ?\d| name)?\W{0,2}[:=]\W*$"
 # A denial in front of a triple, in the same clause.
-DENIAL = re.compile(r"\b(?:no|not|never|cannot|neither|false)\b[^.,;\n\[\](){}]*$")
+DENIAL = re.compile(
+    r"(?:\b(?:no|not|never|cannot|neither|false)\b|n't\b|[❌✗✘])"
+    r"(?:(?!\b(?:and|but|while)\b)[^.,;。，；\n\[\](){}])*\Z"
+)
 # One behind it: "sun above sea: no", "... (not visible)", [..., false], {..., "present": false}.
 ANSWER_NO = re.compile(
-    r"[\"'*)\]]{0,3}(?:\s*,?\s*[\"']?\w+[\"']?:|[?,]| ?[:(=|–—>-]+| is) ?[\"'*]?"
-    r"(?:no|not|false|incorrect|wrong|absent|0(?![.\d]))\b(?! \w+ [a-z])|[\"'*) ]*[:,-]? ?[❌✗✘]"
+    # what leads to it: a key, a mark, or "is"
+    r"[\"'*)\]]{0,3}(?:[?,]?\s*[\"']?(?:is )?(?:a|answer|present|visible|exists|count|valid)[\"']?:"
+    r"|[?,]| ?[-:(\[=|–—>]+| is| does|(?= ))\s*[\"'*`]{0,2}"
+    # the word itself
+    r"(?:(?:no|0|missing)\b(?! \w|\.?\d)|n/a|(?:cannot|false|incorrect|wrong|absent)\b"
+    r"|not (?:visible|present|true|there|shown|seen|found|correct|hold|in the|the case)\b)"
+    r"|[\"'*) ]*[:,|-]? ?[❌✗✘]"
 )
 # Heads a list of what the image lacks: "Missing objects:", "not_present":
-LACKING = r"\b(?:missing|absent|not|wrong|incorrect)\b[ \w]*[\"'*]*:"
+LACKING = r"\b(?<!\w[ '])(?:(?:the|following|objects|triples|pairs|relations|that|are) )*"
+LACKING += r"(?:missing|absent|not|wrong|incorrect|false)\b[ \w]{0,40}[\"'*]*:\**"
+LACKING += r"(?:\W{0,9}\[(?:[^\[\]]|\[[^\[\]]*\])*|\W{0,9}\{[^{}]*\}|\n?(?:\n *[-*\d](?!\*).*)+|"
+LACKING += r"[ \"]*[^.;\n\"\[{]*)"
 # A list in brackets (with bounding boxes) or braces; otherwise the line, and lines below it.
 LISTED = r"(?:\W{0,9}\[(?:[^\[\]]|\[[^\[\]]*\])*|\W{0,9}\{[^{}]*\}|.*(?:\n *[-*\d].*)*)"
 # Tags such as <think>, [THINK], or <|thought|>, and those that end a thought.
@@ -332,7 +347,7 @@ THOUGHT, THOUGHT_END = (
 # list), small words, numbers, and marks other than brackets.
 FILLER = r"\b(?:s|(?:[a-z]+ )?\w*[^\Ws])[\"'”’]?\s?[:=]"
 FILLER += r"|\b(?:is|are|be|and|to|on|at|the|an?|that|which|appears|located|positioned|placed"
-FILLER += r"|directly|slightly|\d+)\b|[^\w\[\]]"
+FILLER += r"|directly|slightly|sits|sitting|lies|lying|stands|standing|\d+)\b|[^\w\[\]]"
 
 
 def parse_scene_graph(text, objects, relations):
@@ -342,17 +357,17 @@ def parse_scene_graph(text, objects, relations):
     Thoughts, which end at "</think>" or start at a last "<think>", are not part of the answer.
     objects, relations: the words to look for; the graph has them in the spelling given here.
     """
-    names = {without_the(clean_name(name)): name for name in objects}
+    names = {without_the(clean_name(name)).replace("’", "'"): name for name in objects}
     words = {without_the(relation): relation for relation in relations}
     known = re.compile(rf"(?<!\w)(?:({either(names)})|({either(words)}))(?!\w)")
 
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)  # of JSON
-    text = text.lower().replace("_", " ")
+    text = re.sub(r"\\?[’']", "'", text.lower().replace("_", " "))
     text = re.split(THOUGHT, re.split(THOUGHT_END, text)[-1])[0]
-    text = re.sub(LACKING + LISTED, "", text)
-    # left of(sun, sea) -> sun left of sea;
-    call = rf"({either(words)})\s?\(\W*({either(names)})\W*,\W*({either(names)})\W*\)"
-    text = re.sub(call, r" \2 \1 \3;", text)
+    text = re.sub(LACKING, "", text)
+    # left of(sun, sea) -> sun left of sea)
+    call = rf"({either(words)}) ?\(\W*({either(names)})\W*,\W*({either(names)})\W*\)"
+    text = re.sub(call, r" \2 \1 \3)", text)
 
     # A triple is two names and a relation with little between them.
     found = list(known.finditer(text))
@@ -360,15 +375,25 @@ def parse_scene_graph(text, objects, relations):
     subject_of = {}  # by place of a name that is the object of a triple
     for first, second, third in zip(found, found[1:], found[2:]):
         gaps = text[first.end() : second.start()], text[second.end() : third.start()]
+        gaps = (
+            gaps[0],
+            re.sub(r"\[|\](?![^\[]{0,80}\[)", " ", gaps[1]),
+        )  # {"sun": {"above": ["sea"]}}
         if not all(map(is_filler, gaps)):
             continue
         colons = [re.search(r"[:=]\W*$", gap) for gap in gaps]
         if second[2]:
             subject, relation, object = first, second, third
-            if re.match(r"\W*(?:[,;]|and\b)", gaps[0]):  # "sun above sea, left of dog"
+            # "sun above sea, left of dog"
+            if re.match(r"\W*(?:[,;\n]|and\b)(?!.*\b(?:which|that)\b)", gaps[0]):
                 subject = subject_of.get(first.start(), first)
         # "sun - sea: above", but not a line or braces further on
-        elif third[2] and colons[1] and (colons[0] or not re.search(r"[\n}]", gaps[0])):
+        elif (
+            third[2]
+            and first.start() not in subject_of
+            and re.search(r"[:=|>→]\W*$", gaps[1])
+            and (colons[0] or not re.search(r"[\n}]", gaps[0]))
+        ):
             subject, object, relation = first, second, third
         elif first[2] and all(colons):  # {"relation": "above", "subject": "sun", "object": "sea"}
             relation, subject, object = first, second, third
@@ -376,6 +401,7 @@ def parse_scene_graph(text, objects, relations):
             continue
         if not (subject[1] and object[1]) or relation.start() in triples:
             continue
+        subject_of[object.start()] = subject
         if is_denied(text, first.start(), third.end()):
             continue
         called_subject = [
@@ -386,7 +412,6 @@ def parse_scene_graph(text, objects, relations):
             subject, object = object, subject
         triple = [without_the(match[0]) for match in (subject, relation, object)]
         triples[relation.start()] = names[triple[0]], words[triple[1]], names[triple[2]]
-        subject_of[object.start()] = subject
 
     # Objects may be listed apart from triples: in brackets, on the line, or below it.
     listed = " ".join(re.findall(rf"\b(?:objects|object list|entities)\b({LISTED})", text))

@@ -98,7 +98,10 @@ def test_prompt_names_every_object_once():
         ("Red_Circle  LEFT_OF\u00a0an owl; sun", "Red_Circle left of owl; sun"),
         ("\ufeffsun on the top of rug;; sun on top of rug;", "sun on top of rug"),
         ("dog; another dog; dog", "dog; another dog"),
-        ("sun left of sea. Moon above sea\ndog", "sun left of sea; Moon above sea; dog"),
+        ("sun left of sea\nMoon above sea\tdog", "sun left of sea; Moon above sea; dog"),
+        ("black-and-white cat above trash can", "black-and-white cat above trash can"),
+        ("“sun left of sea”", "sun left of sea"),
+        ("می‌خواهم above sun", "می‌خواهم above sun"),
         ("1. sun left of St. Bernard", "sun left of St. Bernard"),
         ("हिन्दी left of sun", "हिन्दी left of sun"),
     ],
@@ -113,14 +116,8 @@ def test_what_a_prompt_means(text, prompt):
     + ["sun left of sea above moon"]  # two relations
     + ["sun left of sea, moon above sea", "red circle left of a Red_circle"]
     + ["a boy riding a horse", "dog behind tree", "the sun isn't above the sea", "no sun"]
-    + [
-        "sun cannot be above sea",
-        "sun left of it",
-        "sun + sea",
-        "“sun” left of sea",
-        "sun\0",
-        "the",
-    ],
+    + ["sun cannot be above sea", "sun left of it", "sun + sea", "“sun” left of sea", "sun\0"]
+    + ["the", "sun left of sea. moon above sea"],
 )
 def test_what_is_not_understood_is_refused_and_the_right_form_shown(text):
     with pytest.raises(ValueError, match="^prompt clause|^the prompt is empty") as caught:
@@ -262,6 +259,7 @@ def test_t2i_compbench_and_plain_prompts(tmp_path, capsys):
 
 
 SUN = ("sun", "above", "sea")
+BOTH = [SUN, ("dog", "below", "sun")]
 
 
 @pytest.mark.parametrize(
@@ -291,6 +289,23 @@ SUN = ("sun", "above", "sea")
         ("Not present:\n- dog below sun\n- sea above dog\n\nPresent:\n- sun above sea", [SUN]),
         ("[THINK]dog below sun[/THINK]sun above sea", [SUN]),
         ("<|thought|>dog below sun<|/thought|>sun above sea", [SUN]),
+        ("dog below sun: no\nsun above sea: yes", [SUN]),
+        ('{"missing": null, "triples": [["sun", "above", "sea"]], "error": false}', [SUN]),
+        ("Leaving out what is not there:\n- sun above sea", [SUN]),
+        ("I cannot see the dog and the sun is above the sea.", [SUN]),
+        ("sun above sea, not below. sun above dog, no cat", [SUN, ("sun", "above", "dog")]),
+        (
+            "Subject: sun\nRelation: above\nObject: sea\n\n"
+            "Subject: dog\nRelation: below\nObject: sun",
+            BOTH,
+        ),
+        ("Sun: above sea; dog: below sun", BOTH),
+        ("| sun | sea | above |\n| dog | sun | below |", BOTH),
+        ("sun above sea, which is below dog", [SUN, ("sea", "below", "dog")]),
+        ("above(sun, sea): true, below(dog, sun): false", [SUN]),
+        ("(sun, sea): above\n(dog, sun): below", BOTH),
+        ('{"sun": {"above": ["sea"]}, "dog": {"below": ["sun"]}}', BOTH),
+        ("The sun stands above the sea", [SUN]),
     ],
 )
 def test_answers_that_are_easily_mixed_up(answer, triples):
@@ -449,7 +464,9 @@ def test_any_text_gives_a_graph_of_the_words_or_none(text):
     assert {relation for _, relation, _ in graph.triples} <= {"left of"}
 
 
-@pytest.mark.parametrize("shard", ["[", "objects", ":", "<think>", "red circle left of ", JSON])
+@pytest.mark.parametrize(
+    "shard", ["[", "objects", ":", "<think>", "red circle left of ", "not ", "missing:", JSON]
+)
 def test_a_long_answer_takes_seconds_at_most(shard):
     text = shard * (200_000 // len(shard))  # in quadratic time it would take minutes
     start = time.process_time()
