@@ -11,8 +11,8 @@ Six stages. Each is seeded, and resumable: a run that was killed goes on from it
 
 Without arguments all of them run, `see` in a second process beside the first three, because it
 needs nothing of them. A stage depends on its seed and on the stages before it alone, so this gives
-the same weights as one after the other. Two to three hours on two CPU cores without the judge.
-`python tiny/make/quality.py` measures the result.
+the same weights as one after the other. One and a half to three hours on two CPU cores without the
+judge. `python tiny/make/quality.py` measures the result.
 """
 
 import argparse

@@ -27,6 +27,7 @@ from tiny.world import exact_scores
 
 ROUNDS = 12
 IMAGES = 40  # at most, of best-of-N
+TICKS = 200, 300, 400, 600, 800, 1000
 COLORS = {"best of N": "#8a8577", "loop": "#74a0d8", "loop + phase 1": "#2f6fb5"}
 COLORS["loop + phase 1 + 2"] = "#c8501e"
 
@@ -99,6 +100,8 @@ def draw(data, rounds, path):
             lw=0,
         )
     left.set_xscale("log")
+    left.set_xticks(TICKS, [f"{tick:,}" for tick in TICKS])
+    left.minorticks_off()
     left.set_xlabel("flow-model tokens per prompt")
     left.set_ylabel("SG-IoU (exact)")
     left.legend(frameon=False, loc="lower right")
@@ -120,6 +123,7 @@ def draw(data, rounds, path):
     right.set_xlabel("relations in the prompt")
     right.set_title(f"at {budget:,.0f} tokens per prompt", fontsize=11)
     right.grid(axis="y", alpha=0.25)
+    right.set_axisbelow(True)
     figure.tight_layout()
     figure.savefig(path, dpi=160)
 
