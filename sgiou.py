@@ -314,6 +314,9 @@ def read_geneval(entry, place):
 
 
 # ---- answers of VLMs ----
+#
+# eval.py asks for JSON, but models answer in many ways. Read `parse_scene_graph` first;
+# tests/test_sgiou.py has an example for every pattern here.
 
 # The key in front of a subject's name ("_" is a space by then).
 SUBJECT = r"\b(?:subj(?:ect)?|head|source|from|s|[a-z]+ ?1)(?: ?\d| name)?\W{0,2}[:=]\W*$"
@@ -332,13 +335,14 @@ ANSWER_NO = re.compile(
     r"|not (?:visible|present|true|there|shown|seen|found|correct|hold|in the|the case)\b)"
     r"|[\"'*) ]*[:,|-]? ?[❌✗✘]"
 )
-# Heads a list of what the image lacks: "Missing objects:", "not_present":
+# A list in brackets, with lists such as bounding boxes inside, or in braces.
+BRACKETS = r"\W{0,9}\[(?:[^\[\]]|\[[^\[\]]*\])*|\W{0,9}\{[^{}]*\}"
+# What follows "objects": such a list, or else the line and the items below it.
+LISTED = rf"({BRACKETS}|.*(?:\n *[-*\d].*)*)"
+# A list of what the image lacks, with its heading: "Missing objects:", "not_present":
 LACKING = r"\b(?<!\w[ '])(?:(?:the|following|objects|triples|pairs|relations|that|are) )*"
 LACKING += r"(?:missing|absent|not|wrong|incorrect|false)\b[ \w]{0,40}[\"'*]*:\**"
-LACKING += r"(?:\W{0,9}\[(?:[^\[\]]|\[[^\[\]]*\])*|\W{0,9}\{[^{}]*\}|\n?(?:\n *[-*\d](?!\*).*)+|"
-LACKING += r"[ \"]*[^.;\n\"\[{]*)"
-# A list in brackets (with bounding boxes) or braces; otherwise the line, and lines below it.
-LISTED = r"(?:\W{0,9}\[(?:[^\[\]]|\[[^\[\]]*\])*|\W{0,9}\{[^{}]*\}|.*(?:\n *[-*\d].*)*)"
+LACKING += rf"(?:{BRACKETS}|\n?(?:\n *[-*\d](?!\*).*)+|[ \"]*[^.;\n\"\[{{]*)"
 # Tags such as <think>, [THINK], or <|thought|>, and those that end a thought.
 THOUGHT, THOUGHT_END = (
     rf"[<\[◁]\W?{slash}(?:think|thought|reason|scratch)\w*\W?[>\]▷]" for slash in ("", "/")
@@ -414,7 +418,7 @@ def parse_scene_graph(text, objects, relations):
         triples[relation.start()] = names[triple[0]], words[triple[1]], names[triple[2]]
 
     # Objects may be listed apart from triples: in brackets, on the line, or below it.
-    listed = " ".join(re.findall(rf"\b(?:objects|object list|entities)\b({LISTED})", text))
+    listed = " ".join(re.findall(rf"\b(?:objects|object list|entities)\b{LISTED}", text))
     seen = [
         names[without_the(name[1])]
         for name in known.finditer(listed)
