@@ -193,6 +193,7 @@ class Loader(yaml.SafeLoader):
 
 EXPONENT = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$")
 Loader.add_implicit_resolver("tag:yaml.org,2002:float", EXPONENT, list("-+.0123456789"))
+# In place of the integers of YAML 1.1:
 INTEGER = re.compile(r"[-+]?(0|[1-9]\d*)$")
 for signs, resolvers in Loader.yaml_implicit_resolvers.copy().items():
     Loader.yaml_implicit_resolvers[signs] = [r for r in resolvers if not r[0].endswith(":int")]

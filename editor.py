@@ -307,8 +307,9 @@ class Editor:
 
         transformer = self.pipeline.transformer
         try:
-            if Path(folder).is_dir() and len(found := [*Path(folder).glob("*.safetensors")]) > 1:
-                raise ValueError(f"{len(found)} files; leave only the one with the adapter in it")
+            files = list(Path(folder).glob("*.safetensors"))
+            if len(files) > 1:  # diffusers would take one of them
+                raise ValueError(f"{len(files)} files; leave only the one with the adapter in it")
             with warnings.catch_warnings():
                 # peft only warns of layers that the file's config names and its tensors lack.
                 warnings.simplefilter("error", RuntimeWarning)

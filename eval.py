@@ -75,7 +75,7 @@ def evaluate(loop, graphs, settings, relations, judge, rows):
     everything = [("Diffuser", replace(loop, rounds=0)), *loops, ("best of", loop)]
     for name, system in everything[len(rows) :]:
         trajectories = first_images(first)
-        meter = copy.copy(generation)  # the first images count
+        meter = copy.copy(generation)  # the first images are part of the cost
         if name == "best of":
             highest = max(row.flow_tokens for row in rows)
             n = best_of_n(loop, trajectories, meter, highest)  # adds images

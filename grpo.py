@@ -130,7 +130,8 @@ def gaussian_kl(mean, mean_ref, std):
     """KL(N(mean, std^2) || N(mean_ref, std^2)) of one SDE step, averaged over latent dimensions.
 
     Args: means (B, ...) and std > 0 as returned by `sde_step`. Returns (B,) fp32.
-    Source: Flow-GRPO, arXiv 2505.05470. Raises ValueError at std 0.
+    Source: Flow-GRPO, arXiv 2505.05470. Its code leaves out the -dt of std^2, so for the same
+    penalty our KL weight is theirs * |dt|. Raises ValueError at std 0.
     """
     if std <= 0:
         raise ValueError("std is 0: an ODE step has no density; leave it out")

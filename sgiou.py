@@ -153,7 +153,7 @@ def find_relation(text, relations):
     listed = {without_the(relation): relation for relation in relations}
     before = "(?:(?:that|which|is|are|was|were|directly|to|on|at|the) )*"
     pattern = rf"(?ai)(?<!\S){before}({either(listed)})(?!\S)"
-    match = re.search(pattern, text.replace("_", " "))  # of equal length
+    match = re.search(pattern, text.replace("_", " "))  # as long as text
     if not match:
         return None
     subject, object = text[: match.start()], text[match.end() :]
@@ -191,7 +191,7 @@ def load_graphs(path, relations=(), limit=None):
 
     LAION-SG (arXiv 2412.08580): {"img_id", "caption_ori", "items", "relations"}
     GenEval (arXiv 2310.11513): {"include": [{"class", "count", "color", "position"}], "prompt"}
-    T2I-CompBench (arXiv 2307.06350), and your own: a prompt
+    T2I-CompBench (arXiv 2307.06350), and your own: a prompt, or {"prompt"}
 
     relations: words that split a prompt, besides SPATIAL; limit: stop after so many graphs.
     Entries that cannot be read are skipped; stderr says how many and why. Raises ValueError, one
