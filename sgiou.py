@@ -314,130 +314,84 @@ def read_geneval(entry, place):
 
 
 # ---- answers of VLMs ----
-#
-# eval.py asks for JSON, but models answer in many ways. Read `parse_scene_graph` first;
-# tests/test_sgiou.py has an example for every pattern here.
 
-# The key in front of a subject's name ("_" is a space by then).
-SUBJECT = r"\b(?:subj(?:ect)?|head|source|from|s|[a-z]+ ?1)(?: ?\d| name)?\W{0,2}[:=]\W*$"
-# A denial in front of a triple, in the same clause.
-DENIAL = re.compile(
-    r"(?:\b(?:no|not|never|cannot|neither|false)\b|n't\b|[❌✗✘])"
-    r"(?:(?!\b(?:and|but|while)\b)[^.,;。，；\n\[\](){}])*\Z"
-)
-# One behind it: "sun above sea: no", "... (not visible)", [..., false], {..., "present": false}.
-ANSWER_NO = re.compile(
-    # what leads to it: a key, a mark, or "is"
-    r"[\"'*)\]]{0,3}(?:[?,]?\s*[\"']?(?:is )?(?:a|answer|present|visible|exists|count|valid)[\"']?:"
-    r"|[?,]| ?[-:(\[=|–—>]+| is| does|(?= ))\s*[\"'*`]{0,2}"
-    # the word itself
-    r"(?:(?:no|0|missing)\b(?! \w|\.?\d)|n/a|(?:cannot|false|incorrect|wrong|absent)\b"
-    r"|not (?:visible|present|true|there|shown|seen|found|correct|hold|in the|the case)\b)"
-    r"|[\"'*) ]*[:,|-]? ?[❌✗✘]"
-)
-# A list in brackets, with lists such as bounding boxes inside, or in braces.
-BRACKETS = r"\W{0,9}\[(?:[^\[\]]|\[[^\[\]]*\])*|\W{0,9}\{[^{}]*\}"
-# What follows "objects": such a list, or else the line and the items below it.
-LISTED = rf"({BRACKETS}|.*(?:\n *[-*\d].*)*)"
-# A list of what the image lacks, with its heading: "Missing objects:", "not_present":
-LACKING = r"\b(?<!\w[ '])(?:(?:the|following|objects|triples|pairs|relations|that|are) )*"
-LACKING += r"(?:missing|absent|not|wrong|incorrect|false)\b[ \w]{0,40}[\"'*]*:\**"
-LACKING += rf"(?:{BRACKETS}|\n?(?:\n *[-*\d](?!\*).*)+|[ \"]*[^.;\n\"\[{{]*)"
-# Tags such as <think>, [THINK], or <|thought|>, and those that end a thought.
+# Around a thought: tags such as <think>, [THINK], or <|thought|>, and those that end one.
 THOUGHT, THOUGHT_END = (
     rf"[<\[◁]\W?{slash}(?:think|thought|reason|scratch)\w*\W?[>\]▷]" for slash in ("", "/")
 )
-# What may stand between the words of a triple: keys that do not end in "s" ("relations:" begins a
-# list), small words, numbers, and marks other than brackets.
-FILLER = r"\b(?:s|(?:[a-z]+ )?\w*[^\Ws])[\"'”’]?\s?[:=]"
-FILLER += r"|\b(?:is|are|be|and|to|on|at|the|an?|that|which|appears|located|positioned|placed"
-FILLER += r"|directly|slightly|sits|sitting|lies|lying|stands|standing|\d+)\b|[^\w\[\]]"
+# Brackets without others inside, and the key in front of them.
+BRACKETS = r"(?:[\"'][^\"'\n]{1,40}[\"']: ?|\b\w{1,20} ?\w{0,20}: ?)?"
+BRACKETS += r"(?:\[[^][{}]*\]|\{[^][{}]*\})"
+LINE_OR_SENTENCE = r"\n|[.;!。；](?:\s|$)"
+DENIAL = re.compile(
+    r"\b(?:no|not|never|cannot|neither|false|null|missing|absent|incorrect|wrong)\b|n't\b|[❌✗✘]"
+)
+# A key that says that a triple's object comes next, although it is the first of the two names.
+OBJECT_KEY = re.compile(r"\b(?:object|obj|tail|target|to|o)\d?\W{0,2}[:=]\W*$")
+NEARBY = 100  # characters that the three words of a triple may take up
 
 
 def parse_scene_graph(text, objects, relations):
     """The SceneGraph in a VLM's answer, or None if it has none of the words and no empty list.
 
-    Looks for the given words in any notation: JSON, (s, r, o), s -> r -> o, "s is r o", "s - o: r".
-    Thoughts, which end at "</think>" or start at a last "<think>", are not part of the answer.
+    eval.py asks for JSON, but models answer in many ways. So a triple is two of the given names and
+    one of the given relations close to each other: in the same brackets, line, or sentence. Such a
+    piece counts for nothing if it denies anything ("no", "false"). Thoughts, which end at
+    "</think>" or start at a last "<think>", are not part of the answer.
     objects, relations: the words to look for; the graph has them in the spelling given here.
     """
-    names = {without_the(clean_name(name)).replace("’", "'"): name for name in objects}
-    words = {without_the(relation): relation for relation in relations}
-    known = re.compile(rf"(?<!\w)(?:({either(names)})|({either(words)}))(?!\w)")
+    # In the text each name becomes a single character of the range N, each relation one of R.
+    N, R = "[\U000f0000-\U000fffff]", "[\U00100000-\U0010ffff]"
+    names = {chr(0xF0000 + number): name for number, name in enumerate(objects)}
+    words = {chr(0x100000 + number): relation for number, relation in enumerate(relations)}
+    signs = {without_the(word): sign for sign, word in words.items()}
+    signs |= {without_the(clean_name(name)).replace("’", "'"): sign for sign, name in names.items()}
 
+    text = re.sub(rf"{N}|{R}", " ", text)
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)  # of JSON
     text = re.sub(r"\\?[’']", "'", text.lower().replace("_", " "))
     text = re.split(THOUGHT, re.split(THOUGHT_END, text)[-1])[0]
-    text = re.sub(LACKING, "", text)
-    # left of(sun, sea) -> sun left of sea)
-    call = rf"({either(words)}) ?\(\W*({either(names)})\W*,\W*({either(names)})\W*\)"
-    text = re.sub(call, r" \2 \1 \3)", text)
+    known = rf"(?<!\w)(?:{either(signs)})(?!\w)"
+    text = re.sub(known, lambda match: signs[without_the(match[0])], text)
 
-    # A triple is two names and a relation with little between them.
-    found = list(known.finditer(text))
-    triples = {}  # by place of the relation word
-    subject_of = {}  # by place of a name that is the object of a triple
-    for first, second, third in zip(found, found[1:], found[2:]):
-        gaps = text[first.end() : second.start()], text[second.end() : third.start()]
-        gaps = (
-            gaps[0],
-            re.sub(r"\[|\](?![^\[]{0,80}\[)", " ", gaps[1]),
-        )  # {"sun": {"above": ["sea"]}}
-        if not all(map(is_filler, gaps)):
+    # Cut it into pieces: what is in brackets, the innermost first, then the rest.
+    is_list = re.search(r"\[\s*\]", text)
+    pieces = []
+    for _ in range(9):
+        pieces += re.findall(BRACKETS, text)
+        text = re.sub(BRACKETS, " ", text)
+    pieces += re.split(LINE_OR_SENTENCE, text)
+
+    seen, triples = [], []
+    for piece in pieces:
+        if DENIAL.search(piece):
             continue
-        colons = [re.search(r"[:=]\W*$", gap) for gap in gaps]
-        if second[2]:
-            subject, relation, object = first, second, third
-            # "sun above sea, left of dog"
-            if re.match(r"\W*(?:[,;\n]|and\b)(?!.*\b(?:which|that)\b)", gaps[0]):
-                subject = subject_of.get(first.start(), first)
-        # "sun - sea: above", but not a line or braces further on
-        elif (
-            third[2]
-            and first.start() not in subject_of
-            and re.search(r"[:=|>→]\W*$", gaps[1])
-            and (colons[0] or not re.search(r"[\n}]", gaps[0]))
-        ):
-            subject, object, relation = first, second, third
-        elif first[2] and all(colons):  # {"relation": "above", "subject": "sun", "object": "sea"}
-            relation, subject, object = first, second, third
+        found = list(re.finditer(rf"{N}|{R}", piece))
+        seen += [names[match[0]] for match in found if match[0] in names]
+        kinds = "".join("N" if match[0] in names else "R" for match in found)
+        in_threes = range(0, len(found), 3)
+        if re.fullmatch("(NNR)+", kinds):  # "sun - sea: above"
+            places = [(i, i + 2, i + 1) for i in in_threes]
+        elif re.fullmatch("(RNN)+", kinds):
+            # {"relation": "above", "subject": ...} and above(sun, sea), but not "above the sea is
+            # the sun"
+            formal = re.search(rf":|{R}\(", piece)
+            places = [(i + 1, i, i + 2) for i in in_threes] if formal else []
         else:
-            continue
-        if not (subject[1] and object[1]) or relation.start() in triples:
-            continue
-        subject_of[object.start()] = subject
-        if is_denied(text, first.start(), third.end()):
-            continue
-        called_subject = [
-            re.search(SUBJECT, text[max(name.start() - 20, 0) : name.start()])
-            for name in (subject, object)
-        ]
-        if called_subject[1] and not called_subject[0]:
-            subject, object = object, subject
-        triple = [without_the(match[0]) for match in (subject, relation, object)]
-        triples[relation.start()] = names[triple[0]], words[triple[1]], names[triple[2]]
-
-    # Objects may be listed apart from triples: in brackets, on the line, or below it.
-    listed = " ".join(re.findall(rf"\b(?:objects|object list|entities)\b{LISTED}", text))
-    seen = [
-        names[without_the(name[1])]
-        for name in known.finditer(listed)
-        if name[1] and not is_denied(listed, name.start(), name.end())
-    ]
-    seen += names_in(triples.values())
-    if not seen and not re.search(r"\[\s*\]", text):
+            places = [(i, i + 1, i + 2) for i in range(len(found)) if kinds[i : i + 3] == "NRN"]
+        subject_of = {}  # place of an object -> its subject
+        for place in places:
+            subject, relation, object = (found[i] for i in place)
+            first, last = min(place), max(place)
+            if found[last].start() - found[first].start() > NEARBY:
+                continue
+            between = piece[subject.end() : relation.start()]
+            if re.match(r"\W*(?:,|and\b)(?!.*\b(?:which|that)\b)", between):
+                subject = subject_of.get(subject.start(), subject)  # "sun above sea, left of dog"
+            subject_of[object.start()] = subject
+            if OBJECT_KEY.search(piece, max(subject.start() - 20, 0), subject.start()):
+                subject, object = object, subject
+            triples.append((names[subject[0]], words[relation[0]], names[object[0]]))
+    if not seen and not is_list:
         return None
-    return SceneGraph(dict.fromkeys(seen), triples.values())
-
-
-def is_denied(text, start, end):
-    """Whether the words around a part of the text say that it is not so."""
-    return DENIAL.search(text, max(start - 60, 0), start) or ANSWER_NO.match(text, end, end + 60)
-
-
-def is_filler(gap):
-    """Whether two words with this text between them can belong to the same triple."""
-    # Another record begins, or another sentence.
-    if len(gap) >= 80 or re.search(r"\}\W*\{|\n *[-*\d]\W* \w+ ?:|[.!?]\s(?!\w+:)", gap):
-        return False
-    return not re.sub(FILLER, "", gap)
+    return SceneGraph(dict.fromkeys(seen), triples)
