@@ -184,8 +184,7 @@ class Actor(VLM):
             if value.shape == shape:  # an input per token: append that of the completion
                 added = completion.get(name, torch.zeros_like(ids))  # zeros: token types and such
                 inputs[name] = torch.cat([value, added.to(value)], 1)  # (R, prompt tokens + T)
-        if not hasattr(self.model.model, "get_rope_index"):  # Qwen-VL makes its own 3-D positions
-            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+        self.add_positions(inputs)
         output = self.model(**inputs, logits_to_keep=ids.shape[1] + 1, use_cache=False)
         return output.logits[:, :-1]
 

@@ -46,19 +46,14 @@ class Reflection:
         return all(prob >= 0.5 for prob in self.probs)
 
 
-def object_question(name):
-    """The question whose yes means that the object is in the image."""
-    return f'Does the image show "{name}"?'
-
-
-def triple_question(triple):
-    """The question whose yes means that the relation holds. Any relation word fits, verbs too."""
-    return object_question(" ".join(triple))
+def question(text):
+    """The question whose yes means that the image shows it. Any relation word fits, verbs too."""
+    return f'Does the image show "{text}"?'
 
 
 def questions(graph):
     """One question per object, then one per triple."""
-    return [*map(object_question, graph.labels()), *map(triple_question, graph.triples)]
+    return [question(text) for text in [*graph.labels(), *map(" ".join, graph.triples)]]
 
 
 def reflect(graph, probs, mass=1.0):
@@ -175,6 +170,11 @@ class VLM:
         batch = self.processor(images=images, text=chats, **settings)
         return batch.to(self.model.device, self.model.dtype)
 
+    def add_positions(self, inputs):
+        """Add positions that do not count padding. Qwen-VL makes its own, in 3-D."""
+        if not hasattr(self.model.model, "get_rope_index"):
+            inputs["position_ids"] = (inputs["attention_mask"].cumsum(1) - 1).clamp(min=0)
+
     def try_sharing(self, system, texts, *more):
         """Set `share` if the subclass's `shared_logits` agrees with `single_logits`; else say why.
 
@@ -228,16 +228,14 @@ class VLM:
             if value.shape == shape:  # an input per token
                 inputs[name] = value[:, : shape[1] - cut]
         prompt_mask = inputs["attention_mask"]
-        has_rope_index = hasattr(self.model.model, "get_rope_index")  # Qwen-VL: 3-D positions
-        if not has_rope_index:
-            inputs["position_ids"] = (prompt_mask.cumsum(1) - 1).clamp(min=0)
+        self.add_positions(inputs)
         prompts = self.model(**inputs, logits_to_keep=1, use_cache=True)
 
         cache = prompts.past_key_values
         cache.batch_select_indices(owner)
         mask = torch.cat([prompt_mask[owner], mask.to(prompt_mask)], 1)  # (R, tokens - cut + T)
         positions = mask.cumsum(1)[:, -ids.shape[1] :] - 1  # (R, T)
-        if has_rope_index:
+        if "position_ids" not in inputs:
             positions = (positions + self.model.model.rope_deltas[owner]).expand(3, *ids.shape)
         tails = self.model(
             input_ids=ids,
@@ -263,7 +261,7 @@ class Checker(VLM):
         little probability: the reward would be noise.
         """
         name = self.processor.tokenizer.name_or_path
-        asked = [object_question("red circle"), triple_question(("cup", "left of", "red book"))]
+        asked = [question("red circle"), question("cup left of red book")]
         if OPEN_THOUGHT.search(self.chat(SYSTEM, "")):
             raise ValueError(f"the chat template of {name} ends inside a thought")
         probs = self.try_sharing(SYSTEM, asked * 2).exp()  # (4, V)

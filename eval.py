@@ -112,12 +112,12 @@ def first_images(trajectories):
     return [Trajectory(t.graph, t.seed, t.steps[:1]) for t in trajectories]
 
 
-def best_of_n(loop, trajectories, meter, flow_tokens):
-    """Add images to trajectories of one image until these cost `flow_tokens` per prompt. -> N.
+def best_of_n(loop, trajectories, meter, budget):
+    """Add images to trajectories of one image until they cost `budget` flow tokens a prompt. -> N.
 
     A prompt whose best image satisfies the Checker needs no more, just as in the loop.
     """
-    while meter.flow_tokens < flow_tokens * len(trajectories):
+    while meter.flow_tokens < budget * len(trajectories):
         active = [t for t in trajectories if not t.best.reflection.satisfied]
         if not active:
             break
@@ -263,13 +263,13 @@ def bootstrap(values, others=None):
     return float(values.mean()), float(low), float(high)
 
 
-def mean(values):
+def mean_text(values):
     """The mean as text, or a dash if no prompt has a value."""
     value = bootstrap(values)[0]
     return "–" if math.isnan(value) else f"{value:.3f}"
 
 
-def interval(values, others=None):
+def interval_text(values, others=None):
     """What `bootstrap` returns as text, with signs if it is a difference."""
     sign = "" if others is None else "+"
     mean, low, high = bootstrap(values, others)
@@ -281,8 +281,10 @@ def interval(values, others=None):
 def tables(rows, counts):
     """Three tables, each as {"title": str, "cells": rows of strings, headings first}.
 
-    counts: the number of relations of each prompt, at most 6.
+    counts: the number of relations of each prompt. All from 6 on share a column.
     """
+    six = "6 or more" if max(counts) > 6 else "6"
+    counts = [six if count >= 6 else str(count) for count in counts]
     rows = sorted(rows, key=lambda row: row.name.startswith("loop"))  # stable: loops last
     last = rows[-1]
     best_of = next((row for row in rows if row.name.startswith("best of")), None)
@@ -292,7 +294,7 @@ def tables(rows, counts):
 
     means = [["", *(HEADINGS[name] for name in columns), "Flow tokens", "VLM tokens", "Seconds"]]
     for row in rows:
-        cells = [mean(row.values[name]) for name in columns]
+        cells = [mean_text(row.values[name]) for name in columns]
         costs = [f"{row.flow_tokens:,.0f}", f"{row.vlm_tokens:,.0f}", f"{row.seconds:.2f}"]
         means.append([row.name, *cells, *costs])
 
@@ -300,10 +302,10 @@ def tables(rows, counts):
     gains = [["", "mean", *others]]
     previous = None  # the row that the next one adds to
     for row in rows:
-        cells = [interval(row.values[main])]
+        cells = [interval_text(row.values[main])]
         for other in (rows[0], best_of, previous):
             missing = other is None or other is row
-            cells.append("–" if missing else interval(row.values[main], other.values[main]))
+            cells.append("–" if missing else interval_text(row.values[main], other.values[main]))
         gains.append([row.name, *cells])
         if row is not best_of:
             previous = row
@@ -315,9 +317,9 @@ def tables(rows, counts):
     kinds = sorted(set(counts))
     by_count = [["", *(f"{count} ({counts.count(count)} prompts)" for count in kinds)]]
     for row in rows:
-        by_count.append([row.name, *(mean(part(row, count)) for count in kinds)])
+        by_count.append([row.name, *(mean_text(part(row, count)) for count in kinds)])
     if best_of and last is not best_of:
-        against = [interval(part(last, count), part(best_of, count)) for count in kinds]
+        against = [interval_text(part(last, count), part(best_of, count)) for count in kinds]
         by_count.append([f"{last.name} against {best_of.name}", *against])
 
     return [
@@ -351,8 +353,8 @@ def run(arguments):
     made_with = {"config": fingerprint(config), "prompts": len(graphs)}
     rows = finished_rows(folder / "results.json", made_with, arguments.resume)
     loop = build(config)
-    judge, judge_name, part = loop.checker, "the Checker's own model", settings.judge
-    if part:
+    judge, judge_name = loop.checker, "the Checker's own model"
+    if part := settings.judge:
         judge_name = part.model
         with naming(config, "evaluation.judge.device"):
             device, dtype = device_and_dtype(part)
@@ -361,10 +363,9 @@ def run(arguments):
             judge.batch_size = part.batch_size
             judge.probe()
     graphs = loop.diffuser.readable(graphs, settings.data)
-    counts = [min(len(graph.triples), 6) for graph in graphs]  # 6: or more
+    counts = [len(graph.triples) for graph in graphs]
 
-    say(f"evaluating {len(graphs)} prompts of {settings.data}; if interrupted, --resume keeps")
-    say("the finished rows:")
+    say(f"evaluating {len(graphs)} prompts of {settings.data}; --resume keeps finished rows:")
     for trajectories in evaluate(loop, graphs, settings, config.relations, judge, rows):
         say(f"  {rows[-1].name}")
         results = {"tables": tables(rows, counts), "rows": [vars(row) for row in rows]} | made_with

@@ -1,27 +1,14 @@
-"""The math of Reflection-GRPO: advantages, log-probs, clipped loss, KL, the flow's SDE step.
+"""The math of Reflection-GRPO: advantages, clipped loss, KL, and the flow's SDE step.
 
 Both training phases of RL-RIG (arXiv 2602.19974) use this file. In phase 1 a sample is a completion
-of the Actor and an action is a token. In phase 2 a sample is an image of the Editor and an action
-is one denoising step.
+of the Actor and an action is a token. In phase 2 a sample is an edited image and an action is one
+denoising step.
 
-    advantage  A_i = (r_i - mean_g) / (std_g + eps)               GRPO, arXiv 2402.03300
-    loss       -sum min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) / count
-               rho = exp(log_prob - old_log_prob)                 PPO, 1707.06347; DAPO, 2503.14476
-               phase 2: rho = exp(... + KL(old || new))           GRPO-Guard, 2510.22319
-    k3         exp(d) - d - 1,  d = log pi_ref - log pi           Schulman 2020; GRPO
-    flow       x_sigma = (1 - sigma) x0 + sigma e,  v = e - x0,  dt = sigma_next - sigma < 0
-    SDE step   s = a sqrt(sigma / (1 - sigma))                    Flow-GRPO, arXiv 2505.05470
-               mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt
-               x' = mean + std z,  std = s sqrt(-dt),  z ~ N(0, I)
-               at sigma = 1, where s is infinite: s = a sqrt(sigma / (1 - sigma_next))
-    its KL     |mean - mean_ref|^2 / (2 std^2)
-
-Symbols: r reward, A advantage, rho ratio, x0 image, e and z noise, v velocity, x sample,
-x' next_sample, a noise_level, s the diffusion coefficient of the SDE.
-
-Three things are DAPO's, not GRPO's: two clip bounds, the sum over all actions divided by their
-number (`count`), and leaving out groups with (nearly) equal rewards. As in Flow-GRPO's code, the
-log-prob and the KL of a denoising step are means over the latent dimensions, not sums.
+    GRPO       arXiv 2402.03300   advantages within a group, k3 estimate of the KL
+    PPO        arXiv 1707.06347   clipped loss
+    DAPO       arXiv 2503.14476   two clip bounds; the sum over all actions divided by their number;
+                                  groups with (nearly) equal rewards left out
+    Flow-GRPO  arXiv 2505.05470   SDE step of a flow model, and its KL
 
 Needs torch only: copy this file anywhere.
 """
@@ -33,12 +20,12 @@ from torch.utils.checkpoint import checkpoint
 
 
 def group_advantages(rewards, eps=0.05, flat_range=0.02):
-    """Compare each sample with its group (GRPO, arXiv 2402.03300).
+    """Compare each sample with its group: A_i = (r_i - mean) / (std + eps) (GRPO).
 
     Args:
         rewards: (groups, G) floats; a row holds G >= 2 samples of the same state.
-        eps: added to the std. Choose it above the noise of the reward (which lies in [0, 1] here).
-            Otherwise a group that differs by noise alone counts as much as the others.
+        eps: added to the std. Choose it above the noise of the reward, or a group that differs by
+            noise alone counts as much as the others. (0.05 is for rewards of about 0 to 1.)
         flat_range: a group with max - min <= flat_range is flat: there is nothing to learn from it.
 
     Returns (advantages (groups, G) fp32, kept (groups, 1) bool). kept is False for a flat group:
@@ -57,29 +44,20 @@ def group_advantages(rewards, eps=0.05, flat_range=0.02):
     return torch.where(kept, (rewards - mean) / (std + eps), 0), kept
 
 
-def completion_mask(ids, eos_ids):
-    """True up to and including the first end-of-sequence token, which is an action too.
-
-    Args: ids (B, T); eos_ids: list of end-of-sequence ids. Returns (B, T) bool.
-    `ids != pad` would lose the end token wherever pad and end share an id.
-    """
-    is_end = torch.isin(ids, ids.new_tensor(eos_ids)).long()
-    ends_before = is_end.cumsum(1) - is_end  # (B, T)
-    return ends_before == 0
-
-
 def token_log_probs(logits, ids, temperature=1.0):
     """log softmax(logits / temperature) at the sampled ids.
 
     Args: logits (B, T, V), where logits[:, t] predict ids[:, t]; ids (B, T). Returns (B, T) fp32.
-    `chunked_token_log_probs` at the end of this file gives the same numbers with less memory.
     """
     log_probs = (logits.float() / temperature).log_softmax(-1)  # (B, T, V)
     return log_probs.gather(-1, ids[..., None])[..., 0]  # (B, T)
 
 
 def clipped_loss(log_probs, old_log_probs, advantages, mask, count, clip_low=0.2, clip_high=0.28):
-    """PPO's clipped policy loss (arXiv 1707.06347) with DAPO's two bounds (arXiv 2503.14476).
+    """PPO's clipped policy loss with DAPO's two bounds.
+
+        -sum min(rho A, clip(rho, 1 - clip_low, 1 + clip_high) A) / count
+        rho = exp(log_prob - old_log_prob)
 
     Args:
         log_probs: (B, T) with gradient, one entry per token or per denoising step.
@@ -118,43 +96,35 @@ def k3_kl(log_probs, ref_log_probs, bound=20.0):
     """k3 estimate of KL(pi || pi_ref) per token: exp(d) - d - 1 >= 0, d = log pi_ref - log pi.
 
     Both arguments have the same shape; returns that shape in fp32.
-    The value is unbiased for tokens sampled from pi (Schulman 2020; used in arXiv 2402.03300), so
-    only approximate from the second update on, as in GRPO. Its gradient is that of KL(pi_ref || pi)
-    instead; near pi_ref the two nearly agree. `bound` keeps exp(d) finite.
+    The value is unbiased for tokens sampled from pi (Schulman 2020), so only approximate from the
+    second update on, as in GRPO. Its gradient is that of KL(pi_ref || pi) instead; near pi_ref the
+    two nearly agree. `bound` keeps exp(d) finite.
     """
     delta = (ref_log_probs.float() - log_probs.float()).clamp(max=bound)
     return delta.expm1() - delta  # expm1, because exp(d) - 1 loses its digits near 0
 
 
-def gaussian_kl(mean, mean_ref, std):
-    """KL(N(mean, std^2) || N(mean_ref, std^2)) of one SDE step, averaged over latent dimensions.
-
-    Args: means (B, ...) and std > 0 as returned by `sde_step`. Returns (B,) fp32.
-    Source: Flow-GRPO, arXiv 2505.05470. Its code leaves out the -dt of std^2, so for the same
-    penalty our KL weight is theirs * |dt|. Raises ValueError at std 0.
-    """
-    if std <= 0:
-        raise ValueError("std is 0: an ODE step has no density; leave it out")
-    return ((mean.float() - mean_ref.float()) / std).square().flatten(1).mean(1) / 2
-
-
 def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None, generator=None):
     """One denoising step of a flow model, sampled or replayed (Flow-GRPO, arXiv 2505.05470).
 
+        x_sigma = (1 - sigma) image + sigma noise,  v = noise - image,  dt = sigma_next - sigma < 0
+        s = noise_level sqrt(sigma / (1 - sigma))
+        mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt
+        x' = mean + std z,  std = s sqrt(-dt),  z ~ N(0, I)
+
     Args:
-        velocity, sample: (B, ...) of any dtype; all arithmetic is in fp32.
+        velocity, sample: v and x, (B, ...) of any dtype; all arithmetic is in fp32.
         sigma, sigma_next: floats, 1 >= sigma > sigma_next >= 0.
-        noise_level: a in the formula; 0 gives Euler's ODE step.
+        noise_level: 0 gives Euler's ODE step.
         next_sample: None to sample x', or the recorded x' to replay it.
         generator: a torch.Generator, or a list of B of them: then the noise of a sample is the
             same in any batch.
 
-    Returns (next_sample, log_prob (B,), mean, std). log_prob is the MEAN over the D latent
-    dimensions of log N(next_sample; mean, std^2), so log rho is the true log ratio divided by D.
-    The true one spreads like sqrt(D), so log rho like 1 / sqrt(D), and the clip range has to shrink
-    with it. An ODE step has log_prob None and std 0; the step to sigma_next = 0 always is one,
-    because its noise would stay in the image.
-    Raises ValueError for sigmas out of order.
+    Returns (x', log_prob (B,), mean, std). log_prob is the MEAN over the D latent dimensions of
+    log N(x'; mean, std^2), as in Flow-GRPO's code, so log rho is the true log ratio divided by D.
+    It spreads like 1 / sqrt(D), and the clip range has to be as narrow.
+    An ODE step has log_prob None and std 0. The step to sigma_next = 0 is always one, because its
+    noise would stay in the image. Raises ValueError for sigmas out of order.
     """
     if not 0 <= sigma_next < sigma <= 1:
         raise ValueError(f"sigma {sigma} to {sigma_next}: need 1 >= sigma > sigma_next >= 0")
@@ -163,7 +133,7 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
     # s is infinite at sigma = 1, the first step. Flow-GRPO's code then divides by 1 - sigma_next.
     sigma_in_s = sigma if sigma < 1 else sigma_next
     s = noise_level * math.sqrt(sigma / (1 - sigma_in_s)) if sigma_next > 0 else 0.0
-    c = s**2 / (2 * sigma)  # appears twice in the formula
+    c = s**2 / (2 * sigma)
     mean = sample * (1 + c * dt) + velocity * ((1 + c * (1 - sigma)) * dt)
     std = s * math.sqrt(-dt)
     if std == 0:
@@ -184,8 +154,36 @@ def _draw_noise(like, generator):
     return torch.randn(like.shape, generator=generator, device=device).to(like.device)
 
 
+def gaussian_kl(mean, mean_ref, std):
+    """KL(N(mean, std^2) || N(mean_ref, std^2)) of one SDE step, averaged over latent dimensions.
+
+        |mean - mean_ref|^2 / (2 std^2)
+
+    Args: means (B, ...) and std > 0 as returned by `sde_step`. Returns (B,) fp32.
+    Flow-GRPO's code leaves out the -dt of std^2, so for the same penalty our KL weight is theirs *
+    |dt|. Raises ValueError at std 0.
+    """
+    if std <= 0:
+        raise ValueError("std is 0: an ODE step has no density; leave it out")
+    return ((mean.float() - mean_ref.float()) / std).square().flatten(1).mean(1) / 2
+
+
+# ---- completions: for actor.py ----
+
+
+def completion_mask(ids, eos_ids):
+    """True up to and including the first end-of-sequence token, which is an action too.
+
+    Args: ids (B, T); eos_ids: list of end-of-sequence ids. Returns (B, T) bool.
+    `ids != pad` would lose the end token wherever pad and end share an id.
+    """
+    is_end = torch.isin(ids, ids.new_tensor(eos_ids)).long()
+    ends_before = is_end.cumsum(1) - is_end  # (B, T)
+    return ends_before == 0
+
+
 def chunked_token_log_probs(logits, ids, temperature=1.0):
-    """`token_log_probs` with less memory; skip this on a first reading.
+    """`token_log_probs` with less memory.
 
     log_softmax keeps fp32 copies of all logits for the backward pass, each of 5 GB for 32
     completions of 256 tokens at V = 151,936. Here they exist for one completion at a time and are

@@ -42,13 +42,13 @@ HOTTER = 1.25  # factor on the temperature from one attempt to the next
 
 @dataclass
 class Step:
-    """One entry of a trajectory: the generated image, or what a round ended with."""
+    """The generated image, or the outcome of a round: without an edit, the best image again."""
 
     image: object  # PIL image
     reflection: object  # the Checker's `Reflection` on it
     source: int | None = None  # index of the step that the round started from; None: generated
     thought: str = ""
-    instruction: str | None = None  # None: malformed, or generated; "none": no edit wanted
+    instruction: str | None = None  # None: malformed (or generated); "none": no edit wanted
     repeated: bool = False  # it was tried on this image before, so it was not carried out
 
     @property
@@ -76,7 +76,7 @@ class Trajectory:
 
     @property
     def tried(self):
-        """Instructions tried on the best image. None improved it, or its result would be best."""
+        """Instructions tried on the best image. If one had helped, another image would be best."""
         best = self.best_index
         return [step.instruction for step in self.steps if step.is_edit and step.source == best]
 
@@ -125,23 +125,20 @@ class Loop:
         active = [t for t in trajectories if not t.best.reflection.satisfied]
         if not active:
             return
-        edits = []  # (step, graph, seed) of those whose image changes
+        edits, graphs, seeds = [], [], []  # of the steps that change an image
         for t, (thought, instruction) in zip(active, self.propose(active)):
-            best = t.best
-            repeated = instruction in t.tried
-            # If there is an edit, its image and reflection replace these below.
+            best, repeated = t.best, instruction in t.tried
             step = Step(best.image, best.reflection, t.best_index, thought, instruction, repeated)
             if step.is_edit:
-                edits.append((step, t.graph, t.step_seed))  # `step_seed` changes with `steps`
-            t.steps.append(step)
-        images = self.editor.edit(
-            [step.image for step, _, _ in edits],
-            [step.instruction for step, _, _ in edits],
-            [seed for _, _, seed in edits],
-        )
-        reflections = self.checker.check(images, [graph for _, graph, _ in edits])
-        for (step, _, _), image, reflection in zip(edits, images, reflections, strict=True):
-            step.image, step.reflection = image, reflection
+                edits.append(step)
+                graphs.append(t.graph)
+                seeds.append(t.step_seed)
+            t.steps.append(step)  # changes `step_seed`
+        instructions = [step.instruction for step in edits]
+        images = self.editor.edit([step.image for step in edits], instructions, seeds)
+        reflections = self.checker.check(images, graphs)
+        for step, image, reflection in zip(edits, images, reflections, strict=True):
+            step.image, step.reflection = image, reflection  # in place of the best image's
 
     def propose(self, trajectories):
         """A (thought, instruction) for the best image of each trajectory.
@@ -149,13 +146,13 @@ class Loop:
         No instruction is carried out twice on the same image. If the Actor repeats one that was
         tried, it is asked again, up to `ATTEMPTS` times in all, and the last completion stays.
         Each attempt is hotter, because a trained Actor has little entropy and would write the same
-        again. A malformed completion or "none" is not asked again: it uses up the round.
+        again.
         """
-        proposed = {}  # index of a trajectory -> (thought, instruction)
+        proposed = [None] * len(trajectories)  # (thought, instruction) each
         pending = range(len(trajectories))
         for attempt in range(ATTEMPTS):
-            asked = [trajectories[index] for index in pending]
-            proposals = self.actor.propose(
+            asked = [trajectories[i] for i in pending]
+            answers = self.actor.propose(
                 [t.best.image for t in asked],
                 [t.graph.prompt() for t in asked],
                 [t.best.reflection.feedback for t in asked],
@@ -163,15 +160,12 @@ class Loop:
                 tried=[t.tried for t in asked],
                 temperature=self.actor.temperature * HOTTER**attempt,
             )
-            completions = zip(pending, proposals.thoughts, proposals.instructions)
-            pending = []
-            for index, thought, instruction in completions:
-                proposed[index] = thought, instruction
-                if instruction in trajectories[index].tried:
-                    pending.append(index)
+            for i, thought, instruction in zip(pending, answers.thoughts, answers.instructions):
+                proposed[i] = thought, instruction
+            pending = [i for i in pending if proposed[i][1] in trajectories[i].tried]
             if not pending:
                 break
-        return [proposed[index] for index in range(len(trajectories))]
+        return proposed
 
 
 def build(config):

@@ -83,12 +83,12 @@ def normalize(text):
 
 def sg_iou(pred, gold):
     """Compares two SceneGraphs: {"sg_iou", "entity_iou", "relation_iou"}, floats in [0, 1]."""
-    pairs = zip(comparable_sets(pred), comparable_sets(gold))
-    scores = [len(p & g) / max(len(p | g), 1) for p, g in pairs]  # max: two empty sets score 0
-    return dict(zip(("sg_iou", "entity_iou", "relation_iou"), scores))
+    names = ("sg_iou", "entity_iou", "relation_iou")
+    sets = zip(names, triples_entities_relations(pred), triples_entities_relations(gold))
+    return {name: len(p & g) / max(len(p | g), 1) for name, p, g in sets}  # two empty sets: 0
 
 
-def comparable_sets(graph):
+def triples_entities_relations(graph):
     triples = {tuple(normalize(part) for part in triple) for triple in graph.triples}
     entities = {normalize(name) for name in [*graph.objects, *names_in(graph.triples)]}
     return triples, entities, {relation for _, relation, _ in triples}
@@ -205,7 +205,7 @@ def load_graphs(path, relations=(), limit=None):
                     break
                 try:
                     graphs.append(read_entry(entry, place, relations))
-                except Exception as error:  # of any type, whatever the entry is instead
+                except Exception as error:  # an entry can be anything
                     skipped.append(f"{place}: {type(error).__name__}: {error}")
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: {error}; give a complete file in UTF-8") from None
@@ -258,7 +258,7 @@ def read_entry(entry, place, relations):
 
 
 def checked(*words):
-    """The words of an entry as one text. Raises whatever goes wrong if that is no name."""
+    """Words of an entry as one text. Raises ValueError if that can be no name or relation."""
     text = " ".join(" ".join(words).split())
     plain = re.sub("[\u200c\u200d]", "", text)  # without joiners, which Persian and Hindi need
     if not text or ";" in text or not plain.isprintable():
@@ -325,23 +325,24 @@ BRACKETS += r"(?:\[[^][{}]*\]|\{[^][{}]*\})"
 LINE_OR_SENTENCE = r"\n|[.;!。；](?:\s|$)"
 DENIAL = re.compile(
     r"\b(?:no|not|never|cannot|neither|false|null|missing|absent|incorrect|wrong)\b|n't\b|[❌✗✘]"
+    r"|\?\W*$"
 )
-# A key that says that a triple's object comes next, although it is the first of the two names.
-OBJECT_KEY = re.compile(r"\b(?:object|obj|tail|target|to|o)\d?\W{0,2}[:=]\W*$")
-NEARBY = 100  # characters that the three words of a triple may take up
+# A key that says that a triple's subject comes next, although it is the second of the two names.
+SUBJECT_KEY = re.compile(r"\b(?:subject|subj|source|from|head|s)\W{0,2}[:=>]\W*$")
+# In the text each given name becomes a single character of the range N, each relation one of R.
+N, R = "[\U000f0000-\U000fffff]", "[\U00100000-\U0010ffff]"
 
 
 def parse_scene_graph(text, objects, relations):
-    """The SceneGraph in a VLM's answer, or None if it has none of the words and no empty list.
+    """The SceneGraph in a VLM's answer, or None if it states no given name and no empty list.
 
     eval.py asks for JSON, but models answer in many ways. So a triple is two of the given names and
     one of the given relations close to each other: in the same brackets, line, or sentence. Such a
-    piece counts for nothing if it denies anything ("no", "false"). Thoughts, which end at
-    "</think>" or start at a last "<think>", are not part of the answer.
+    piece counts for nothing if it denies or asks anything ("no", "false", "?"). If the brackets
+    hold triples or an empty list, the text around them counts for nothing either. Thoughts, which
+    end at "</think>" or start at a last "<think>", are not part of the answer.
     objects, relations: the words to look for; the graph has them in the spelling given here.
     """
-    # In the text each name becomes a single character of the range N, each relation one of R.
-    N, R = "[\U000f0000-\U000fffff]", "[\U00100000-\U0010ffff]"
     names = {chr(0xF0000 + number): name for number, name in enumerate(objects)}
     words = {chr(0x100000 + number): relation for number, relation in enumerate(relations)}
     signs = {without_the(word): sign for sign, word in words.items()}
@@ -354,44 +355,50 @@ def parse_scene_graph(text, objects, relations):
     known = rf"(?<!\w)(?:{either(signs)})(?!\w)"
     text = re.sub(known, lambda match: signs[without_the(match[0])], text)
 
-    # Cut it into pieces: what is in brackets, the innermost first, then the rest.
-    is_list = re.search(r"\[\s*\]", text)
-    pieces = []
-    for _ in range(9):
-        pieces += re.findall(BRACKETS, text)
+    has_empty_list = re.search(r"\[\s*\]", text)
+    in_brackets = []  # the innermost first
+    for _ in range(9):  # as deep as brackets may be nested
+        in_brackets += re.findall(BRACKETS, text)
         text = re.sub(BRACKETS, " ", text)
-    pieces += re.split(LINE_OR_SENTENCE, text)
 
     seen, triples = [], []
-    for piece in pieces:
-        if DENIAL.search(piece):
-            continue
-        found = list(re.finditer(rf"{N}|{R}", piece))
-        seen += [names[match[0]] for match in found if match[0] in names]
-        kinds = "".join("N" if match[0] in names else "R" for match in found)
-        in_threes = range(0, len(found), 3)
-        if re.fullmatch("(NNR)+", kinds):  # "sun - sea: above"
-            places = [(i, i + 2, i + 1) for i in in_threes]
-        elif re.fullmatch("(RNN)+", kinds):
-            # {"relation": "above", "subject": ...} and above(sun, sea), but not "above the sea is
-            # the sun"
-            formal = re.search(rf":|{R}\(", piece)
-            places = [(i + 1, i, i + 2) for i in in_threes] if formal else []
-        else:
-            places = [(i, i + 1, i + 2) for i in range(len(found)) if kinds[i : i + 3] == "NRN"]
-        subject_of = {}  # place of an object -> its subject
-        for place in places:
-            subject, relation, object = (found[i] for i in place)
-            first, last = min(place), max(place)
-            if found[last].start() - found[first].start() > NEARBY:
-                continue
-            between = piece[subject.end() : relation.start()]
-            if re.match(r"\W*(?:,|and\b)(?!.*\b(?:which|that)\b)", between):
-                subject = subject_of.get(subject.start(), subject)  # "sun above sea, left of dog"
-            subject_of[object.start()] = subject
-            if OBJECT_KEY.search(piece, max(subject.start() - 20, 0), subject.start()):
-                subject, object = object, subject
-            triples.append((names[subject[0]], words[relation[0]], names[object[0]]))
-    if not seen and not is_list:
-        return None
-    return SceneGraph(dict.fromkeys(seen), triples)
+    for pieces in (in_brackets, re.split(LINE_OR_SENTENCE, text)):
+        for piece in pieces:
+            if not DENIAL.search(piece):
+                seen += [names[sign] for sign in re.findall(N, piece)]
+                triples += [(names[s], words[r], names[o]) for s, r, o in triples_in(piece)]
+        if triples or has_empty_list:
+            break
+    return SceneGraph(dict.fromkeys(seen), triples) if seen or has_empty_list else None
+
+
+def triples_in(piece):
+    """The triples (list) of a piece of text: characters of N, R, and N."""
+    found = list(re.finditer(rf"{N}|{R}", piece))
+    kinds = "".join("N" if re.match(N, match[0]) else "R" for match in found)
+    gaps = [piece[one.end() : next.start()] for one, next in zip(found, found[1:])]
+    # Written formally: "sun - sea: above" and above(sun, sea). But not "the sun and the sea are
+    # near the edge" and "above the sea is the sun".
+    formal = [re.match(r"\W*[:,(|=>]", gap) for gap in gaps]
+    # The relation is of something else: "sun near the edge, sea".
+    broken = [re.search(r"[a-z](?:,| and | but | while )|\bit\b", gap) for gap in gaps]
+    numbers = range(len(found))
+    if re.fullmatch("(NNR)+", kinds):
+        places = [(i, i + 2, i + 1) for i in numbers[::3] if formal[i + 1]]
+    elif re.fullmatch("(RNN)+", kinds):
+        places = [(i + 1, i, i + 2) for i in numbers[::3] if formal[i]]
+    else:
+        places = [
+            (i, i + 1, i + 2) for i in numbers if kinds[i : i + 3] == "NRN" and not broken[i + 1]
+        ]
+    triples = []
+    subject_of = {}  # number of an object -> that of its subject
+    for subject, relation, object in places:
+        if re.match(r"\W*(?:,|and\b)(?!.*\b(?:which|that)\b)", gaps[subject]):
+            subject = subject_of.get(subject, subject)  # "sun above sea, left of dog"
+        subject_of[object] = subject
+        end = found[object].start()
+        if SUBJECT_KEY.search(piece, max(end - 20, 0), end):
+            subject, object = object, subject
+        triples.append(tuple(found[i][0] for i in (subject, relation, object)))
+    return triples

@@ -4,36 +4,31 @@ Read `phase1`, then `phase2`, then the functions that they call. Stop at `add_fi
 log, validation, files, and the command line. Both phases do this:
 
     for every iteration:
-        1 states          freshly generated images that the Checker is not satisfied with
+        1 states          newly generated images that the Checker is not satisfied with
         for every round:
             2 sample      a group of G samples per state
-            3 reward      the Checker's score of the edited image; phase 1: of the better image,
-                          edited or old, minus a penalty for a malformed completion
+            3 reward      from the Checker's score
             4 advantages  each sample compared with its group
               then        the states of the next round: `next_states`
-        5 reference       the same actions under the base model (its adapter off), for the KL
+        5 reference       the recorded actions under the base model, for the KL
         for every update, on all samples of the iteration:
             6 replay      log-probs of the recorded actions again, now with gradient
             7 update      clipped loss + KL, then an optimizer step
 
-               phase 1: the Actor                     phase 2: the Editor
-    sample     a completion, and the edit that it     an edited image
-               asks for
-    action     a token                                a stochastic (SDE) denoising step; a window of
-                                                      them is drawn per round, for all groups
-    a group    one state (image, feedback, tried      one state, one instruction, and the initial
-     shares    instructions) and one seed for all     latents, therefore also all steps before the
-               its edits                              window
-    it varies  the completion                         the noise inside the window
+                    phase 1: the Actor                   phase 2: the Editor
+    a sample        a completion, and the edit that      an edited image
+                    it asks for
+    an action       a token                              a noisy (SDE) denoising step
+    a group shares  the state, the seed of its edits     the state, the instruction, the initial
+                                                         latents
+    the reward      score of the better image, edited    score of the edited image
+                    or old, minus a penalty for a
+                    malformed completion
 
-Shapes: a round has N samples (states * G). A `Batch`, which is one backward pass, has R of them (B
-in grpo.py) with T actions each: the tokens in phase 1; T = 1 in phase 2, where every recorded step
-is a batch of its own. Gradients add up over all batches before each optimizer step.
-`figures`, `stats` and `metrics` are for the log (and `check_on_policy`); skip them at first.
-
-The randomness of training is drawn from the seed, the iteration and the round, so a resumed run
-ends with the same adapter, on a CPU bit for bit. `TrainConfig` in config.py has the meaning and the
-default of every `config.` key, phase1.yaml and phase2.yaml have the values of the embedded world.
+Shapes: a round has N samples, G per state. A backward pass takes B of them with T actions each (in
+phase 2 T = 1: each recorded step is a batch of its own). Gradients add up over all batches before
+an optimizer step. `TrainConfig` in config.py explains every `config.` key. `figures`, `stats` and
+`metrics` are for the log.
 
     python train.py --phase 1 --config phase1.yaml
     python train.py --phase 2 --config phase2.yaml kl=0 --resume
@@ -91,13 +86,13 @@ class State:
 
 @dataclass
 class Batch:
-    """What one backward pass trains on: R samples of up to T actions each."""
+    """What one backward pass trains on: B samples of up to T actions each."""
 
     recorded: object  # what is replayed; phase 1: (proposals, rows), phase 2: a `RecordedStep`
-    old_log_probs: torch.Tensor  # (R, T) of the policy that sampled
-    advantages: torch.Tensor  # (R, 1)
-    mask: torch.Tensor  # (R, T) True for the actions that are trained
-    reference: object = None  # phase 1: log-probs (R, T), phase 2: means, of the base model
+    old_log_probs: torch.Tensor  # (B, T) of the policy that sampled
+    advantages: torch.Tensor  # (B, 1)
+    mask: torch.Tensor  # (B, T) True for the actions that are trained
+    reference: object = None  # phase 1: log-probs (B, T), phase 2: means, of the base model
 
 
 def phase1(loop, config, resume=False):
@@ -142,7 +137,7 @@ def phase1(loop, config, resume=False):
             device = proposals.mask.device
             advantages, kept = per_sample_advantages(rewards, config, device)  # (N, 1) each
 
-            # Micro-batches of R completions. Padding and flat groups are masked out.
+            # Micro-batches of B completions. Padding and flat groups are masked out.
             for first in range(0, len(rewards), config.micro_batch):
                 rows = slice(first, first + config.micro_batch)
                 mask = proposals.mask[rows] & kept[rows]
@@ -156,12 +151,11 @@ def phase1(loop, config, resume=False):
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained tokens of the iteration
 
-        # 5. Reference: log-probs of the base model, because the adapter is on only in `propose` and
-        # inside `adapter()`. (The base model even if this run started from a trained adapter.)
+        # 5. Reference: outside `adapter()`, `replay` uses the base model.
         if config.kl > 0:
             with torch.no_grad():
                 for batch in batches:
-                    batch.reference = actor.replay(*batch.recorded)  # (R, T)
+                    batch.reference = actor.replay(*batch.recorded)  # (B, T)
 
         updates = config.updates if batches else 0  # none if there is nothing to learn from
         for update in range(updates):
@@ -172,25 +166,13 @@ def phase1(loop, config, resume=False):
                     # 6. Replay. In the first update the policy is still the one that sampled, so
                     # the log-probs must be the recorded ones. (So with `updates: 1`, as in
                     # phase1.yaml, the ratio of new to old is 1, and the clip never acts.)
-                    log_probs = actor.replay(*batch.recorded)  # (R, T)
+                    log_probs = actor.replay(*batch.recorded)  # (B, T)
                     if update == 0:
                         check_on_policy(log_probs, batch, count, config, metrics)
 
                     # 7. Update.
-                    loss, stats = clipped_loss(
-                        log_probs,
-                        batch.old_log_probs,
-                        batch.advantages,
-                        batch.mask,
-                        count,
-                        config.clip_low,
-                        config.clip_high,
-                    )
-                    if config.kl > 0:
-                        kl = k3_kl(log_probs, batch.reference)  # (R, T)
-                        kl_sum = torch.where(batch.mask, kl, 0).sum()
-                        loss = loss + config.kl * kl_sum / count
-                        stats["kl"] = kl_sum.item() / count
+                    kl = k3_kl(log_probs, batch.reference) if config.kl > 0 else None  # (B, T)
+                    loss, stats = loss_with_kl(log_probs, kl, batch, count, config)
                     loss.backward()
                 all_stats.append(stats)
             optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
@@ -199,7 +181,10 @@ def phase1(loop, config, resume=False):
 
 
 def phase2(loop, config, resume=False):
-    """Train the Editor on the frozen Actor's instructions. Step 1 is the same as in phase 1."""
+    """Train the Editor on the frozen Actor's instructions.
+
+    As in phase 1, except for 2, 3, and `drift` in 7.
+    """
     editor, G = loop.editor, config.group_size
     saved = check_run(config, 2, resume)
     torch.manual_seed(config.seed)
@@ -230,18 +215,15 @@ def phase2(loop, config, resume=False):
             if not edits:
                 break
 
-            # Sample G edits per state. A group shares the instruction, the initial latents and all
-            # steps before the window; its members differ only by the noise in the window.
+            # Sample G edits per state. Only the steps in the window have noise, so the members of a
+            # group are the same up to there.
             before = [state for state, _ in edits for _ in range(G)]  # (N)
             instructions = [text for _, text in edits for _ in range(G)]  # (N)
             seeds = [seed + EDIT_OFFSET + group for group in range(len(edits)) for _ in range(G)]
+            noise_seeds = range(seed + NOISE_OFFSET, seed + NOISE_OFFSET + len(before))  # (N)
             start = rng.randint(0, config.latest_window_start)  # one window for the whole round
-            window = range(start, start + config.window)  # of steps; the others have no noise
-            # Whole groups per pipeline call: as many as fit in `micro_batch` but at least one, and
-            # only one if the pipeline cannot edit different images together.
-            size = G * (max(config.micro_batch // G, 1) if editor.batched else 1)  # edits per call
-            calls = [slice(first, first + size) for first in range(0, len(before), size)]  # rows
-            noise_seeds = range(seed + NOISE_OFFSET, seed + NOISE_OFFSET + len(before))
+            window = range(start, start + config.window)
+            calls = calls_of_groups(editor, len(before), config)  # slices of samples
             rollouts = [
                 editor.rollout(
                     [state.image for state in before[rows]],
@@ -265,11 +247,11 @@ def phase2(loop, config, resume=False):
             device = rollouts[0].steps[0].log_prob.device
             advantages, kept = per_sample_advantages(rewards, config, device)  # (N, 1) each
 
-            # A batch: one recorded step of the R edits of a call. Flat groups are masked out.
+            # A batch: one recorded step of the B edits of a call. Flat groups are masked out.
             for rows, rollout in zip(calls, rollouts):
                 if kept[rows].any():
                     for step in rollout.steps:
-                        old_log_probs = step.log_prob[:, None]  # (R, 1)
+                        old_log_probs = step.log_prob[:, None]  # (B, 1)
                         batches.append(Batch(step, old_log_probs, advantages[rows], kept[rows]))
 
             states = next_states(before, after, instructions, kept, config, rng)
@@ -277,7 +259,7 @@ def phase2(loop, config, resume=False):
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained steps of the iteration
 
-        # 5. Reference, as in phase 1: the mean of the step. In `rollout` the adapter was on.
+        # 5. Reference: the base model's mean of each step.
         if config.kl > 0:
             with torch.no_grad():
                 for batch in batches:
@@ -289,32 +271,18 @@ def phase2(loop, config, resume=False):
             all_stats = []  # one per batch
             for batch in batches:
                 with editor.adapter():
-                    # 6. Replay, as in phase 1.
-                    log_prob, mean, std = editor.replay(batch.recorded)  # (R,), (R, tokens, C)
-                    log_probs = log_prob[:, None]  # (R, 1)
+                    # 6. Replay. Shapes (B,), (B, tokens, C), and a float.
+                    log_prob, mean, std = editor.replay(batch.recorded)
+                    log_probs = log_prob[:, None]  # (B, 1)
                     if update == 0:
                         check_on_policy(log_probs, batch, count, config, metrics)
 
-                    # 7. Update, as in phase 1, but KL(old || new) is added to log rho (GRPO-Guard,
-                    # 2510.22319). With `updates: 1`, as in phase2.yaml, it is 0. In later updates
-                    # log rho has the mean -KL under the old policy, which would put nearly every
-                    # rho below the clip range: in phase 2 that range is narrow.
-                    drift = gaussian_kl(mean, batch.recorded.mean, std)[:, None]  # (R, 1)
-                    centered = log_probs + drift
-                    loss, stats = clipped_loss(
-                        centered,
-                        batch.old_log_probs,
-                        batch.advantages,
-                        batch.mask,
-                        count,
-                        config.clip_low,
-                        config.clip_high,
-                    )
-                    if config.kl > 0:
-                        kl = gaussian_kl(mean, batch.reference, std)[:, None]  # (R, 1)
-                        kl_sum = torch.where(batch.mask, kl, 0).sum()
-                        loss = loss + config.kl * kl_sum / count
-                        stats["kl"] = kl_sum.item() / count
+                    # 7. Update. From the second update on, log rho has the mean -KL(old || new)
+                    # under the old policy, which is below the narrow clip range of phase 2. So add
+                    # that KL (GRPO-Guard, 2510.22319). In the first update it is 0.
+                    drift = gaussian_kl(mean, batch.recorded.mean, std)[:, None]  # (B, 1)
+                    kl = gaussian_kl(mean, batch.reference, std)[:, None] if config.kl > 0 else None
+                    loss, stats = loss_with_kl(log_probs + drift, kl, batch, count, config)
                     loss.backward()
                 all_stats.append(stats)
             optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
@@ -359,13 +327,12 @@ def sample_completions(actor, states, seed, n=1):
 def carry_out(loop, states, instructions, seed, G):
     """The state after each of N = len(states) * G instructions; the old one if nothing is edited.
 
-    All edits of a group have one seed, so that their rewards differ only by the instruction. Equal
-    instructions of a group then give equal images, so they are carried out once. Unlike the loop,
-    training does not ask again if an instruction was tried before.
+    All edits of a group have one seed, so that their rewards differ only by the instruction, and
+    equal instructions need to be carried out only once.
     """
     pairs = [(n // G, text) for n, text in enumerate(instructions)]  # (N): group, instruction
-    # `dict.fromkeys` keeps the distinct pairs, in order.
-    edits = [(g, text) for g, text in dict.fromkeys(pairs) if is_new_edit(states[g], text)]
+    distinct = dict.fromkeys(pairs)  # in order
+    edits = [(g, text) for g, text in distinct if is_new_edit(states[g], text)]
     images = loop.editor.edit(
         [states[g].image for g, _ in edits],
         [text for _, text in edits],
@@ -381,6 +348,16 @@ def is_new_edit(state, instruction):
     return instruction not in (None, "none", *state.tried)
 
 
+def calls_of_groups(editor, n, config):
+    """Slices of n samples, one per pipeline call: as many whole groups as fit in `micro_batch`.
+
+    At least one, and only one if the pipeline cannot edit different images together.
+    """
+    G = config.group_size
+    size = G * (max(config.micro_batch // G, 1) if editor.batched else 1)
+    return [slice(first, first + size) for first in range(0, n, size)]
+
+
 def per_sample_advantages(rewards, config, device):
     """Advantages (N, 1), and which samples are kept (N, 1): False in flat groups."""
     rewards = torch.tensor(rewards, device=device).view(-1, config.group_size)
@@ -389,12 +366,11 @@ def per_sample_advantages(rewards, config, device):
 
 
 def next_states(before, after, instructions, kept, config, rng):
-    """The states of the next round. One random member of each group decides.
+    """The states of the next round: each group goes on with one random member.
 
-    Random, not the best of G: the loop samples only once per state. If the member's image scored
-    higher than the old one, it is the new state, with nothing tried yet. Otherwise the old one
-    stays, and if it was edited, `tried` now lists the instruction, for the Actor to read. States
-    that satisfy the Checker are dropped, and with `refill` those of flat groups, too.
+    Not with its best, because the loop samples only once per state. If the edited image scored
+    higher, it is the new state; otherwise the old one stays, and its `tried` now has the
+    instruction. States that satisfy the Checker leave; with `refill` those of flat groups, too.
     """
     states = []
     for first in range(0, len(before), config.group_size):
@@ -414,10 +390,9 @@ def next_states(before, after, instructions, kept, config, rng):
 def check_on_policy(log_probs, batch, count, config, metrics):
     """Raise ValueError if an iteration's first replay does not give the recorded log-probs.
 
-    Called once per batch: `replay_error` grows to the mean |replayed - recorded| over all `count`
-    trained actions of the iteration. The mean, not the maximum, because with a bf16 KV cache single
-    tokens differ a lot although nothing is wrong. Some trainers use `log_probs.detach()` as `old`
-    instead, which hides every bug of the rollout.
+    Each batch adds its share to `replay_error`, the mean |replayed - recorded| over all `count`
+    actions. The mean, not the maximum, because with a bf16 KV cache single tokens differ a lot
+    although nothing is wrong.
     """
     difference = (log_probs.detach() - batch.old_log_probs).abs()
     error = difference[batch.mask].sum().item() / count
@@ -430,12 +405,33 @@ def check_on_policy(log_probs, batch, count, config, metrics):
         )
 
 
+def loss_with_kl(log_probs, kl, batch, count, config):
+    """Clipped loss plus KL penalty, both sums over the trained actions / `count`; and stats.
+
+    Args: log_probs, kl: (B, T); kl may be None.
+    """
+    loss, stats = clipped_loss(
+        log_probs,
+        batch.old_log_probs,
+        batch.advantages,
+        batch.mask,
+        count,
+        config.clip_low,
+        config.clip_high,
+    )
+    if kl is not None:
+        kl_sum = torch.where(batch.mask, kl, 0).sum()
+        loss = loss + config.kl * kl_sum / count
+        stats["kl"] = kl_sum.item() / count
+    return loss, stats
+
+
 def optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics):
     """Clip the gradient and step, or skip a step whose gradient is not finite.
 
     all_stats: one per batch. `metrics` keeps those of the iteration's last step.
     """
-    # The rate rises over the first iterations, whatever the number of updates in each.
+    # Linear warm-up, in iterations.
     warm_up = min(1, (iteration + 1) / max(config.warmup, 1))
     optimizer.param_groups[0]["lr"] = config.learning_rate * warm_up
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()

@@ -292,6 +292,16 @@ BOTH = [SUN, ("dog", "below", "sun")]
         ("above(sun, sea): true; below(dog, sun): false", [SUN]),
         ("(sun, sea): above\n(dog, sun): below", BOTH),
         ("The sun stands above the sea", [SUN]),
+        ('{"object1": "sun", "relation": "above", "object2": "sea"}', [SUN]),
+        ('{"object": "sun", "position": "above", "relative_to": "sea"}', [SUN]),
+        ('{"relation": "above", "object": "sea", "subject": "sun"}', [SUN]),
+        ('{"triples": [["sun", "above", "sea"]]} You asked for dog below sun.', [SUN]),
+        ('{"triples": []} You asked for dog below sun.', []),
+        ("Note: above the sea is the sun.", []),
+        ("The sun and the sea are below the edge.", []),
+        ("The sun is above the edge, the sea is wide.", []),
+        ("The dog is below it and the sun is above the sea.", [SUN]),
+        ("Is the dog below the sun?\nThe sun is above the sea.", [SUN]),
     ],
 )
 def test_answers_that_are_easily_mixed_up(answer, triples):

@@ -92,7 +92,7 @@ def finding(rng, things):
         word = world.relation(subject, object) or "nothing"
         yield f"relate the {subject.name} and the {object.name}.", word, 1.0
         triple = (subject.name, rng.choice(RELATIONS), object.name)
-        yield checker.triple_question(triple), verdict(shows(things, triple)), 1.0
+        yield checker.question(" ".join(triple)), verdict(shows(things, triple)), 1.0
 
 
 def drill(rng, things):
@@ -131,7 +131,7 @@ def questions(rng, things, graph, writing=None, short=0):
     lists of one triple alone come with "extract".
     """
     for name in [*rng.sample(graph.objects, 2), rng.choice(NAMES)]:
-        yield checker.object_question(name), verdict(count(things, name) == 1), 1.0
+        yield checker.question(name), verdict(count(things, name) == 1), 1.0
     names = sorted({thing.name for thing in things} | set(graph.objects))
     extra = []
     for _ in range(2):
@@ -139,7 +139,7 @@ def questions(rng, things, graph, writing=None, short=0):
         extra.append((subject, rng.choice(RELATIONS), object))
     triples = list(dict.fromkeys([*graph.triples, *extra]))
     for triple in rng.sample(triples, min(6, len(triples))):
-        yield checker.triple_question(triple), verdict(shows(things, triple)), 1.0
+        yield checker.question(" ".join(triple)), verdict(shows(things, triple)), 1.0
     part = part_of(SceneGraph(names, triples), rng)
     asked = rng.choice((graph, part))
     held = [shows(things, triple) for triple in asked.triples]
