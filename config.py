@@ -120,6 +120,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     validation_limit: Count = 60
     validate_every: Count = 10  # iterations
     exact: bool = False  # also validate by the pixel parser: embedded world only
+    judge: ModelConfig | None = None  # also validate by another VLM than the Checker; null: none
     run: RunFolder  # folder for adapter, checkpoint and metrics
     seed: Seed = 0  # of all randomness of the run
     iterations: Count = 50  # each of `rounds` rounds and `updates` optimizer steps

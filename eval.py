@@ -18,6 +18,7 @@ include texts and context images.
 
 import argparse
 import copy
+import functools
 import json
 import math
 import os
@@ -354,14 +355,8 @@ def run(arguments):
     rows = finished_rows(folder / "results.json", made_with, arguments.resume)
     loop = build(config)
     judge, judge_name = loop.checker, "the Checker's own model"
-    if part := settings.judge:
-        judge_name = part.model
-        with naming(config, "evaluation.judge.device"):
-            device, dtype = device_and_dtype(part)
-        with naming(config, "evaluation.judge.model"):
-            judge = Checker.load(part.model, device, dtype, part.attention)
-            judge.batch_size = part.batch_size
-            judge.probe()
+    if settings.judge:
+        judge, judge_name = load_judge(config, "evaluation.judge"), settings.judge.model
     graphs = loop.diffuser.readable(graphs, settings.data)
     counts = [len(graph.triples) for graph in graphs]
 
@@ -378,6 +373,17 @@ def run(arguments):
     text = markdown(tables(rows, counts)) + f"The columns (VLM) and Judge are by {judge_name}.\n"
     write(folder / "table.md", text)
     say(f"\n{text}{folder / 'table.md'}\n{folder / 'report.html'}")
+
+
+def load_judge(config, key):
+    """A `Checker` that takes no part in the loop. key: where the config has its `ModelConfig`."""
+    part = functools.reduce(getattr, key.split("."), config)
+    with naming(config, f"{key}.device"):
+        device, dtype = device_and_dtype(part)
+    with naming(config, f"{key}.model"):
+        judge = Checker.load(part.model, device, dtype, part.attention, batch_size=part.batch_size)
+        judge.probe()
+    return judge
 
 
 def finished_rows(path, made_with, resume):

@@ -63,6 +63,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
 from config import TrainConfig, fingerprint, load_config
+from eval import grade, load_judge
 from grpo import clipped_loss, gaussian_kl, group_advantages, k3_kl
 from loop import Trajectory, build, sha256_sums
 from report import record, say, write
@@ -473,7 +474,7 @@ def averages(figures, solved_at_once, config):
     return metrics | {name: fmean(values) for name, values in figures.items() if values}
 
 
-def validate(loop, first_trajectories, config):
+def validate(loop, first_trajectories, config, judge=None):
     """Run the loop from images that were generated before training. Returns metrics, trajectories.
 
     It uses the rounds and the temperature of training, so it is not comparable with eval.py.
@@ -482,11 +483,14 @@ def validate(loop, first_trajectories, config):
     for _ in range(config.rounds):
         loop.advance(trajectories)
     metrics = {"val_checker": fmean(t.best.reflection.score for t in trajectories)}
-    if config.exact:  # embedded world only; nothing is trained on this measure
+    images, graphs = [t.best.image for t in trajectories], [t.graph for t in trajectories]
+    # Nothing is trained on these two measures.
+    if judge:
+        metrics["val_judge"] = fmean(grade(judge, images, [graph.prompt() for graph in graphs]))
+    if config.exact:  # embedded world only
         from tiny.world import exact_scores
 
-        scores = exact_scores([t.best.image for t in trajectories], [t.graph for t in trajectories])
-        metrics["val_sg_iou"] = fmean(score["sg_iou"] for score in scores)
+        metrics["val_sg_iou"] = fmean(s["sg_iou"] for s in exact_scores(images, graphs))
     return metrics, trajectories
 
 
@@ -502,6 +506,7 @@ class Run:
         (self.folder / "adapter").mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder)
         self.graphs = self.read(config.data, config.data_limit or None)
+        self.judge = load_judge(config, "judge") if config.judge else None
         held_out = self.read(config.validation, config.validation_limit)
         self.first_trajectories = loop.start(held_out, list(range(len(held_out))))
         self.made_with = fingerprint(config, MAY_CHANGE)
@@ -527,12 +532,13 @@ class Run:
         seconds = time.perf_counter() - self.began
         validated = done % config.validate_every == 0 or done == config.iterations
         if validated:
-            scores, trajectories = validate(self.loop, self.first_trajectories, config)
+            scores, trajectories = validate(self.loop, self.first_trajectories, config, self.judge)
             metrics = metrics | scores
         self.rows.append({"iteration": done} | metrics)
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
-        names = "reward before kl flat_groups malformed grad_norm val_checker val_sg_iou".split()
+        names = "reward before kl flat_groups malformed grad_norm".split()
+        names += "val_checker val_judge val_sg_iou".split()
         shown = [f"{name} {metrics[name]:.3g}" for name in names if name in metrics]
         say(f"{done:4d}  {'  '.join(shown)}  {seconds:.1f}s")
         recent = self.rows[1:][-5:]

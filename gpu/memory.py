@@ -39,6 +39,7 @@ GIB = 2**30
 VLMS = {
     "Qwen/Qwen3-VL-8B-Instruct": "Qwen3VLForConditionalGeneration 8B",
     "Qwen/Qwen3-VL-4B-Instruct": "Qwen3VLForConditionalGeneration",
+    "Qwen/Qwen2.5-VL-7B-Instruct": "Qwen2_5_VLForConditionalGeneration",
 }
 PROMPT = 256 + 200  # tokens the Actor reads: a 512 x 512 image, and text
 QUESTION = 256 + 50  # tokens of a Checker's question
@@ -155,6 +156,8 @@ def measure(config):
     parts = {name: size(getattr(pipeline, name)) for name in ("text_encoder", "transformer", "vae")}
     shared = config.diffuser.model == config.editor.model
     model = size(vlm)
+    if config.judge:
+        model += size(architectures.build(VLMS[config.judge.model], tiny=False).bfloat16())
     everything = model + sum(parts.values()) * (1 if shared else 2)
     parameters = (actor, editor)[config.phase - 1].add_adapter(config.rank)
     adapter = 4 * sum(p.nbytes for p in parameters)  # parameters, gradients, two moments

@@ -28,6 +28,7 @@ def test_the_files_of_a_size_fit_together(size):
         assert config.phase == phase
         assert config.actor.model == config.checker.model == evaluated.actor.model
         assert config.editor.model == config.diffuser.model  # one set of weights
+        assert not config.judge or config.judge.model == evaluated.evaluation.judge.model
         assert config.offload == evaluated.offload == bool(size)
         assert (config.actor, config.editor)[phase - 1].checkpointing
         assert config.data_limit  # 480,005 entries would only fill memory

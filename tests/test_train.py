@@ -739,6 +739,22 @@ def test_ctrl_c_during_the_imports_shows_no_traceback(tmp_path):
     assert process.returncode == -signal.SIGINT
 
 
+def test_another_vlm_can_judge_the_validation_images(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(train, "load_judge", lambda config, key: (config.judge.model, key))
+
+    def grade(judge, images, prompts):
+        asked.append((judge, len(images), prompts))
+        return [0.25, 0.75]
+
+    monkeypatch.setattr(train, "grade", grade)
+    config = settings(phase1, tmp_path, "judge.model=owner/judge")
+    phase1(toys.loop(), config)
+    assert [row["val_judge"] for row in metrics(tmp_path)] == [0.5, 0.5]
+    (judge, count, prompts), _ = asked
+    assert (judge, count) == (("owner/judge", "judge"), 2) and all(prompts)
+
+
 # ---- the shipped models ----
 
 TINY = ["groups=2", "group_size=4", "rounds=1", "validation_limit=2", "iterations=2"]
