@@ -233,6 +233,11 @@ def build(config):
     editor = Editor(pipeline, settings.call, settings.batch_size, settings.template)
     check_call("editor.call", type(pipeline), editor.call)
 
+    if torch.bfloat16 in (vlm.model.dtype, editor.pipeline.transformer.dtype):
+        # LoRA adapters are in fp32 all the same. TF32 makes their products faster on a GPU, and is
+        # finer than bf16.
+        torch.set_float32_matmul_precision("high")
+
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
             with naming(config, f"{name}.adapter"):
