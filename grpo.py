@@ -67,9 +67,9 @@ def clipped_loss(log_probs, old_log_probs, advantages, mask, count, clip_low=0.2
         count: number of trained actions in the WHOLE optimizer step. Dividing every micro-batch by
             it makes their gradients add up to the gradient of one large batch.
 
-    Returns (loss, stats). stats, for the log: the mean ratio and the shares of actions whose
-    gradient the clip stops (clipped_low: A < 0, clipped_high: A > 0), which add up over
-    micro-batches as the loss does; and ratio_error, max |rho - 1|, of which you take the maximum.
+    Returns (loss, stats). stats are for the log: ratio (mean rho), and the shares of actions whose
+    gradient the clip stops, clipped_low (A < 0) and clipped_high (A > 0). These three are divided
+    by count, so add them up over micro-batches. Of ratio_error, max |rho - 1|, take the maximum.
     Raises ValueError for shapes that would broadcast, FloatingPointError if rho is not finite.
     """
     shapes = [tuple(x.shape) for x in (log_probs, old_log_probs, mask, advantages)]
@@ -96,9 +96,9 @@ def k3_kl(log_probs, ref_log_probs, bound=20.0):
     """k3 estimate of KL(pi || pi_ref) per token: exp(d) - d - 1 >= 0, d = log pi_ref - log pi.
 
     Both arguments have the same shape; returns that shape in fp32.
-    The value is unbiased for tokens sampled from pi (Schulman 2020), so only approximate from the
-    second update on, as in GRPO. Its gradient is that of KL(pi_ref || pi) instead; near pi_ref the
-    two nearly agree. `bound` keeps exp(d) finite.
+    The value is unbiased while tokens are sampled from pi (Schulman 2020). From the second update
+    on pi has moved, so it is only approximate, as in GRPO. Its gradient is that of KL(pi_ref || pi)
+    instead; near pi_ref the two nearly agree. `bound` keeps exp(d) finite.
     """
     delta = (ref_log_probs.float() - log_probs.float()).clamp(max=bound)
     return delta.expm1() - delta  # expm1, because exp(d) - 1 loses its digits near 0
@@ -109,7 +109,7 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
 
         x_sigma = (1 - sigma) image + sigma noise,  v = noise - image,  dt = sigma_next - sigma < 0
         s = noise_level sqrt(sigma / (1 - sigma))
-        mean = x (1 + s^2 dt / (2 sigma)) + v (1 + s^2 (1 - sigma) / (2 sigma)) dt
+        mean = x (1 + c dt) + v (1 + c (1 - sigma)) dt,  c = s^2 / (2 sigma)
         x' = mean + std z,  std = s sqrt(-dt),  z ~ N(0, I)
 
     Args:
@@ -122,15 +122,16 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
 
     Returns (x', log_prob (B,), mean, std). log_prob is the MEAN over the D latent dimensions of
     log N(x'; mean, std^2), as in Flow-GRPO's code, so log rho is the true log ratio divided by D.
-    It spreads like 1 / sqrt(D), and the clip range has to be as narrow.
-    An ODE step has log_prob None and std 0. The step to sigma_next = 0 is always one, because its
-    noise would stay in the image. Raises ValueError for sigmas out of order.
+    It shrinks like 1 / sqrt(D), so the clip range has to be that much narrower.
+    An ODE step has log_prob None and std 0. The step to sigma_next = 0 is always an ODE step: noise
+    added there would stay in the image. Raises ValueError for sigmas out of order.
     """
     if not 0 <= sigma_next < sigma <= 1:
         raise ValueError(f"sigma {sigma} to {sigma_next}: need 1 >= sigma > sigma_next >= 0")
     velocity, sample = velocity.float(), sample.float()
     dt = sigma_next - sigma
-    # s is infinite at sigma = 1, the first step. Flow-GRPO's code then divides by 1 - sigma_next.
+    # s is infinite at sigma = 1, the first step: there 1 - sigma_next takes the place of 1 - sigma,
+    # as in Flow-GRPO's code.
     sigma_in_s = sigma if sigma < 1 else sigma_next
     s = noise_level * math.sqrt(sigma / (1 - sigma_in_s)) if sigma_next > 0 else 0.0
     c = s**2 / (2 * sigma)

@@ -42,7 +42,7 @@ HOTTER = 1.25  # factor on the temperature from one attempt to the next
 
 @dataclass
 class Step:
-    """The generated image, or the outcome of a round: without an edit, the best image again."""
+    """The generated image, or what a round made. A round without an edit repeats the best image."""
 
     image: object  # PIL image
     reflection: object  # the Checker's `Reflection` on it
@@ -127,6 +127,7 @@ class Loop:
             return
         edits, graphs, seeds = [], [], []  # of the steps that change an image
         for t, (thought, instruction) in zip(active, self.propose(active)):
+            # It starts as the best image again; an edit replaces image and reflection below.
             best, repeated = t.best, instruction in t.tried
             step = Step(best.image, best.reflection, t.best_index, thought, instruction, repeated)
             if step.is_edit:
@@ -138,7 +139,7 @@ class Loop:
         images = self.editor.edit([step.image for step in edits], instructions, seeds)
         reflections = self.checker.check(images, graphs)
         for step, image, reflection in zip(edits, images, reflections, strict=True):
-            step.image, step.reflection = image, reflection  # in place of the best image's
+            step.image, step.reflection = image, reflection
 
     def propose(self, trajectories):
         """A (thought, instruction) for the best image of each trajectory.
@@ -162,7 +163,8 @@ class Loop:
             )
             for i, thought, instruction in zip(pending, answers.thoughts, answers.instructions):
                 proposed[i] = thought, instruction
-            pending = [i for i in pending if proposed[i][1] in trajectories[i].tried]
+            texts = zip(pending, answers.instructions)
+            pending = [i for i, text in texts if text in trajectories[i].tried]
             if not pending:
                 break
         return proposed

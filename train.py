@@ -31,7 +31,7 @@ an optimizer step. `TrainConfig` in config.py explains every `config.` key. `fig
 `metrics` are for the log.
 
     python train.py --phase 1 --config phase1.yaml
-    python train.py --phase 2 --config phase2.yaml kl=0 --resume
+    python train.py --phase 2 --config phase2.yaml actor.adapter=runs/phase1/adapter
 """
 
 import signal
@@ -53,8 +53,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-# Waiting OpenMP threads spin. By default they do it for so long that a second busy process makes an
-# iteration ten times slower. Has to be set before torch is imported.
+# Idle OpenMP threads spin, by default for so long that a second busy process makes an iteration ten
+# times slower. Has to be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
@@ -107,7 +107,8 @@ def phase1(loop, config, resume=False):
     run = Run(loop, config, actor, parameters, optimizer, saved)
 
     for iteration in range(run.first_iteration, config.iterations):
-        # 1. States: new images that do not satisfy the Checker.
+        # 1. States: new images that do not satisfy the Checker. (`rng` starts anew each time, so
+        # that a resumed run draws the same.)
         rng = random.Random(f"{config.seed} states {iteration}")
         states, solved_at_once = new_states(loop, run.graphs, config.groups, rng)
         batches = []
@@ -152,7 +153,7 @@ def phase1(loop, config, resume=False):
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained tokens of the iteration
 
-        # 5. Reference: outside `adapter()`, `replay` uses the base model.
+        # 5. Reference: `propose` turned the adapter on, `replay` does not: this is the base model.
         if config.kl > 0:
             with torch.no_grad():
                 for batch in batches:
@@ -184,7 +185,7 @@ def phase1(loop, config, resume=False):
 def phase2(loop, config, resume=False):
     """Train the Editor on the frozen Actor's instructions.
 
-    As in phase 1, except for 2, 3, and `drift` in 7.
+    As phase 1, except for 2, 3, what a `Batch` holds, the KL of Gaussians, and `drift` in 7.
     """
     editor, G = loop.editor, config.group_size
     saved = check_run(config, 2, resume)
@@ -207,8 +208,8 @@ def phase2(loop, config, resume=False):
                 break
             seed = rng.randrange(1 << 30)
 
-            # 2. One instruction per state. A state is dropped for this iteration if its completion
-            # is malformed, is "none", or repeats one tried before. No state left: no more rounds.
+            # 2. One instruction per state. States whose completion is malformed, "none" or a repeat
+            # are dropped for this iteration; if none is left, its rounds end, even with `refill`.
             proposals = sample_completions(loop.actor, states, seed)
             add_completion_figures(figures, states, proposals)
             pairs = zip(states, proposals.instructions)
@@ -220,21 +221,21 @@ def phase2(loop, config, resume=False):
             # group are the same up to there.
             before = [state for state, _ in edits for _ in range(G)]  # (N)
             instructions = [text for _, text in edits for _ in range(G)]  # (N)
-            seeds = [seed + EDIT_OFFSET + group for group in range(len(edits)) for _ in range(G)]
+            latent_seeds = [seed + EDIT_OFFSET + n // G for n in range(len(before))]  # (N)
             noise_seeds = range(seed + NOISE_OFFSET, seed + NOISE_OFFSET + len(before))  # (N)
             start = rng.randint(0, config.latest_window_start)  # one window for the whole round
             window = range(start, start + config.window)
-            calls = calls_of_groups(editor, len(before), config)  # slices of samples
+            slices = slices_of_groups(editor, len(before), config)  # one per pipeline call
             rollouts = [
                 editor.rollout(
                     [state.image for state in before[rows]],
                     instructions[rows],
-                    seeds[rows],
+                    latent_seeds[rows],
                     noise_seeds[rows],
                     window,
                     config.noise_level,
                 )
-                for rows in calls
+                for rows in slices
             ]
 
             # 3. Reward: the score of the edited image, even if it is worse than the old one.
@@ -248,8 +249,8 @@ def phase2(loop, config, resume=False):
             device = rollouts[0].steps[0].log_prob.device
             advantages, kept = per_sample_advantages(rewards, config, device)  # (N, 1) each
 
-            # A batch: one recorded step of the B edits of a call. Flat groups are masked out.
-            for rows, rollout in zip(calls, rollouts):
+            # A batch: one recorded step of a slice, B edits. Flat groups are masked out.
+            for rows, rollout in zip(slices, rollouts):
                 if kept[rows].any():
                     for step in rollout.steps:
                         old_log_probs = step.log_prob[:, None]  # (B, 1)
@@ -260,7 +261,7 @@ def phase2(loop, config, resume=False):
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained steps of the iteration
 
-        # 5. Reference: the base model's mean of each step.
+        # 5. Reference: each step's mean with the adapter off. (`rollout` had turned it on.)
         if config.kl > 0:
             with torch.no_grad():
                 for batch in batches:
@@ -278,10 +279,10 @@ def phase2(loop, config, resume=False):
                     if update == 0:
                         check_on_policy(log_probs, batch, count, config, metrics)
 
-                    # 7. Update. From the second update on, log rho has the mean -KL(old || new)
-                    # under the old policy, which is below the narrow clip range of phase 2. So add
-                    # that KL (GRPO-Guard, 2510.22319). In the first update it is 0.
-                    drift = gaussian_kl(mean, batch.recorded.mean, std)[:, None]  # (B, 1)
+                    # 7. Update. From the second update on, log rho of the old policy's samples
+                    # averages -KL(old || new), not 0, and phase 2's narrow clip would act on that
+                    # alone. So add the KL (GRPO-Guard, arXiv 2510.22319). In the first it is 0.
+                    drift = gaussian_kl(batch.recorded.mean, mean, std)[:, None]  # (B, 1)
                     kl = gaussian_kl(mean, batch.reference, std)[:, None] if config.kl > 0 else None
                     loss, stats = loss_with_kl(log_probs + drift, kl, batch, count, config)
                     loss.backward()
@@ -292,9 +293,9 @@ def phase2(loop, config, resume=False):
 
 
 def new_states(loop, graphs, count, rng):
-    """Returns up to `count` states, and the share of generated images that satisfied the Checker.
+    """Up to `count` states, and the share of generated images that satisfied the Checker.
 
-    Generates images until `count` do not satisfy it; gives up after ten times as many.
+    Stops when it has `count`, or after generating 10 * `count` images.
     """
     states, generated = [], 0
     while len(states) < count and generated < 10 * count:
@@ -332,7 +333,7 @@ def carry_out(loop, states, instructions, seed, G):
     equal instructions need to be carried out only once.
     """
     pairs = [(n // G, text) for n, text in enumerate(instructions)]  # (N): group, instruction
-    distinct = dict.fromkeys(pairs)  # in order
+    distinct = dict.fromkeys(pairs)  # without repeats, in order
     edits = [(g, text) for g, text in distinct if is_new_edit(states[g], text)]
     images = loop.editor.edit(
         [states[g].image for g, _ in edits],
@@ -349,10 +350,10 @@ def is_new_edit(state, instruction):
     return instruction not in (None, "none", *state.tried)
 
 
-def calls_of_groups(editor, n, config):
+def slices_of_groups(editor, n, config):
     """Slices of n samples, one per pipeline call: as many whole groups as fit in `micro_batch`.
 
-    At least one, and only one if the pipeline cannot edit different images together.
+    At least one group; exactly one if the pipeline cannot edit different images together.
     """
     G = config.group_size
     size = G * (max(config.micro_batch // G, 1) if editor.batched else 1)
@@ -370,8 +371,9 @@ def next_states(before, after, instructions, kept, config, rng):
     """The states of the next round: each group goes on with one random member.
 
     Not with its best, because the loop samples only once per state. If the edited image scored
-    higher, it is the new state; otherwise the old one stays, and its `tried` now has the
-    instruction. States that satisfy the Checker leave; with `refill` those of flat groups, too.
+    higher, it is the new state. Otherwise the old one stays; an instruction that was carried out
+    joins its `tried`. States that satisfy the Checker leave; with `refill`, so do those of flat
+    groups.
     """
     states = []
     for first in range(0, len(before), config.group_size):
@@ -407,9 +409,8 @@ def check_on_policy(log_probs, batch, count, config, metrics):
 
 
 def loss_with_kl(log_probs, kl, batch, count, config):
-    """Clipped loss plus KL penalty, both sums over the trained actions / `count`; and stats.
-
-    Args: log_probs, kl: (B, T); kl may be None.
+    """(loss, stats): the clipped loss plus `config.kl` times the KL, each a sum over the trained
+    actions divided by `count`. Args: log_probs: (B, T); kl: (B, T) or None.
     """
     loss, stats = clipped_loss(
         log_probs,
@@ -439,7 +440,7 @@ def optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
     if not math.isfinite(norm):
         metrics["skipped"] += 1
         return
-    move_moments(optimizer)
+    move_moments(optimizer)  # matters only with `offload`
     optimizer.step()
     for name in all_stats[0]:
         combine = max if name == "ratio_error" else sum  # the others are parts of a mean
