@@ -19,8 +19,8 @@ MAY_IMPORT = {
     "actor": "checker grpo",
     "editor": "grpo",
     "loop": "config diffuser checker actor editor report sgiou",
-    "train": "loop config grpo report sgiou",
     "eval": "loop config checker report sgiou",
+    "train": "loop eval config grpo report sgiou",  # eval: the judge of validation images
 }
 NO_TORCH = ("sgiou", "config", "report", "diffuser", "checker", "loop", "eval")  # when loading
 HEAVY = {"transformers", "diffusers", "peft", "accelerate"}  # nothing imports them when it loads
