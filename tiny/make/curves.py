@@ -10,6 +10,7 @@ docs/broken.png was made by:
 import json
 import sys
 from pathlib import Path
+from statistics import fmean
 
 import matplotlib
 
@@ -34,7 +35,13 @@ def main():
     for panel, names in zip(panels, PANELS):
         for name, color, line in zip(names, (BLUE, ORANGE), ("-", "--")):
             points = [(row["iteration"], row[name]) for row in rows if name in row]
-            panel.plot(*zip(*points), line, color=color, marker="o", ms=3, label=name)
+            times, values = zip(*points)
+            # In a long run, each point is the mean of the values around it.
+            reach = len(values) // 40
+            means = [fmean(values[max(i - reach, 0) : i + reach + 1]) for i in range(len(values))]
+            panel.plot(
+                times, means, line, color=color, marker="" if reach else "o", ms=3, label=name
+            )
         panel.set_ylim(bottom=0)
         panel.set_xlabel("iteration")
         panel.xaxis.get_major_locator().set_params(integer=True)
