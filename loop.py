@@ -22,6 +22,7 @@ if __name__ == "__main__":  # Ctrl-C ends it at once, without a traceback even d
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 import argparse
+import fcntl
 import functools
 import hashlib
 import logging
@@ -38,6 +39,7 @@ from sgiou import SceneGraph, load_graphs, parse_prompt
 PROMPTS_PER_BATCH = 32  # of a file of prompts; images are written after each batch
 ATTEMPTS = 8  # completions sampled, at most, to get an instruction not yet tried on the image
 HOTTER = 1.25  # factor on the temperature from one attempt to the next
+LOCKS = []  # of the folders that this process writes to
 
 
 @dataclass
@@ -307,14 +309,31 @@ def once_per_place():
     return is_new
 
 
+def lock(folder):
+    """An open file that is locked until it is closed or this process ends for any reason.
+
+    Raises ValueError if another process holds it. In one process (a notebook) it may be taken anew.
+    """
+    file = open(folder / "lock", "a")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"{folder}: another process is writing to this folder") from None
+    return file
+
+
 def output_folder(path, *foreign):
-    """Make a folder for results. Raises ValueError if it holds a run, or `foreign` files."""
+    """Make a folder for results, and lock it until this process ends.
+
+    Raises ValueError if it holds a run, or `foreign` files.
+    """
     folder = Path(check(RunFolder, path, "--out", ""))
     for name in ("checkpoint.safetensors", "metrics.jsonl", *foreign):
         if (folder / name).exists():
             raise ValueError(f"--out: {folder} holds another run ({name}); name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        LOCKS.append(lock(folder))
     except OSError as error:
         raise ValueError(f"--out: {error}; name another folder") from None
     return folder

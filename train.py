@@ -40,7 +40,6 @@ if __name__ == "__main__":  # Ctrl-C before training has begun: no traceback
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import argparse
-import fcntl
 import hashlib
 import json
 import math
@@ -65,7 +64,7 @@ from safetensors.torch import save
 from config import TrainConfig, fingerprint, load_config
 from eval import grade, load_judge
 from grpo import clipped_loss, gaussian_kl, group_advantages, k3_kl
-from loop import Trajectory, build, sha256_sums
+from loop import Trajectory, build, lock, sha256_sums
 from report import record, say, write
 from sgiou import SceneGraph, load_graphs
 
@@ -558,19 +557,6 @@ class Run:
             about = {"metrics": self.rows, "made with": self.made_with}
             save_checkpoint(folder / CHECKPOINT, self.parameters, self.optimizer, about)
         self.began = time.perf_counter()
-
-
-def lock(folder):
-    """An open file that is locked until it is closed or this process ends for any reason.
-
-    Raises ValueError if another process holds it. In one process (a notebook) it may be taken anew.
-    """
-    file = open(folder / "lock", "a")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{folder}: another process is training in this folder") from None
-    return file
 
 
 def check_run(config, phase, resume):

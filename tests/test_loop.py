@@ -217,6 +217,17 @@ def test_ctrl_c_during_the_imports_shows_no_traceback(tmp_path):
     assert process.returncode == -signal.SIGINT
 
 
+def test_two_processes_do_not_write_to_one_folder(tmp_path):
+    program = f"import loop; loop.output_folder({str(tmp_path)!r}); print(flush=True); input()"
+    command = [sys.executable, "-c", program]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    with pytest.raises(ValueError, match=f"{tmp_path}: another process is writing to this folder"):
+        loop.output_folder(str(tmp_path))
+    process.communicate(b"\n", timeout=60)
+    loop.output_folder(str(tmp_path))
+
+
 # ---- the shipped models ----
 
 

@@ -686,7 +686,7 @@ def whole_lines(folder):
 def test_two_processes_cannot_train_in_one_folder(tmp_path):
     with running(tmp_path, *command(tmp_path, "iterations=1000")) as process:
         line = refusal(*command(tmp_path, "iterations=1000"), "--resume")
-        assert f"{tmp_path}: another process is training" in line and process.poll() is None
+        assert f"{tmp_path}: another process is writing" in line and process.poll() is None
     done = len(whole_lines(tmp_path))  # the lock ended with the process
     phase1(toys.loop(), settings(phase1, tmp_path, f"iterations={done + 1}"), resume=True)
 
