@@ -25,7 +25,7 @@ import safetensors.torch
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from checker import VLM
+from checker import OPEN_THOUGHT, VLM
 from grpo import chunked_token_log_probs, completion_mask, token_log_probs
 
 SYSTEM = (
@@ -105,7 +105,8 @@ class Actor(VLM):
         if ends is None:
             raise ValueError("generation_config.json names no eos_token_id: nothing would end")
         ends = ends if isinstance(ends, list) else [ends]
-        if not all(0 <= end < self.model.get_input_embeddings().num_embeddings for end in ends):
+        size = self.model.get_input_embeddings().num_embeddings
+        if not ends or not all(isinstance(end, int) and 0 <= end < size for end in ends):
             raise ValueError(f"eos_token_id {ends} is not in the vocabulary: nothing would end")
         # Drop the folder's sampling defaults, such as a repetition penalty: they would change the
         # distribution whose log-probs we record.
@@ -115,7 +116,13 @@ class Actor(VLM):
         self.end_ids = [*ends, *(visual - {None})]
 
     def probe(self):
-        """Call once after loading: turn sharing on if it works on two blank images."""
+        """Call once after loading: turn sharing on if it works on two blank images.
+
+        Raises ValueError if the chat template ends inside a thought that `propose` does not know.
+        """
+        chat = self.chat(SYSTEM, "").rstrip()
+        if OPEN_THOUGHT.search(chat) and not chat.endswith("<think>"):
+            raise ValueError("the chat template ends inside a thought, which is not <think>")
         text = self.processor.tokenizer("red circle left of", add_special_tokens=False)
         ids = torch.tensor([text["input_ids"]] * 4, device=self.model.device)  # (4, T)
         circle, square = request("red circle", ""), request("blue square left of red circle", "")
@@ -128,6 +135,11 @@ class Actor(VLM):
         temperature: instead of the Actor's own. `replay` uses its own, so do not train on these.
         Completion k of an image depends on its seed and on k, not on what else is in the batch.
         """
+        if not len(images) == len(seeds):
+            raise ValueError(f"{len(images)=}, {len(seeds)=}: need the same")
+        if not images:
+            empty = torch.zeros(0, 0)
+            return Proposals([], [], empty.long(), empty.bool(), empty, [], [], [])
         tried = tried or [()] * len(images)
         temperature = self.temperature if temperature is None else temperature
         requests = [request(*each) for each in zip(prompts, feedback, tried, strict=True)]
@@ -229,7 +241,8 @@ class Actor(VLM):
                 raise ValueError(f"{config.init_lora_weights!r} is not a plain LoRA")
             self.model.add_adapter(config, ADAPTER)
             self.add_adapter(config.r)
-            found = set_peft_model_state_dict(self.model, tensors, ADAPTER)
+            named = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
+            found = set_peft_model_state_dict(self.model, named, ADAPTER)
             wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
             # Some programs repeat the config's alpha as tensors.
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]

@@ -86,8 +86,8 @@ class Diffuser:
                     f"key 'diffuser.call': width and height {asked} become {made[0].size}; set "
                     "them to that, or max_area to their product"
                 )
-            if all(image.getbbox() is None for image in made):  # NaN becomes black, too
-                raise ValueError("only black images; if 'diffuser.dtype' is float16, set another")
+            if any(image.getbbox() is None for image in made):  # NaN becomes black, too
+                raise ValueError("a black image; if 'diffuser.dtype' is float16, set another")
             images += made
         return images
 

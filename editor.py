@@ -143,6 +143,8 @@ class Editor:
         A hook keeps what goes into the transformer and what comes out. `sde_step` replaces the
         scheduler's step, which it equals outside the window.
         """
+        if not images:
+            return Rollout([], [])
         scheduler, transformer = self.pipeline.scheduler, self.pipeline.transformer
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
         steps = []
@@ -259,8 +261,8 @@ class Editor:
                 f"key 'editor.call': width and height {asked} become {made[0].size}; set them to "
                 "that, or max_area to their product"
             )
-        if all(image.getbbox() is None for image in made):  # NaN becomes black, too
-            raise ValueError("only black images; if 'editor.dtype' is float16, set another")
+        if any(image.getbbox() is None for image in made):  # NaN becomes black, too
+            raise ValueError("a black image; if 'editor.dtype' is float16, set another")
         return made
 
     def _report_cut(self, prompts):

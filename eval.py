@@ -31,6 +31,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 if __name__ == "__main__":  # Ctrl-C ends it without a traceback; finished rows are on disk
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
+from tqdm import tqdm
+
 from checker import Checker
 from config import LoopConfig, fingerprint, load_config
 from loop import Trajectory, build, device_and_dtype, naming, output_folder
@@ -83,7 +85,7 @@ def evaluate(loop, graphs, settings, relations, judge, rows):
             name = f"best of {n}"
         else:
             with meter:
-                for _ in range(system.rounds):
+                for _ in tqdm(range(system.rounds), name, leave=False, disable=None):
                     system.advance(trajectories)
         values = measure(trajectories, judge, relations, settings.exact)
         costs = (meter.flow_tokens, meter.vlm_tokens, meter.seconds)
@@ -279,10 +281,10 @@ def interval_text(values, others=None):
     return f"{mean:{sign}.3f} [{low:{sign}.3f}, {high:{sign}.3f}]"
 
 
-def tables(rows, counts):
+def tables(rows, counts, judge):
     """Three tables, each as {"title": str, "cells": rows of strings, headings first}.
 
-    counts: the number of relations of each prompt. All from 6 on share a column.
+    counts: the number of relations of each prompt. All from 6 on share a column. judge: its name.
     """
     six = "6 or more" if max(counts) > 6 else "6"
     counts = [six if count >= 6 else str(count) for count in counts]
@@ -324,7 +326,7 @@ def tables(rows, counts):
         by_count.append([f"{last.name} against {best_of.name}", *against])
 
     return [
-        {"title": "", "cells": means},
+        {"title": f"Means; the columns (VLM) and Judge are by {judge}", "cells": means},
         {"title": f"{title}, with 95% intervals of the paired bootstrap", "cells": gains},
         {"title": f"{title} by number of relations in the prompt", "cells": by_count},
     ]
@@ -333,7 +335,7 @@ def tables(rows, counts):
 def markdown(tables):
     text = ""
     for table in tables:
-        text += f"{table['title']}:\n\n" if table["title"] else ""
+        text += f"{table['title']}:\n\n"
         headings, *rows = ["| " + " | ".join(row) + " |\n" for row in table["cells"]]
         text += headings + "|---" * len(table["cells"][0]) + "|\n" + "".join(rows) + "\n"
     return text
@@ -363,15 +365,15 @@ def run(arguments):
     say(f"evaluating {len(graphs)} prompts of {settings.data}; --resume keeps finished rows:")
     for trajectories in evaluate(loop, graphs, settings, config.relations, judge, rows):
         say(f"  {rows[-1].name}")
-        results = {"tables": tables(rows, counts), "rows": [vars(row) for row in rows]} | made_with
-        write(folder / "table.md", markdown(results["tables"]))
+        made = tables(rows, counts, judge_name)
+        results = {"tables": made, "rows": [vars(row) for row in rows]} | made_with
+        write(folder / "table.md", markdown(made))
         write(folder / "results.json", json.dumps(results, allow_nan=False) + "\n")
         if rows[-1].name.startswith("best of"):  # the page keeps the trajectories of the last loop
             report([folder])
         else:
             record(folder, trajectories)
-    text = markdown(tables(rows, counts)) + f"The columns (VLM) and Judge are by {judge_name}.\n"
-    write(folder / "table.md", text)
+    text = markdown(tables(rows, counts, judge_name))
     say(f"\n{text}{folder / 'table.md'}\n{folder / 'report.html'}")
 
 
@@ -397,13 +399,15 @@ def finished_rows(path, made_with, resume):
         results = json.loads(path.read_text(encoding="utf-8"))
         rows = [Row(**row) for row in results["rows"]]
         finished = rows[-1].name.startswith("best of")
+        if any(row.values.keys() != rows[0].values.keys() or not row.values for row in rows):
+            raise ValueError("its rows differ in their columns")
         same = all(results[key] == value for key, value in made_with.items())
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); remove it, or set --out") from None
+    if not same and (resume or not finished):
+        raise ValueError(f"{path}: is of another config; remove it, or set --out to another folder")
     if not resume and not finished:
         raise ValueError(f"{path}: is unfinished; add --resume, or --out with another folder")
-    if resume and not same:
-        raise ValueError(f"{path}: is of another config; start without --resume, or set --out")
     return rows if resume else []
 
 

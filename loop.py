@@ -22,7 +22,6 @@ if __name__ == "__main__":  # Ctrl-C ends it at once, without a traceback even d
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 
 import argparse
-import fcntl
 import functools
 import hashlib
 import logging
@@ -31,6 +30,8 @@ import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from config import LoopConfig, RunFolder, check, load_config
 from report import record, remove_images, save_images, say, story
@@ -52,6 +53,7 @@ class Step:
     thought: str = ""
     instruction: str | None = None  # None: malformed (or generated); "none": no edit wanted
     repeated: bool = False  # it was tried on this image before, so it was not carried out
+    attempts: int = 1  # how often the Actor was asked
 
     @property
     def is_edit(self):
@@ -98,22 +100,24 @@ class Loop:
     editor: object
     rounds: int = 3  # a trajectory has at most this many edits
 
-    def run(self, graphs, seeds):
+    def run(self, graphs, seeds, images=None):
         """Generate, then reflect and edit. Args: `SceneGraph`s and a seed each. -> Trajectories.
 
-        Raises ValueError for a prompt that the Diffuser cannot read.
+        images: to start from, instead of generated ones. Raises ValueError for a prompt that the
+        Diffuser cannot read.
         """
         for graph in graphs:
             if problem := self.diffuser.problem(graph.prompt()):
                 raise ValueError(f"prompt {graph.prompt()!r}: {problem}")
-        trajectories = self.start(graphs, seeds)
-        for _ in range(self.rounds):
+        trajectories = self.start(graphs, seeds, images)
+        for _ in tqdm(range(self.rounds), "rounds", leave=False, disable=None):
             self.advance(trajectories)
         return trajectories
 
-    def start(self, graphs, seeds):
-        """Generate and reflect: trajectories of one step."""
-        images = self.diffuser.generate([graph.prompt() for graph in graphs], seeds)
+    def start(self, graphs, seeds, images=None):
+        """Generate, unless images are given, and reflect: trajectories of one step."""
+        if images is None:
+            images = self.diffuser.generate([graph.prompt() for graph in graphs], seeds)
         reflections = self.checker.check(images, graphs)
         return [
             Trajectory(graph, seed, [Step(image, reflection)])
@@ -128,10 +132,11 @@ class Loop:
         if not active:
             return
         edits, graphs, seeds = [], [], []  # of the steps that change an image
-        for t, (thought, instruction) in zip(active, self.propose(active)):
+        for t, (thought, instruction, attempts) in zip(active, self.propose(active)):
             # It starts as the best image again; an edit replaces image and reflection below.
             best, repeated = t.best, instruction in t.tried
-            step = Step(best.image, best.reflection, t.best_index, thought, instruction, repeated)
+            asked = (thought, instruction, repeated, attempts)
+            step = Step(best.image, best.reflection, t.best_index, *asked)
             if step.is_edit:
                 edits.append(step)
                 graphs.append(t.graph)
@@ -144,14 +149,14 @@ class Loop:
             step.image, step.reflection = image, reflection
 
     def propose(self, trajectories):
-        """A (thought, instruction) for the best image of each trajectory.
+        """A (thought, instruction, attempts) for the best image of each trajectory.
 
         No instruction is carried out twice on the same image. If the Actor repeats one that was
         tried, it is asked again, up to `ATTEMPTS` times in all, and the last completion stays.
         Each attempt is hotter, because a trained Actor has little entropy and would write the same
         again.
         """
-        proposed = [None] * len(trajectories)  # (thought, instruction) each
+        proposed = [None] * len(trajectories)
         pending = range(len(trajectories))
         for attempt in range(ATTEMPTS):
             asked = [trajectories[i] for i in pending]
@@ -164,7 +169,7 @@ class Loop:
                 temperature=self.actor.temperature * HOTTER**attempt,
             )
             for i, thought, instruction in zip(pending, answers.thoughts, answers.instructions):
-                proposed[i] = thought, instruction
+                proposed[i] = thought, instruction, attempt + 1
             texts = zip(pending, answers.instructions)
             pending = [i for i, text in texts if text in trajectories[i].tried]
             if not pending:
@@ -201,6 +206,7 @@ def build(config):
     def load_once(kind, model, device, dtype, *attention):
         if kind is Diffuser and config.offload:
             device = "cpu"  # its models wait in main memory for their turn on the GPU
+        check_sums(model)
         return kind.load(model, device, dtype, *attention)
 
     def load(name, kind, *attention):
@@ -237,7 +243,8 @@ def build(config):
     editor = Editor(pipeline, settings.call, settings.batch_size, settings.template)
     check_call("editor.call", type(pipeline), editor.call)
 
-    if torch.bfloat16 in (vlm.model.dtype, editor.pipeline.transformer.dtype):
+    dtypes = (vlm.model.dtype, editor.pipeline.transformer.dtype)
+    if torch.bfloat16 in dtypes and torch.cuda.is_available():
         # LoRA adapters are in fp32 all the same. TF32 makes their products faster on a GPU, and is
         # finer than bf16.
         torch.set_float32_matmul_precision("high")
@@ -245,10 +252,7 @@ def build(config):
     for name, part in (("actor", actor), ("editor", editor)):
         if folder := getattr(config, name).adapter:
             with naming(config, f"{name}.adapter"):
-                sums = Path(folder) / "SHA256SUMS"  # train.py writes it
-                lines = sums.read_text().splitlines() if sums.exists() else []
-                if not set(lines) <= set(sha256_sums(folder).splitlines()):
-                    raise ValueError(f"{sums} does not match: a file is damaged or was changed")
+                check_sums(folder)
                 part.load_adapter(folder)
     if config.editor.checkpointing:
         editor.pipeline.transformer.enable_gradient_checkpointing()
@@ -288,9 +292,20 @@ def device_and_dtype(part):
 
 
 def sha256_sums(folder):
-    """The files of an adapter folder with their sha256, in the format of the sha256sum program."""
-    files = sorted(p for p in Path(folder).iterdir() if p.suffix in (".json", ".safetensors"))
-    return "".join(f"{hashlib.sha256(p.read_bytes()).hexdigest()}  {p.name}\n" for p in files)
+    """The files of a model or an adapter with their sha256, in the format of sha256sum."""
+    files = sorted(p for p in Path(folder).rglob("*.*") if p.suffix in (".json", ".safetensors"))
+    names = [path.relative_to(folder).as_posix() for path in files]
+    sums = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
+    return "".join(f"{sum}  {name}\n" for sum, name in zip(sums, names))
+
+
+def check_sums(folder):
+    """Raise ValueError if a file differs from what SHA256SUMS says, where a folder has one."""
+    sums = Path(folder) / "SHA256SUMS"
+    if not sums.exists():
+        return
+    if not set(sums.read_text().splitlines()) <= set(sha256_sums(folder).splitlines()):
+        raise ValueError(f"{sums} does not match: a file is damaged or was changed")
 
 
 def once_per_place():
@@ -314,12 +329,33 @@ def lock(folder):
 
     Raises ValueError if another process holds it. In one process (a notebook) it may be taken anew.
     """
-    file = open(folder / "lock", "a")
+    file = open(folder / "lock", "a+")
     try:
+        import fcntl
+
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"{folder}: another process is writing to this folder") from None
+    except (BlockingIOError, PermissionError):
+        file.seek(0)
+        reason = f"another process is writing to this folder ({file.read().strip()})"
+        raise ValueError(f"{folder}: {reason}") from None
+    except (ImportError, OSError):
+        pass  # Windows and some network file systems have no locks
+    file.truncate(0)
+    file.write(f"pid {os.getpid()}\n")
+    file.flush()
     return file
+
+
+def open_image(path):
+    """A PIL image in RGB. Raises ValueError if the file holds none."""
+    from PIL import Image
+
+    from checker import normalize_image
+
+    try:
+        return normalize_image(Image.open(path))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--image: {path}: {error}; give a PNG or JPEG file") from None
 
 
 def output_folder(path, *foreign):
@@ -344,6 +380,7 @@ def main():
     parser.add_argument("prompt", nargs="*", help='"red circle left of ...", key=value')
     parser.add_argument("--prompts", help="a file of prompts instead, see sgiou.load_graphs")
     parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
+    parser.add_argument("--image", help="start from this file instead of a generated image")
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt")
     parser.add_argument("--out", default="out", help="folder for images and report")
     arguments = parser.parse_intermixed_args()
@@ -351,6 +388,8 @@ def main():
     prompts = [word for word in arguments.prompt if word not in overrides]
     if len(prompts) != (0 if arguments.prompts else 1):
         parser.error(f"give one prompt in quotes or --prompts FILE, and key=value; got {prompts}")
+    if arguments.image and arguments.prompts:
+        parser.error("--image goes with a prompt, not with --prompts")
     try:
         if not 0 <= arguments.seed < 2**31:
             raise ValueError("--seed: make it 0 or more and below 2**31")
@@ -358,6 +397,7 @@ def main():
         config = load_config(arguments.config, LoopConfig, [*overrides, "evaluation="])
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
         graphs = graphs or load_graphs(arguments.prompts, config.relations)
+        images = [open_image(arguments.image)] if arguments.image else None
         out = output_folder(arguments.out, "results.json")
         loop = build(config)
         if arguments.prompts:
@@ -366,7 +406,7 @@ def main():
         trajectories = []
         for first in range(0, len(graphs), PROMPTS_PER_BATCH):
             part = slice(first, first + PROMPTS_PER_BATCH)
-            made = loop.run(graphs[part], seeds[part])
+            made = loop.run(graphs[part], seeds[part], images)
             if first == 0:
                 remove_images(out)  # of an earlier run
             for trajectory in made:

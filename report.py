@@ -140,7 +140,7 @@ def describe(trajectory):
     graph, steps = trajectory.graph, []
     asked = [*graph.labels(), *map(" ".join, graph.triples)]
     for step in trajectory.steps:
-        names = ("image", "source", "thought", "instruction", "repeated")
+        names = ("image", "source", "thought", "instruction", "repeated", "attempts")
         about = {name: getattr(step, name) for name in names}
         about["score"] = float(step.reflection.score)
         about["verdicts"] = [[text, float(p)] for text, p in zip(asked, step.reflection.probs)]
@@ -165,6 +165,7 @@ def edit(step, number):
     words = " ".join((step["instruction"] or "(malformed: no edit)").split())
     if step["source"] != number - 1:
         words += f" (image {step['source']})"
+    words += f" (asked {step['attempts']} times)" if step.get("attempts", 1) > 1 else ""
     return words + (" (tried before: no edit)" if step["repeated"] else "")
 
 

@@ -58,6 +58,9 @@ class SceneGraph:
     def alone(self):
         """The labels (list) that no triple mentions."""
         mentioned = {normalize(name) for name in names_in(self.triples)}
+        # "person next to person" mentions both.
+        pairs = [(normalize(subject), normalize(object)) for subject, _, object in self.triples]
+        mentioned |= {f"another {subject}" for subject, object in pairs if subject == object}
         return [label for label in self.labels() if normalize(label) not in mentioned]
 
     def vocabulary(self, relations=()):
@@ -102,7 +105,8 @@ CLAUSE_END = r"[;；\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 CLAUSE_START = r"(?i)^(?:[-*•] |\d+[.)] )?(?:an? (?:photo|picture|image) of )?"
 # Shows that a text is not the name of one object. ("St. Bernard" and "black-and-white cat" are.)
 SENTENCE = re.compile(
-    r"(?i) (?:an?|the) |^(?:an|the|another)$|n['’]t\b|\w{3}\. |(?<!-)\b(?:is|are|was|were|be|"
+    r"(?i) (?:an?|the) |^(?:an|the|another)$|^(?:of|to|on|in|at|by|from) |n['’]t\b|\w{3}\. |"
+    r"(?<!-)\b(?:over|beneath|underneath|slightly|just|but|is|are|was|were|be|"
     r"should|must|no|not|nor|never|cannot|without|and|or|plus|then|that|which|between|it|itself)"
     r"\b(?!-)"
 )
@@ -125,18 +129,20 @@ def parse_prompt(text, relations):
         clause = re.sub(CLAUSE_START, "", clause)
         if not clause:
             continue
-        found = find_relation(clause, relations)
+        found = find_relation(clause, [*SPATIAL, *relations])
         mentions = [found[0], found[2]] if found else [clause]
         names = [clean_name(mention) for mention in mentions]
         distinct = {normalize(name) for name in names}
-        if len(distinct) < len(names) or not all(is_name(name, relations) for name in names):
+        known = not found or found[1] in relations
+        fine = known and len(distinct) == len(names)
+        if not fine or not all(is_name(name, relations) for name in names):
             raise ValueError(
                 f"prompt clause {clause!r} is not understood; {form}: between semicolons one object"
                 f" or one relation of two different objects. Relations: {', '.join(relations)}"
             )
-        known = {normalize(name) for name in objects}
+        named = {normalize(name) for name in objects}
         for mention, name in zip(mentions, names):
-            if normalize(name) not in known or normalize(mention).startswith("another "):
+            if normalize(name) not in named or normalize(mention).startswith("another "):
                 objects.append(name)
         if found:
             triples.append((names[0], found[1], names[1]))
@@ -250,6 +256,8 @@ def read_entry(entry, place, relations):
     if isinstance(entry, dict) and "items" in entry:
         return read_laion(entry, place)
     if isinstance(entry, dict):
+        if "prompt" not in entry:
+            raise ValueError("it has none of the keys 'items', 'include', and 'prompt'")
         entry = entry["prompt"]
     graph = parse_prompt(entry, [*SPATIAL, *relations])  # yours win over an equal one
     if not relations and not graph.triples:
@@ -323,10 +331,12 @@ THOUGHT, THOUGHT_END = (
 BRACKETS = r"(?:[\"'][^\"'\n]{1,40}[\"']: ?|\b\w{1,20} ?\w{0,20}: ?)?"
 BRACKETS += r"(?:\[[^][{}]*\]|\{[^][{}]*\})"
 LINE_OR_SENTENCE = r"\n|[.;!。；](?:\s|$)"
-DENIAL = re.compile(
-    r"\b(?:no|not|never|cannot|neither|false|null|missing|absent|incorrect|wrong)\b|n't\b|[❌✗✘]"
-    r"|\?\W*$"
-)
+NO = r"(?:\b(?:no|not|never|cannot|neither|false|null|missing|absent|incorrect|wrong)\b|n't\b)"
+DENIAL = re.compile(rf"{NO}|[❌✗✘]|\?\W*$")
+# What is listed as missing: under such a key of JSON, or under such a heading.
+MISSING = rf"[\"'][^\"'\n]{{0,40}}{NO}[^\"'\n]{{0,40}}[\"']: ?"
+MISSING += r"(?:\[(?:[^][]|\[[^][]*\])*\]|\{[^{}]*\})"
+MISSING += rf"|(?m:^\W{{0,3}}(?:\w+ )?{NO}.{{0,40}}:\W{{0,3}}\n(?: *[-*\d].*\n?)+)"
 # A key that says that a triple's subject comes next, although it is the second of the two names.
 SUBJECT_KEY = re.compile(r"\b(?:subject|subj|source|from|head|s)\W{0,2}[:=>]\W*$")
 # In the text each given name becomes a single character of the range N, each relation one of R.
@@ -355,6 +365,7 @@ def parse_scene_graph(text, objects, relations):
     known = rf"(?<!\w)(?:{either(signs)})(?!\w)"
     text = re.sub(known, lambda match: signs[without_the(match[0])], text)
 
+    text = re.sub(MISSING, " ", text)
     has_empty_list = re.search(r"\[\s*\]", text)
     in_brackets = []  # the innermost first
     for _ in range(9):  # as deep as brackets may be nested

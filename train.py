@@ -12,7 +12,8 @@ log, validation, files, and the command line. Both phases do this:
               then        the states of the next round: `next_states`
         5 reference       the recorded actions under the base model, for the KL
         for every update, on all samples of the iteration:
-            6 replay      log-probs of the recorded actions again, now with gradient
+            6 replay      log-probs of the recorded actions again, now with gradient; before the
+                          first update they have to be the recorded ones: `check_on_policy`
             7 update      clipped loss + KL, then an optimizer step
 
                     phase 1: the Actor                   phase 2: the Editor
@@ -490,7 +491,8 @@ def validate(loop, first_trajectories, config, judge=None):
     if config.exact:  # embedded world only
         from tiny.world import exact_scores
 
-        metrics["val_sg_iou"] = fmean(s["sg_iou"] for s in exact_scores(images, graphs))
+        scores = exact_scores(images, graphs)
+        metrics["val_sg_iou"] = fmean(s["sg_iou"] for s, g in zip(scores, graphs) if g.triples)
     return metrics, trajectories
 
 
@@ -577,6 +579,8 @@ def check_run(config, phase, resume):
     folder, path = Path(config.run), Path(config.run) / CHECKPOINT
     if path.exists() and not resume:
         raise ValueError(f"{folder}: holds a run; continue it with --resume, or set run=another")
+    if not resume and any((folder / "adapter").glob("*.safetensors")):
+        raise ValueError(f"{folder}: holds an adapter; set run=another, or remove the folder")
     if (folder / "results.json").exists():
         raise ValueError(f"{folder}: holds an evaluation; set run=another")
     for adapter in filter(None, (config.actor.adapter, config.editor.adapter)):

@@ -86,6 +86,7 @@ class RisingChecker(Checker):
 def build(config, tiny, device):
     """`loop.build` with random weights."""
     torch.manual_seed(0)
+    torch.set_float32_matmul_precision("highest" if device == "cpu" else "high")  # as loop.build
     torch.set_default_dtype(torch.float32 if device == "cpu" else torch.bfloat16)
     distilled = "base" not in config.editor.model
     with torch.device("cpu" if config.offload else device):

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from actor import SYSTEM, Actor, parse_completion, request
+from actor import SYSTEM, TARGETS, Actor, parse_completion, request
 from config import LoopConfig, load_config
 from loop import build, sha256_sums
 from sgiou import SceneGraph
@@ -184,7 +184,10 @@ def test_a_folders_sampling_defaults_are_dropped(states):
     assert torch.equal(again.propose(*first(states, 3), seeds=range(3)).ids, plain)
 
 
-@pytest.mark.parametrize(("end", "message"), [(None, "no eos_token_id"), (10**5, "not in the voc")])
+@pytest.mark.parametrize(
+    ("end", "message"),
+    [(None, "no eos_token_id"), (10**5, "not in the voc"), ([], "not in"), ("1", "not in")],
+)
 def test_a_model_without_an_end_token_is_refused(actor, end, message):
     model = load().model
     model.generation_config.eos_token_id = end
@@ -327,6 +330,20 @@ def test_another_lora_alpha_is_seen_by_its_checksum(saved, tmp_path, monkeypatch
     path.write_text(path.read_text().replace('"lora_alpha": 4', '"lora_alpha": 400'))
     with pytest.raises(ValueError, match="key 'actor.adapter'.*SHA256SUMS"):
         build(load_config("eval.yaml", LoopConfig, [f"actor.adapter={folder}"]))
+
+
+def test_an_adapter_with_whole_modules(tmp_path):
+    """peft's `modules_to_save`, as `PeftModel.save_pretrained` writes it."""
+    from peft import LoraConfig, get_peft_model
+
+    settings = {"target_modules": TARGETS, "modules_to_save": ["lm_head"]}
+    model = get_peft_model(load().model, LoraConfig(r=4, **settings))
+    head = model.base_model.model.lm_head.modules_to_save["default"].weight
+    head.data += 1
+    model.save_pretrained(tmp_path)
+    actor = load()
+    actor.load_adapter(tmp_path)
+    assert torch.equal(actor.model.lm_head.modules_to_save["actor"].weight, head)
 
 
 def test_adapters_of_other_programs(saved, tmp_path):

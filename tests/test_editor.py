@@ -55,6 +55,7 @@ def test_an_edit_depends_on_its_seed_alone(loop, images, monkeypatch):
     monkeypatch.setattr(loop.editor, "batch_size", 1)
     assert difference(loop.editor.edit(images, texts, [1, 3]), batch) <= 1
     assert loop.editor.edit([], [], []) == []
+    assert loop.editor.rollout([], [], [], [], range(1), 0.7).images == []
     with pytest.raises(ValueError, match=r"len\(images\)=1, .* need the same"):
         loop.editor.edit(images[1:], texts, [1, 3])
 
@@ -83,10 +84,10 @@ def test_what_is_no_image_of_8_bits_is_refused(mode):
 
 
 @pytest.mark.filterwarnings("ignore:invalid value")
-def test_only_black_images_are_an_error(loop, images, monkeypatch):
+def test_a_black_image_is_an_error(loop, images, monkeypatch):
     bias = loop.editor.pipeline.vae.decoder.conv_out.bias
     monkeypatch.setattr(bias, "data", torch.full_like(bias, torch.nan))
-    with pytest.raises(ValueError, match="only black.*editor.dtype"):
+    with pytest.raises(ValueError, match="a black image.*editor.dtype"):
         loop.editor.edit(images[:1], [MOVE], [0])
 
 

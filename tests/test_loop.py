@@ -130,7 +130,7 @@ def test_an_actor_that_insists_edits_nothing():
     assert (last.instruction, last.repeated, last.is_edit) == (MOVE, True, False)
     assert last.image is trajectory.steps[0].image
     assert trajectory.tried == [MOVE]  # not counted twice
-    assert "tried before: no edit" in story(trajectory)
+    assert "(asked 8 times) (tried before: no edit)" in story(trajectory)
 
 
 # ---- the command line ----
@@ -167,6 +167,26 @@ def test_one_prompt(program, capsys):
     assert Image.open(out / "0.png").size == (32, 32)
     (sample,) = samples(out)
     assert sample["seed"] == 4 and len(sample["steps"]) == 3  # the config's two rounds
+
+
+def test_a_prompt_and_an_image(program, monkeypatch):
+    script = Script({0: [0.1, 0.2]})
+    monkeypatch.setattr(loop, "open_image", lambda path: script.image(0, 0))
+    out = program(script, "sun above sea", "--image", "mine.png", "rounds=1")
+    assert script.made("generate") == [] and len(script.made("edit")) == 1
+    assert [step["score"] for step in samples(out)[0]["steps"]] == [0.1, 0.2]
+
+
+def test_an_image_from_a_file(tmp_path):
+    Image.new("CMYK", (40, 30)).save(tmp_path / "mine.jpg")
+    image = loop.open_image(tmp_path / "mine.jpg")
+    assert (image.mode, image.size) == ("RGB", (40, 30))
+    for name in ("", "text.png", "nowhere.png"):
+        (tmp_path / "text.png").write_text("text")
+        with pytest.raises(
+            ValueError, match=f"^--image: {tmp_path / name}: .*; give a PNG or JPEG"
+        ):
+            loop.open_image(tmp_path / name)
 
 
 def test_options_and_overrides_in_any_order(program):
@@ -236,6 +256,20 @@ def test_the_shipped_loop_ends_better_than_it_starts(shipped):
     trajectories = shipped.run(graphs, list(range(12)))
     before = sum(t.steps[0].reflection.score for t in trajectories)
     assert sum(t.best.reflection.score for t in trajectories) > before + 0.5
+
+
+@pytest.mark.parametrize(("name", "file"), [("flow", "vae/*.safetensors"), ("vlm", "config.json")])
+def test_a_damaged_model_is_refused(name, file, tmp_path):
+    folder = shutil.copytree(ROOT / "tiny/models" / name, tmp_path / "model")
+    loop.check_sums(folder)
+    (path,) = folder.glob(file)
+    data = bytearray(path.read_bytes())
+    data[-9] ^= 4  # one bit
+    path.write_bytes(data)
+    part = {"flow": "diffuser", "vlm": "checker"}[name]
+    config = load_config(ROOT / "eval.yaml", LoopConfig, [*WITHOUT, f"{part}.model={folder}"])
+    with pytest.raises(ValueError, match=f"^key '{part}.model': .*SHA256SUMS does not match"):
+        build(config)
 
 
 def test_parts_with_equal_settings_share_their_model(monkeypatch):

@@ -35,6 +35,7 @@ def trajectory(scores, graph=GRAPH, thought="a thought", edits=(MOVE,) * 3, size
             thought=thought,
             instruction=[None, *edits][number],
             repeated=False,
+            attempts=1,
         )
         steps.append(step)
         best = scores.index(max(scores[: number + 1]))

@@ -88,6 +88,7 @@ def test_prompt_names_every_object_once():
     dogs = SceneGraph(["dog", "cat", "Dog", "sun"], [("dog", "near", "cat")])
     assert dogs.labels() == ["dog", "cat", "another Dog", "sun"]
     assert dogs.prompt() == "dog near cat; another Dog; sun"
+    assert SceneGraph(["dog", "dog"], [("dog", "near", "dog")]).prompt() == "dog near dog"
 
 
 @pytest.mark.parametrize(
@@ -117,7 +118,8 @@ def test_what_a_prompt_means(text, prompt):
     + ["sun left of sea, moon above sea", "red circle left of a Red_circle"]
     + ["a boy riding a horse", "dog behind tree", "the sun isn't above the sea", "no sun"]
     + ["sun cannot be above sea", "sun left of it", "sun + sea", "“sun” left of sea", "sun\0"]
-    + ["the", "sun left of sea. moon above sea"],
+    + ["the", "sun left of sea. moon above sea"]
+    + ["cat in front of table", "of blue square", "red circle over blue square", "sun but moon"],
 )
 def test_what_is_not_understood_is_refused_and_the_right_form_shown(text):
     with pytest.raises(ValueError, match="^prompt clause|^the prompt is empty") as caught:
@@ -278,6 +280,9 @@ BOTH = [SUN, ("dog", "below", "sun")]
         ("There is a sun. Above the sea is a dog.", []),
         ("Above the sea is the sun. Below the sun is the dog.", []),
         ('{"triples": [["sun", "above", "sea"]], "not_seen": ["dog below sun"]}', [SUN]),
+        ('{"triples": [["sun", "above", "sea"]], "absent": [["dog", "below", "sun"]]}', [SUN]),
+        ('{"seen": ["sun above sea"], "wrong": {"triples": [["dog", "below", "sun"]]}}', [SUN]),
+        ("Not present:\n- dog below sun\n- sea above dog\n\nPresent:\n- sun above sea", [SUN]),
         ("[THINK]dog below sun[/THINK]sun above sea", [SUN]),
         ("<|thought|>dog below sun<|/thought|>sun above sea", [SUN]),
         ("dog below sun: no\nsun above sea: yes", [SUN]),

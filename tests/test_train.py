@@ -588,6 +588,8 @@ def test_a_run_does_not_overwrite_what_it_starts_from_nor_an_evaluation(tmp_path
     assert f"training would overwrite {adapter}; set run=another" in refusal(*words)
     (tmp_path / "run" / "results.json").touch()
     assert "holds an evaluation; set run=another" in refusal(*words)
+    (adapter / "adapter_model.safetensors").touch()
+    assert "holds an adapter; set run=another" in refusal(*words)
 
 
 def test_a_finished_run_says_so_and_cannot_become_shorter(tmp_path, monkeypatch, capsys):
