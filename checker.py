@@ -12,11 +12,12 @@ A triple's question asks for its two objects too, so these are not counted a sec
 adding a missing object in the wrong place would raise the score, while SG-IoU falls.
 """
 
+import logging
 import math
 import re
-import sys
 from dataclasses import dataclass
 
+LOG = logging.getLogger(__name__)  # a stderr that is gone stops print, but not this
 SYSTEM = "You check images. Answer the question about the image with one word: yes or no."
 LEAST_MASS = 0.5  # of yes and no together, on blank images
 # At the end of a prompt, such as <think>, [THINK] or <|think|>.
@@ -127,7 +128,7 @@ class VLM:
             raise ValueError(f"{path} lacks the weights of {', '.join(lacking[:3])}")
         if unused := sorted(info["unexpected_keys"]):  # `build` turns transformers' report off
             reason = f"{path}: {len(unused)} tensors are not used, such as {unused[0]}"
-            print(f"{reason}; config.json may be of another model", file=sys.stderr)
+            LOG.warning(f"{reason}; config.json may be of another model")
         return cls(model.to(device), processor, **settings)
 
     def chat(self, system, text):
@@ -205,7 +206,7 @@ class VLM:
                 self.share = True
             except Exception as failure:
                 part, reason = type(self).__name__, " ".join(str(failure).split())[:200]
-                print(f"{part}: every text encodes its image anew; {reason}", file=sys.stderr)
+                LOG.warning(f"{part}: every text encodes its image anew; {reason}")
         return single
 
     def read_on(self, system, images, texts, ids, mask, keep, cut=0):

@@ -6,9 +6,11 @@ call (size, steps, guidance, text length) come from `call:` in the YAML.
 """
 
 import inspect
+import logging
 import re
-import sys
 from importlib import import_module
+
+LOG = logging.getLogger(__name__)  # a stderr that is gone stops print, but not this
 
 
 class Diffuser:
@@ -53,7 +55,7 @@ class Diffuser:
                 if unused := sorted(info["unexpected_keys"]):
                     reason = f"{path}: {name}: {len(unused)} tensors are not used, such as "
                     reason += f"{unused[0]}; config.json may be of another model"
-                    print(reason, file=sys.stderr)
+                    LOG.warning(reason)
         options |= {"trust_remote_code": False, **models}
         return cls(DiffusionPipeline.from_pretrained(path, **options).to(device))
 
@@ -131,7 +133,7 @@ class Diffuser:
             message = f"{path}: {len(found)} of {len(graphs)} prompts cannot be read ({found[0]})"
             if len(found) == len(graphs):
                 raise ValueError(f"{message}; use other data or another Diffuser")
-            print(f"{message} and are left out", file=sys.stderr)
+            LOG.warning(f"{message} and are left out")
         return [graph for graph, problem in zip(graphs, problems) if not problem]
 
 

@@ -16,7 +16,7 @@ copied. Stochastic steps: Flow-GRPO (arXiv 2505.05470); the window: MixGRPO (arX
 import copy
 import inspect
 import json
-import sys
+import logging
 import warnings
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +28,7 @@ import torch
 
 from grpo import sde_step
 
+LOG = logging.getLogger(__name__)  # a stderr that is gone stops print, but not this
 ADAPTER = "editor"
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj"]
 TARGETS += ["to_qkv_mlp_proj"]  # FLUX.2's single blocks have q, k and v in one matrix
@@ -274,7 +275,7 @@ class Editor:
             return
         if max(len(ids) for ids in tokenizer(prompts).input_ids) > limit:
             message = f"the Editor reads only {limit} tokens of an instruction"
-            print(f"{message}; raise 'editor.call.max_sequence_length'", file=sys.stderr)
+            LOG.warning(f"{message}; raise 'editor.call.max_sequence_length'")
             self.cut_reported = True
 
     # ---- the adapter ----

@@ -14,11 +14,12 @@ Standard library only; this file works alone.
 """
 
 import json
+import logging
 import re
-import sys
 from dataclasses import dataclass
 from unicodedata import category
 
+LOG = logging.getLogger(__name__)  # a stderr that is gone stops print, but not this
 # Relation words of GenEval (arXiv 2310.11513) and T2I-CompBench (arXiv 2307.06350), and three more.
 SPATIAL = ("left of", "right of", "above", "below", "next to", "near", "on side of", "on top of")
 SPATIAL += ("on bottom of", "in front of", "behind", "hidden by", "under", "inside", "beside")
@@ -218,7 +219,7 @@ def load_graphs(path, relations=(), limit=None):
     if not graphs:
         raise ValueError(f"{path}: no scene graph in it; {'; '.join(skipped[:1]) or 'it is empty'}")
     if skipped:
-        print(f"{path}: skipped {len(skipped)} entries; the first: {skipped[0]}", file=sys.stderr)
+        LOG.warning(f"{path}: skipped {len(skipped)} entries; the first: {skipped[0]}")
     return graphs
 
 

@@ -100,12 +100,12 @@ def test_a_call_that_fails_is_one_line_that_names_the_key(loop, images, call):
     assert len(str(caught.value).splitlines()) == 1
 
 
-def test_an_instruction_that_the_pipeline_cuts_is_reported_once(loop, images, capsys):
+def test_an_instruction_that_the_pipeline_cuts_is_reported_once(loop, images, caplog):
     loop.editor.edit(images, [MOVE, MOVE], [0, 1])
-    assert "reads only" not in capsys.readouterr().err
+    assert "reads only" not in caplog.text
     for _ in range(2):
         loop.editor.edit(images, [MOVE, MOVE + " and remove the red circle"], [0, 1])
-    (line,) = [x for x in capsys.readouterr().err.splitlines() if "reads only" in x]
+    (line,) = [x for x in caplog.text.splitlines() if "reads only" in x]
     assert "only 8 tokens" in line and "editor.call.max_sequence_length" in line
 
 

@@ -177,7 +177,7 @@ def write(tmp_path, content, name="data.json"):
     return path
 
 
-def test_laion_sg(tmp_path, capsys):
+def test_laion_sg(tmp_path, caplog):
     expected = SceneGraph(
         ("young female person", "café"),
         (("young female person", "in front of", "café"), ("café", "behind", "young female person")),
@@ -189,7 +189,7 @@ def test_laion_sg(tmp_path, capsys):
     assert load_graphs(indented) == [expected]
     lines = "\ufeff\n" + json.dumps(LAION) + "\n\n" + json.dumps(LAION) + "\n"
     assert load_graphs(write(tmp_path, lines)) == [expected] * 2
-    assert capsys.readouterr().err == ""
+    assert caplog.text == ""
 
 
 @pytest.mark.parametrize(
@@ -212,12 +212,12 @@ def test_laion_sg(tmp_path, capsys):
         {"caption": "sun above sea"},
     ],
 )
-def test_a_bad_entry_is_skipped_and_counted(tmp_path, capsys, entry):
+def test_a_bad_entry_is_skipped_and_counted(tmp_path, caplog, entry):
     path = write(tmp_path, [LAION, entry, LAION])
     assert [graph.id for graph in load_graphs(path)] == ["482063"] * 2
-    message = capsys.readouterr().err
+    (message,) = caplog.messages
     assert message.startswith(f"{path}: skipped 1 entries; the first: entry 1: ")
-    assert message.count("\n") == 1
+    assert "\n" not in message
     with pytest.raises(ValueError, match="data.json: no scene graph in it; entry 0: "):
         load_graphs(write(tmp_path, [entry]))
 
@@ -229,7 +229,7 @@ def test_a_relation_to_no_item_is_named(tmp_path, item):
         load_graphs(write(tmp_path, [entry]))
 
 
-def test_geneval(tmp_path, capsys):
+def test_geneval(tmp_path, caplog):
     lines = """
 {"tag": "position", "include": [{"class": "horse", "count": 1},
  {"class": "vase", "count": 1, "position": ["right of", 0]}], "prompt": "a vase right of a horse"}
@@ -243,10 +243,10 @@ def test_geneval(tmp_path, capsys):
     prompts = ["vase right of horse", "yellow bowl; white cup"]
     assert [graph.prompt() for graph in loaded] == [*prompts, "donut; another donut; another donut"]
     assert loaded[0].caption == "a vase right of a horse"
-    assert "skipped 1 entries; the first: line 5: " in capsys.readouterr().err
+    assert "skipped 1 entries; the first: line 5: " in caplog.text
 
 
-def test_t2i_compbench_and_plain_prompts(tmp_path, capsys):
+def test_t2i_compbench_and_plain_prompts(tmp_path, caplog):
     lines = (
         "\ufeffa balloon on the top of a giraffe\r\na bird on side of a airplane\r\n\r\n"
         "a vase hidden by a clock\r\na bee on the left of a key; a frog near a cup\r\n"
@@ -256,7 +256,7 @@ def test_t2i_compbench_and_plain_prompts(tmp_path, capsys):
     prompts = ["balloon on top of giraffe", "bird on side of airplane", "vase hidden by clock"]
     prompts += ["bee left of key; frog near cup"]
     assert [graph.prompt() for graph in load_graphs(path)] == prompts
-    assert "skipped 2 entries; the first: line 6: " in capsys.readouterr().err
+    assert "skipped 2 entries; the first: line 6: " in caplog.text
     assert load_graphs(path, ["riding"])[-1].prompt() == "man riding horse"
 
 

@@ -702,6 +702,16 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, number):
     assert printed.splitlines()[-1] == "stopped; continue with --resume"
 
 
+def test_a_full_stderr_does_not_stop_a_run(tmp_path):
+    path = tmp_path / "data.json"
+    path.write_text("sun\nred circle left of blue square\n")  # the first line is skipped
+    words = command(tmp_path / "run", f"data={path}", "relations=[left of]")
+    with open("/dev/full", "w") as full:
+        words = [sys.executable, "tests/toys.py", *words]
+        process = subprocess.run(words, cwd=ROOT, stderr=full, stdout=subprocess.PIPE)
+    assert process.returncode == 0 and (tmp_path / "run" / "adapter").exists()
+
+
 def test_a_pipe_that_breaks_does_not_stop_a_run(tmp_path):
     with running(tmp_path, *command(tmp_path, "iterations=12")) as process:
         process.stdout.close()  # "| head" has seen enough

@@ -221,7 +221,7 @@ def cannot_share(model):
     return hasattr(model.config.text_config, "linear_key_head_dim")
 
 
-def test_one_encoding_of_an_image_answers_all_questions_as_one_each(vlm, monkeypatch, capsys):
+def test_one_encoding_of_an_image_answers_all_questions_as_one_each(vlm, monkeypatch, caplog):
     monkeypatch.setattr(checker_module, "LEAST_MASS", 0.0)  # the weights are random
     checker = Checker(*vlm[:2])
     single = checker.check(images(), GRAPHS)
@@ -229,7 +229,7 @@ def test_one_encoding_of_an_image_answers_all_questions_as_one_each(vlm, monkeyp
     checker.probe()
     if cannot_share(vlm[0]):
         assert not checker.share
-        assert "every text encodes its image anew" in capsys.readouterr().err
+        assert "every text encodes its image anew" in caplog.text
         return
     assert checker.share
     monkeypatch.setattr(checker, "single_logits", None)  # so that it cannot be what answers
@@ -314,11 +314,11 @@ def test_replay_gives_the_recorded_log_probs(actor):
             assert (actor.replay(proposals, rows) - recorded)[mask].abs().max() > 1e-3
 
 
-def test_one_reading_of_a_request_gives_the_gradient_of_one_each(actor, capsys):
+def test_one_reading_of_a_request_gives_the_gradient_of_one_each(actor, caplog):
     if cannot_share(actor.model):
         assert not actor.share
         return
-    assert actor.share and not capsys.readouterr().err
+    assert actor.share and not caplog.text
     proposals = actor.propose(images(), PROMPTS, FEEDBACK, seeds=[5, 6, 7], n=3)
     parameters = actor.add_adapter(4)
     weight = torch.randn(proposals.mask.shape)

@@ -3,6 +3,7 @@
 Left: exact SG-IoU against flow-model tokens per prompt, after every round of a loop and after every
 further image of best-of-N. Right: the same at equal tokens, by the number of relations in a prompt.
 The numbers are kept in docs/scaling.json, so that the picture can be drawn again without measuring.
+Also prints which system is ahead at equal seconds; for that, let nothing else run.
 
     pip install matplotlib
     python tiny/make/scaling.py                     # measure on the test prompts of eval.yaml, draw
@@ -20,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from tqdm import tqdm
 
 from config import LoopConfig, load_config
-from eval import Meter, bootstrap, first_images, systems
+from eval import Meter, bootstrap, first_images, interval_text, systems
 from loop import build
 from sgiou import load_graphs
 from tiny.world import exact_scores
@@ -39,43 +40,61 @@ def scores(trajectories):
     return [round(score["sg_iou"], 4) for score in measured]
 
 
-def measure(loop, graphs, settings):
-    """{curve: [{"tokens": per prompt, "scores": one per prompt}, ...]}"""
+def measure(loop, graphs, settings, rounds):
+    """{curve: [{"tokens": per prompt, "seconds": per prompt, "scores": one per prompt}, ...]}"""
+
+    def point(meter, before, trajectories):
+        """A point of a curve, after what the meter counted."""
+        costs = {"tokens": meter.flow_tokens, "seconds": meter.seconds}
+        costs = {name: before[name] + cost / len(graphs) for name, cost in costs.items()}
+        return costs | {"scores": scores(trajectories)}
+
     with Meter(loop) as generation:
         first = loop.start(graphs, [settings.seed + number for number in range(len(graphs))])
-    start = {"tokens": generation.flow_tokens / len(graphs), "scores": scores(first)}
+    start = point(generation, {"tokens": 0, "seconds": 0}, first)
     curves = {}
     for name, system in systems(loop, settings.untrained_temperature):
         trajectories, curve = first_images(first), [start]
         for _ in tqdm(range(ROUNDS), desc=name):
             with Meter(loop) as meter:
                 system.advance(trajectories)
-            tokens = curve[-1]["tokens"] + meter.flow_tokens / len(graphs)
-            curve.append({"tokens": tokens, "scores": scores(trajectories)})
+            curve.append(point(meter, curve[-1], trajectories))
         curves[name] = curve
     trajectories, curve = first_images(first), [start]
-    most = max(curve[-1]["tokens"] for curve in curves.values())
+    tokens = max(curve[-1]["tokens"] for curve in curves.values())
+    seconds = max(curve[rounds]["seconds"] for curve in curves.values())
     for number in tqdm(range(1, IMAGES), desc="best of N"):
         active = [t for t in trajectories if not t.best.reflection.satisfied]
-        if not active or curve[-1]["tokens"] > most:
+        if not active or (curve[-1]["tokens"] > tokens and curve[-1]["seconds"] > seconds):
             break
         with Meter(loop) as meter:
             seeds = [t.seed + 1_000_003 * number for t in active]
             more = loop.start([t.graph for t in active], seeds)
         for trajectory, made in zip(active, more):
             trajectory.steps += made.steps
-        tokens = curve[-1]["tokens"] + meter.flow_tokens / len(graphs)
-        curve.append({"tokens": tokens, "scores": scores(trajectories)})
+        curve.append(point(meter, curve[-1], trajectories))
     return {"best of N": curve} | curves
 
 
-def at_tokens(curve, tokens):
-    """Scores per prompt at a number of tokens, between the two nearest points of a curve."""
+def at(curve, unit, amount):
+    """Scores per prompt at so many "tokens" or "seconds", between the nearest points of a curve."""
     for left, right in zip(curve, curve[1:]):
-        if left["tokens"] <= tokens <= right["tokens"]:
-            part = (tokens - left["tokens"]) / (right["tokens"] - left["tokens"])
+        if left[unit] <= amount <= right[unit]:
+            part = (amount - left[unit]) / (right[unit] - left[unit])
             return [(1 - part) * a + part * b for a, b in zip(left["scores"], right["scores"])]
-    return curve[-1 if tokens > curve[-1]["tokens"] else 0]["scores"]
+    return curve[-1 if amount > curve[-1][unit] else 0]["scores"]
+
+
+def print_equal_seconds(curves, rounds):
+    """Each loop after so many rounds, against best-of-N in as many seconds."""
+    print("| | seconds | SG-IoU | best of N in these seconds | difference |\n|---|---|---|---|---|")
+    for name, curve in curves.items():
+        if name != "best of N":
+            seconds, scores = curve[rounds]["seconds"], curve[rounds]["scores"]
+            other = at(curves["best of N"], "seconds", seconds)
+            means = [f"{bootstrap(values)[0]:.3f}" for values in (scores, other)]
+            cells = [f"{seconds:.3f}", *means, interval_text(scores, other)]
+            print(f"| {name} | {' | '.join(cells)} |")
 
 
 def draw(data, rounds, path):
@@ -87,7 +106,9 @@ def draw(data, rounds, path):
 
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.4), width_ratios=(3, 2))
+    last = max(curve[-1]["tokens"] for n, curve in data["curves"].items() if n != "best of N")
     for name, curve in data["curves"].items():
+        curve = [point for point in curve if point["tokens"] < 1.1 * last]
         means = [bootstrap(point["scores"]) for point in curve]
         tokens = [point["tokens"] for point in curve]
         left.plot(tokens, [m for m, *_ in means], "o-", color=COLORS[name], ms=4, label=name)
@@ -111,7 +132,7 @@ def draw(data, rounds, path):
     counts = sorted(set(data["relations"]))
     width = 0.8 / len(data["curves"])
     for index, (name, curve) in enumerate(data["curves"].items()):
-        values = at_tokens(curve, budget)
+        values = at(curve, "tokens", budget)
         bars = [
             bootstrap([v for v, n in zip(values, data["relations"]) if n == count])
             for count in counts
@@ -139,10 +160,11 @@ def main():
     numbers = Path(f"{arguments.out}.json")
     if not arguments.draw:
         graphs = load_graphs(config.evaluation.data, config.relations)
-        curves = measure(build(config), graphs, config.evaluation)
+        curves = measure(build(config), graphs, config.evaluation, config.rounds)
         relations = [len(graph.triples) for graph in graphs]
         numbers.parent.mkdir(parents=True, exist_ok=True)
         numbers.write_text(json.dumps({"curves": curves, "relations": relations}))
+        print_equal_seconds(curves, config.rounds)
     draw(json.loads(numbers.read_text()), config.rounds, f"{arguments.out}.png")
     print(f"{arguments.out}.png")
 
