@@ -704,7 +704,7 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path, number):
 
 def test_a_full_stderr_does_not_stop_a_run(tmp_path):
     path = tmp_path / "data.json"
-    path.write_text("sun\nred circle left of blue square\n")  # the first line is skipped
+    path.write_text("no sun\nred circle left of blue square\n")  # the first line is skipped
     words = command(tmp_path / "run", f"data={path}", "relations=[left of]")
     with open("/dev/full", "w") as full:
         words = [sys.executable, "tests/toys.py", *words]
