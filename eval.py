@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
 if __name__ == "__main__":  # Ctrl-C ends it without a traceback; finished rows are on disk
@@ -364,7 +365,8 @@ def run(arguments):
 
     say(f"evaluating {len(graphs)} prompts of {settings.data}; --resume keeps finished rows:")
     for trajectories in evaluate(loop, graphs, settings, config.relations, judge, rows):
-        say(f"  {rows[-1].name}")
+        mass = fmean(t.best.reflection.mass for t in trajectories)
+        say(f"  {rows[-1].name} (the Checker's P(yes or no): {mass:.4f})")
         made = tables(rows, counts, judge_name)
         results = {"tables": made, "rows": [vars(row) for row in rows]} | made_with
         write(folder / "table.md", markdown(made))

@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -155,3 +156,12 @@ def test_random_command_lines_end_in_one_line(without_models, script, arguments)
     asked = any(argument.startswith(("-h", "--h")) for argument in arguments)
     assert code not in (0, None) or asked
     assert not isinstance(code, str) or len(code.splitlines()) == 1
+
+
+@pytest.mark.parametrize("module", ["train", "loop", "eval"])
+def test_idle_threads_do_not_spin_for_long(module):
+    """Set before torch is imported; see docs/training.md."""
+    program = f"import {module}, os; print(os.environ['GOMP_SPINCOUNT'])"
+    environment = {name: value for name, value in os.environ.items() if name != "GOMP_SPINCOUNT"}
+    command = [sys.executable, "-c", program]
+    assert subprocess.check_output(command, cwd=ROOT, env=environment, text=True) == "1000\n"

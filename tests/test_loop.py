@@ -210,6 +210,17 @@ def test_a_file_of_prompts_after_a_longer_one(program, tmp_path, caplog):
     assert sorted(str(path.relative_to(out)) for path in out.rglob("*.png")) == images
 
 
+def test_prompts_are_written_batch_by_batch(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "PROMPTS_PER_BATCH", 2)
+    path = tmp_path / "prompts.txt"
+    path.write_text("sun above sea\n" * 5)
+    with pytest.raises(KeyError):  # the script has no fifth image
+        program(Script({seed: [0.9] for seed in range(4)}), "--prompts", str(path))
+    written = [str(p.relative_to(tmp_path / "out")) for p in tmp_path.glob("out/*/0.png")]
+    assert sorted(written) == ["0000/0.png", "0001/0.png", "0002/0.png", "0003/0.png"]
+    assert (tmp_path / "out" / "report.html").exists()
+
+
 def test_a_prompt_that_the_diffuser_cannot_read_is_refused(program):
     script = Script({})
     with pytest.raises(SystemExit) as ended:
@@ -249,6 +260,16 @@ def test_two_processes_do_not_write_to_one_folder(tmp_path):
 
 
 # ---- the shipped models ----
+
+
+def test_a_trajectory_is_the_same_alone_and_among_twenty_others(shipped):
+    graphs = load_graphs(ROOT / "tiny/data/val.json", limit=21)
+    among = shipped.run(graphs, list(range(21)))[7]
+    (alone,) = shipped.run(graphs[7:8], [7])
+    assert len(alone.steps) > 2
+    for one, other in zip(alone.steps, among.steps, strict=True):
+        assert (one.thought, one.instruction) == (other.thought, other.instruction)
+        assert one.reflection.probs == pytest.approx(other.reflection.probs, abs=1e-3)
 
 
 def test_the_shipped_loop_ends_better_than_it_starts(shipped):
