@@ -218,6 +218,8 @@ def fill(schema, values, prefix, folder):
         if key not in kinds:
             near = difflib.get_close_matches(key, kinds, 1)
             hint = f"; did you mean '{prefix}{near[0]}'?" if near else ""
+            if key in get_type_hints(TrainConfig) and not prefix:
+                hint = "; it belongs in a file for train.py, give loop.py and eval.py eval.yaml"
             raise ValueError(f"key '{prefix}{key}' is unknown{hint}")
     filled = {}
     for entry in fields(schema):

@@ -133,6 +133,12 @@ def test_a_wrong_value_is_refused_with_its_key(load, override):
     assert f"'{override.partition('=')[0]}' is " in refusal(load, override)
 
 
+def test_a_training_file_is_recognized(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(ValueError, match="phase1.yaml: key 'data' is unknown; .* file for train.py"):
+        load_config("phase1.yaml", LoopConfig)
+
+
 @pytest.mark.parametrize(
     ("override", "line"),
     [
