@@ -135,7 +135,7 @@ class Actor(VLM):
         temperature: instead of the Actor's own. `replay` uses its own, so do not train on these.
         Completion k of an image depends on its seed and on k, not on what else is in the batch.
         """
-        if not len(images) == len(seeds):
+        if len(images) != len(seeds):
             raise ValueError(f"{len(images)=}, {len(seeds)=}: need the same")
         if not images:
             empty = torch.zeros(0, 0)

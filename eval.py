@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 from checker import Checker
 from config import LoopConfig, fingerprint, load_config
-from loop import Trajectory, build, device_and_dtype, naming, output_folder
+from loop import Trajectory, build, check_sums, device_and_dtype, naming, output_folder
 from report import record, report, say, write
 from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
 
@@ -385,6 +385,7 @@ def load_judge(config, key):
     with naming(config, f"{key}.device"):
         device, dtype = device_and_dtype(part)
     with naming(config, f"{key}.model"):
+        check_sums(part.model)
         judge = Checker.load(part.model, device, dtype, part.attention, batch_size=part.batch_size)
         judge.probe()
     return judge

@@ -334,15 +334,15 @@ def lock(folder):
         import fcntl
 
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"pid {os.getpid()}\n")
+        file.flush()
     except (BlockingIOError, PermissionError):
         file.seek(0)
         reason = f"another process is writing to this folder ({file.read().strip()})"
         raise ValueError(f"{folder}: {reason}") from None
     except (ImportError, OSError):
-        pass  # Windows and some network file systems have no locks
-    file.truncate(0)
-    file.write(f"pid {os.getpid()}\n")
-    file.flush()
+        pass  # Windows and some network file systems have no locks; a full disk has no room
     return file
 
 

@@ -491,8 +491,9 @@ def validate(loop, first_trajectories, config, judge=None):
     if config.exact:  # embedded world only
         from tiny.world import exact_scores
 
-        scores = exact_scores(images, graphs)
-        metrics["val_sg_iou"] = fmean(s["sg_iou"] for s, g in zip(scores, graphs) if g.triples)
+        scores = zip(exact_scores(images, graphs), graphs)
+        if with_triples := [score["sg_iou"] for score, graph in scores if graph.triples]:
+            metrics["val_sg_iou"] = fmean(with_triples)
     return metrics, trajectories
 
 
