@@ -122,7 +122,7 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
 
     Returns (x', log_prob (B,), mean, std). log_prob is the MEAN over the D latent dimensions of
     log N(x'; mean, std^2), as in Flow-GRPO's code, so log rho is the true log ratio divided by D.
-    It shrinks like 1 / sqrt(D), so the clip range has to be that much narrower.
+    Log rho shrinks like 1 / sqrt(D), so the clip range has to be that much narrower.
     An ODE step has log_prob None and std 0. The step to sigma_next = 0 is always an ODE step: noise
     added there would stay in the image. Raises ValueError for sigmas out of order.
     """

@@ -305,7 +305,10 @@ def check_sums(folder):
     if not sums.exists():
         return
     if not set(sums.read_text().splitlines()) <= set(sha256_sums(folder).splitlines()):
-        raise ValueError(f"{sums} does not match: a file is damaged or was changed")
+        raise ValueError(
+            f"{sums} does not match: a file is damaged or was changed; get it again, or remove "
+            "SHA256SUMS if the change is yours"
+        )
 
 
 def once_per_place():

@@ -134,9 +134,9 @@ def parse_prompt(text, relations):
         mentions = [found[0], found[2]] if found else [clause]
         names = [clean_name(mention) for mention in mentions]
         distinct = {normalize(name) for name in names}
-        known = not found or found[1] in relations
-        fine = known and len(distinct) == len(names)
-        if not fine or not all(is_name(name, relations) for name in names):
+        listed = not found or found[1] in relations
+        named_well = len(distinct) == len(names) and all(is_name(n, relations) for n in names)
+        if not (listed and named_well):
             raise ValueError(
                 f"prompt clause {clause!r} is not understood; {form}: between semicolons one object"
                 f" or one relation of two different objects. Relations: {', '.join(relations)}"

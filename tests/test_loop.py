@@ -181,12 +181,10 @@ def test_an_image_from_a_file(tmp_path):
     Image.new("CMYK", (40, 30)).save(tmp_path / "mine.jpg")
     image = loop.open_image(tmp_path / "mine.jpg")
     assert (image.mode, image.size) == ("RGB", (40, 30))
-    for name in ("", "text.png", "nowhere.png"):
-        (tmp_path / "text.png").write_text("text")
-        with pytest.raises(
-            ValueError, match=f"^--image: {tmp_path / name}: .*; give a PNG or JPEG"
-        ):
-            loop.open_image(tmp_path / name)
+    (tmp_path / "text.png").write_text("text")
+    for path in (tmp_path, tmp_path / "text.png", tmp_path / "nowhere.png"):
+        with pytest.raises(ValueError, match=f"^--image: {path}: .*; give a PNG or JPEG"):
+            loop.open_image(path)
 
 
 def test_options_and_overrides_in_any_order(program):

@@ -42,6 +42,7 @@ from packing import to_tensor, vlm_loss
 
 from diffuser import Diffuser
 from editor import Editor
+from loop import sha256_sums
 from sgiou import SceneGraph
 
 SHIPPED = HERE.parent / "models"
@@ -55,6 +56,11 @@ VLM_IMAGES = 24  # a step
 FINDING = 1000  # step up to which the VLM sees images of two things
 SEEING = 1500  # step up to which it does the drill alone
 ASKING = 3250  # step from which on it no longer drills, and relation words weigh more
+
+
+def write_sums(folder):
+    """The checksums with which loop.py notices a damaged model."""
+    (folder / "SHA256SUMS").write_text(sha256_sums(folder))
 
 
 def train_vae(steps=1000):
@@ -147,6 +153,7 @@ def train_flow(steps=3400):
         vae.register_to_config(_name_or_path="")  # where it was on this machine is of no use
         vae.to(memory_format=torch.contiguous_format)
         pipeline.to(dtype=torch.float16).save_pretrained(SHIPPED / "flow")
+        write_sums(SHIPPED / "flow")
 
     fit("flow", trained, loss_of, steps, FLOW_RATE, save, last=0.35, muon=8.0)
 
@@ -246,6 +253,7 @@ def train_vlm(name="vlm", seed=SEED, work=WORK, steps=1550):
     def save():
         model.half().save_pretrained(SHIPPED / name)
         processor.save_pretrained(SHIPPED / name)
+        write_sums(SHIPPED / name)
 
     fit("vlm", model, loss_of, steps, VLM_RATE, save, last=0.6, muon=2.0, seed=seed, work=work)
 
