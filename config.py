@@ -31,6 +31,7 @@ def is_model(path):
 Natural = Annotated[int, "an integer, 0 or more", lambda n: 0 <= n < 2**31]
 Count = Annotated[int, "an integer, 1 or more", lambda n: 1 <= n < 2**31]
 GroupSize = Annotated[int, "an integer, 2 or more", lambda n: 2 <= n < 2**31]
+Rank = Annotated[int, "an integer from 1 to 1024", lambda n: 1 <= n <= 1024]
 Phase = Annotated[int, "1 or 2", lambda n: n in (1, 2)]
 Seed = Annotated[int, "an integer from 0 to 2**31 - 1", lambda n: 0 <= n < 2**31]
 Share = Annotated[float, "a number, 0 or more and below 1", lambda x: 0 <= x < 1]
@@ -126,7 +127,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     iterations: Count = 50  # each of `rounds` rounds and `updates` optimizer steps
     groups: Count = 8  # states of round 1 in an iteration; later rounds continue them
     group_size: GroupSize = 8  # G, samples of one state
-    rank: Count = 16  # of the LoRA adapter
+    rank: Rank = 16  # of the LoRA adapter
     learning_rate: Positive = 1e-3  # of AdamW
     warmup: Natural = 5  # iterations of linear warm-up
     max_grad_norm: Positive = 1.0

@@ -7,6 +7,7 @@ call (size, steps, guidance, text length) come from `call:` in the YAML.
 
 import inspect
 import logging
+import math
 import re
 from importlib import import_module
 
@@ -150,10 +151,11 @@ def check_call(key, kind, call):
             raise ValueError(f"key '{key}': {kind.__name__} takes no {name} from a file")
         default = takes[name].default
         accepted = several.get(type(default), (type(default),))
-        # Not isinstance, which takes True for an int. Only NaN differs from itself.
-        if (type(value) not in accepted and value is not default) or value != value:
+        wrong = type(value) not in accepted  # not isinstance, which takes True for an int
+        wrong |= isinstance(value, float) and not math.isfinite(value)
+        if wrong and value is not default:
             wanted = " or ".join(each.__name__ for each in accepted)
-            raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}")
+            raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}, finite")
     if "true_cfg_scale" in takes:
         negative = call.get("negative_prompt") is not None
         scale = call.get("true_cfg_scale", takes["true_cfg_scale"].default if negative else 1)

@@ -155,10 +155,10 @@ def parse_prompt(text, relations):
 def find_relation(text, relations):
     """Splits text at its first relation: (subject, relation as listed, object), or None.
 
-    "left of" is also found as "is to the left of", and "on top of" as "on the top of".
+    "left of" is also found as "is to the left of" or "left-of", "on top of" as "on the top of".
     """
     listed = {without_the(relation): relation for relation in relations}
-    before = "(?:(?:that|which|is|are|was|were|directly|to|on|at|the) )*"
+    before = "(?:(?:that|which|is|are|was|were|directly|far|to|on|at|the) )*"
     pattern = rf"(?ai)(?<!\S){before}({either(listed)})(?!\S)"
     match = re.search(pattern, text.replace("_", " "))  # as long as text
     if not match:
@@ -168,13 +168,14 @@ def find_relation(text, relations):
 
 
 def without_the(text):
-    return re.sub(r"\bthe ", "", normalize(text))
+    """The spelling in which texts are searched: also without hyphens."""
+    return re.sub(r"\bthe ", "", normalize(text.replace("-", " ")))
 
 
 def either(words):
     """A pattern for any of some words that `without_the` returned, the longest first."""
     words = sorted(words, key=len, reverse=True)
-    patterns = [re.escape(word).replace(r"\ ", r"\s+(?:the\s+)?") for word in words]
+    patterns = [re.escape(word).replace(r"\ ", r"(?:\s+|-)(?:the\s+)?") for word in words]
     return "|".join(patterns) or "(?!)"  # which matches nothing
 
 

@@ -520,6 +520,7 @@ class Run:
         self.began = time.perf_counter()
         if saved:
             restore(saved["tensors"], parameters, optimizer)
+            self.save_adapter()  # it may have been deleted
         else:
             self.end_iteration(0, {})
         loop.trained = True  # from here on; a start that fails before leaves the loop as it was
@@ -555,11 +556,15 @@ class Run:
         if done > 0:  # before that there is nothing to resume
             with (folder / "seconds.jsonl").open("a") as file:
                 file.write(json.dumps({"iteration": done, "seconds": seconds}) + "\n")
-            self.trained.save_adapter(folder / "adapter")
-            write(folder / "adapter" / "SHA256SUMS", sha256_sums(folder / "adapter"))
+            self.save_adapter()
             about = {"metrics": self.rows, "made with": self.made_with}
             save_checkpoint(folder / CHECKPOINT, self.parameters, self.optimizer, about)
         self.began = time.perf_counter()
+
+    def save_adapter(self):
+        folder = self.folder / "adapter"
+        self.trained.save_adapter(folder)
+        write(folder / "SHA256SUMS", sha256_sums(folder))
 
 
 def check_run(config, phase, resume):
@@ -686,7 +691,8 @@ def main():
     try:
         config = load_config(path, TrainConfig, arguments.overrides)
         saved = check_run(config, phase, arguments.resume)
-        if saved and len(saved["metrics"]) > config.iterations:
+        finished = saved and len(saved["metrics"]) > config.iterations
+        if finished and (Path(config.run) / "adapter" / "SHA256SUMS").exists():
             say(f"{config.run}: is finished; to train longer, set more iterations")
             return
         for path in (config.data, config.validation):  # a wrong file shows before models are loaded

@@ -113,7 +113,7 @@ def test_every_shipped_file_loads(tmp_path, monkeypatch, path):
         "group_size=1",
         "seed=2147483648",
         "kl=.nan",
-        "rank=100000000000000000000",
+        "rank=100000",
         "checker.dtype=fp16",
         "editor.template=mend it",  # no place for the instruction
         # paths

@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -150,6 +151,7 @@ def test_an_error_of_loading_names_the_key(flow):
         ({"latents": [1]}, "latents"),  # cannot come from a file
         ({"num_inference_steps": True}, "num_inference_steps"),
         ({"max_area": None}, "max_area"),
+        ({"guidance_scale": math.inf}, "guidance_scale"),
         ({"joint_attention_kwargs": {"sclae": 2}}, "joint_attention_kwargs"),
         ({"true_cfg_scale": 4.0}, "negative_prompt"),  # one without the other has no effect
         ({"negative_prompt": "blue"}, "true_cfg_scale"),

@@ -98,6 +98,7 @@ def test_prompt_names_every_object_once():
         ("the sun was directly above the sea!", "sun above sea"),
         ("Red_Circle  LEFT_OF\u00a0an owl; sun", "Red_Circle left of owl; sun"),
         ("\ufeffsun on the top of rug;; sun on top of rug;", "sun on top of rug"),
+        ("sun left-of sea; sun far to the left of rug", "sun left of sea; sun left of rug"),
         ("dog; another dog; dog", "dog; another dog"),
         ("sun left of sea\nMoon above sea\tdog", "sun left of sea; Moon above sea; dog"),
         ("black-and-white cat above trash can", "black-and-white cat above trash can"),

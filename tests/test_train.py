@@ -603,6 +603,15 @@ def test_a_finished_run_says_so_and_cannot_become_shorter(tmp_path, monkeypatch,
     assert "2 iterations are done; set iterations=2 or more" in line
 
 
+def test_resuming_a_finished_run_brings_back_a_deleted_adapter(tmp_path):
+    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2"))
+    adapter = tmp_path / "adapter"
+    files = {path.name: path.read_bytes() for path in adapter.iterdir()}
+    shutil.rmtree(adapter)
+    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2"), resume=True)
+    assert {path.name: path.read_bytes() for path in adapter.iterdir()} == files
+
+
 def test_a_changed_config_is_refused_key_by_key(tmp_path):
     phase1(toys.loop(), settings(phase1, tmp_path))
     changed = ["actor.temperature=2", "kl=0.5", "editor.call.new=3", "iterations=2"]
