@@ -44,15 +44,6 @@ def group_advantages(rewards, eps=0.05, flat_range=0.02):
     return torch.where(kept, (rewards - mean) / (std + eps), 0), kept
 
 
-def token_log_probs(logits, ids, temperature=1.0):
-    """log softmax(logits / temperature) at the sampled ids.
-
-    Args: logits (B, T, V), where logits[:, t] predict ids[:, t]; ids (B, T). Returns (B, T) fp32.
-    """
-    log_probs = (logits.float() / temperature).log_softmax(-1)  # (B, T, V)
-    return log_probs.gather(-1, ids[..., None])[..., 0]  # (B, T)
-
-
 def clipped_loss(log_probs, old_log_probs, advantages, mask, count, clip_low=0.2, clip_high=0.28):
     """PPO's clipped policy loss with DAPO's two bounds.
 
@@ -108,7 +99,7 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
     """One denoising step of a flow model, sampled or replayed (Flow-GRPO, arXiv 2505.05470).
 
         x_sigma = (1 - sigma) image + sigma noise,  v = noise - image,  dt = sigma_next - sigma < 0
-        s = noise_level sqrt(sigma / (1 - sigma))
+        s = noise_level sqrt(sigma / (1 - sigma)), at sigma = 1 with 1 - sigma_next below
         mean = x (1 + c dt) + v (1 + c (1 - sigma)) dt,  c = s^2 / (2 sigma)
         x' = mean + std z,  std = s sqrt(-dt),  z ~ N(0, I)
 
@@ -130,8 +121,7 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
         raise ValueError(f"sigma {sigma} to {sigma_next}: need 1 >= sigma > sigma_next >= 0")
     velocity, sample = velocity.float(), sample.float()
     dt = sigma_next - sigma
-    # s is infinite at sigma = 1, the first step: there 1 - sigma_next takes the place of 1 - sigma,
-    # as in Flow-GRPO's code.
+    # At sigma = 1, the first step, s would be infinite; this is what Flow-GRPO's code does.
     sigma_in_s = sigma if sigma < 1 else sigma_next
     s = noise_level * math.sqrt(sigma / (1 - sigma_in_s)) if sigma_next > 0 else 0.0
     c = s**2 / (2 * sigma)
@@ -181,6 +171,15 @@ def completion_mask(ids, eos_ids):
     is_end = torch.isin(ids, ids.new_tensor(eos_ids)).long()
     ends_before = is_end.cumsum(1) - is_end  # (B, T)
     return ends_before == 0
+
+
+def token_log_probs(logits, ids, temperature=1.0):
+    """log softmax(logits / temperature) at the sampled ids.
+
+    Args: logits (B, T, V), where logits[:, t] predict ids[:, t]; ids (B, T). Returns (B, T) fp32.
+    """
+    log_probs = (logits.float() / temperature).log_softmax(-1)  # (B, T, V)
+    return log_probs.gather(-1, ids[..., None])[..., 0]  # (B, T)
 
 
 def chunked_token_log_probs(logits, ids, temperature=1.0):

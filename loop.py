@@ -1,12 +1,12 @@
 """Generate-Reflect-Edit: the loop of RL-RIG (arXiv 2602.19974), composed of its four parts.
 
     image = diffuser.generate(prompt)
-    reflection = checker.check(image)
-    repeat up to `rounds` times, until the best image so far satisfies the Checker:
-        image, reflection = the best-scored so far
-        thought, instruction = actor.propose(image, prompt, feedback, instructions tried on image)
+    reflection = checker.check(image, scene_graph)
+    repeat up to `rounds` times, until every P(yes) of the best image is at least 1/2:
+        image, reflection = the best-scored ones so far
+        instruction = actor.propose(image, prompt, reflection.feedback, tried)
         image = editor.edit(image, instruction)
-        reflection = checker.check(image)
+        reflection = checker.check(image, scene_graph)
     the answer is the best-scored image of the trajectory, not the last one
 
 `Loop` does this, `build` loads the parts, and `main` is the command line:
@@ -19,7 +19,7 @@ import signal
 
 if __name__ == "__main__":  # Ctrl-C ends it at once, without a traceback even during the imports
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see train.py
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # or idle threads would slow other processes down
 
 import argparse
 import functools
@@ -40,7 +40,6 @@ from sgiou import SceneGraph, load_graphs, parse_prompt
 PROMPTS_PER_BATCH = 32  # of a file of prompts; images are written after each batch
 ATTEMPTS = 8  # completions sampled, at most, to get an instruction not yet tried on the image
 HOTTER = 1.25  # factor on the temperature from one attempt to the next
-LOCKS = []  # of the folders that this process writes to
 
 
 @dataclass
@@ -133,10 +132,12 @@ class Loop:
             return
         edits, graphs, seeds = [], [], []  # of the steps that change an image
         for t, (thought, instruction, attempts) in zip(active, self.propose(active)):
-            # It starts as the best image again; an edit replaces image and reflection below.
             best, repeated = t.best, instruction in t.tried
-            asked = (thought, instruction, repeated, attempts)
-            step = Step(best.image, best.reflection, t.best_index, *asked)
+            # The step repeats the best image. If it is an edit, the end of this function puts the
+            # edited image in its place.
+            step = Step(
+                best.image, best.reflection, t.best_index, thought, instruction, repeated, attempts
+            )
             if step.is_edit:
                 edits.append(step)
                 graphs.append(t.graph)
@@ -359,6 +360,9 @@ def open_image(path):
         return normalize_image(Image.open(path))
     except (OSError, ValueError) as error:
         raise ValueError(f"--image: {path}: {error}; give a PNG or JPEG file") from None
+
+
+LOCKS = []  # of the folders that this process writes to
 
 
 def output_folder(path, *foreign):

@@ -1,7 +1,7 @@
 """Reflection-GRPO (RL-RIG, arXiv 2602.19974): trains the Actor (phase 1) or the Editor (phase 2).
 
-Read `phase1`, then `phase2`, then the functions that they call. Stop at `add_figures`: the rest is
-log, validation, files, and the command line. Both phases do this:
+Read `phase1`, then `phase2`, then on to `add_figures`: the rest is log, validation, files, and the
+command line. Both phases do this:
 
     for every iteration:
         1 states          newly generated images that the Checker is not satisfied with
@@ -25,6 +25,8 @@ log, validation, files, and the command line. Both phases do this:
     the reward      score of the better image, edited    score of the edited image
                     or old, minus a penalty for a
                     malformed completion
+    phase1.yaml and     16 groups of 8, 4 rounds,            16 groups of 12, 4 rounds,
+    phase2.yaml         1 update                             1 update
 
 Shapes: a round has N samples, G per state. A backward pass takes B of them with T actions each (in
 phase 2 T = 1: each recorded step is a batch of its own). Gradients add up over all batches before
@@ -89,7 +91,7 @@ class State:
 class Batch:
     """What one backward pass trains on: B samples of up to T actions each."""
 
-    recorded: object  # what is replayed; phase 1: (proposals, rows), phase 2: a `RecordedStep`
+    recorded: object  # phase 1: (Proposals, rows) of actor.py, phase 2: editor.py's RecordedStep
     old_log_probs: torch.Tensor  # (B, T) of the policy that sampled
     advantages: torch.Tensor  # (B, 1)
     mask: torch.Tensor  # (B, T) True for the actions that are trained
@@ -115,7 +117,7 @@ def phase1(loop, config, resume=False):
         figures = defaultdict(list)  # name -> values to be averaged
         for round in range(config.rounds):
             rng = random.Random(f"{config.seed} round {iteration} {round}")
-            if round > 0 and config.refill:
+            if round > 0 and config.refill:  # new states in place of those that left
                 states += new_states(loop, run.graphs, config.groups - len(states), rng)[0]
             if not states:
                 break
@@ -153,7 +155,7 @@ def phase1(loop, config, resume=False):
         metrics = averages(figures, solved_at_once, config)
         count = sum(b.mask.sum().item() for b in batches)  # trained tokens of the iteration
 
-        # 5. Reference: `propose` turned the adapter on, `replay` does not: this is the base model.
+        # 5. Reference: sampling turned the adapter on, `replay` does not: this is the base model.
         if config.kl > 0:
             with torch.no_grad():
                 for batch in batches:
@@ -209,7 +211,7 @@ def phase2(loop, config, resume=False):
             seed = rng.randrange(1 << 30)
 
             # 2. One instruction per state. States whose completion is malformed, "none" or a repeat
-            # are dropped for this iteration; if none is left, its rounds end, even with `refill`.
+            # are dropped; if none is left, the iteration has no more rounds, even with `refill`.
             proposals = sample_completions(loop.actor, states, seed)
             add_completion_figures(figures, states, proposals)
             pairs = zip(states, proposals.instructions)
@@ -279,9 +281,10 @@ def phase2(loop, config, resume=False):
                     if update == 0:
                         check_on_policy(log_probs, batch, count, config, metrics)
 
-                    # 7. Update. From the second update on, log rho of the old policy's samples
-                    # averages -KL(old || new), not 0, and phase 2's narrow clip would act on that
-                    # alone. So add the KL (GRPO-Guard, arXiv 2510.22319). In the first it is 0.
+                    # 7. Update. In the first, `drift` is 0 (phase2.yaml makes no other). From the
+                    # second on, log rho of the old policy's samples averages -KL(old || new), not
+                    # 0, and the clip, narrow because of the mean in `sde_step`, would act on that
+                    # alone. So add that KL, gradient included (GRPO-Guard, arXiv 2510.22319).
                     drift = gaussian_kl(batch.recorded.mean, mean, std)[:, None]  # (B, 1)
                     kl = gaussian_kl(mean, batch.reference, std)[:, None] if config.kl > 0 else None
                     loss, stats = loss_with_kl(log_probs + drift, kl, batch, count, config)
@@ -341,7 +344,8 @@ def carry_out(loop, states, instructions, seed, G):
         [seed + g for g, _ in edits],
     )
     graphs = [states[g].graph for g, _ in edits]
-    edited = dict(zip(edits, checked_states(loop.checker, graphs, images)))
+    made = checked_states(loop.checker, graphs, images)
+    edited = dict(zip(edits, made))  # (group, instruction) -> State
     return [edited.get((g, text), states[g]) for g, text in pairs]
 
 
@@ -438,7 +442,7 @@ def optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
     optimizer.param_groups[0]["lr"] = config.learning_rate * warm_up
     norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm).item()
     if not math.isfinite(norm):
-        metrics["skipped"] += 1
+        metrics["skipped"] += 1  # 0 at first, see `averages`
         return
     move_moments(optimizer)  # matters only with `offload`
     optimizer.step()

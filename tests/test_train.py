@@ -95,6 +95,13 @@ def watched(monkeypatch):
 # ---- what is trained on ----
 
 
+@PHASES
+def test_the_header_has_the_values_of_the_yaml_files(phase):
+    c = load_config(ROOT / f"{phase.__name__}.yaml", TrainConfig)
+    assert f" {c.groups} groups of {c.group_size}, {c.rounds} rounds," in train.__doc__
+    assert f" {c.updates} update" in train.__doc__
+
+
 def test_phase1_a_group_shares_state_and_edit_seed(tmp_path, watched):
     loop = toys.loop()
     phase1(loop, settings(phase1, tmp_path, "rounds=1"))
