@@ -2,8 +2,8 @@
 
 Its score is the intrinsic reward of RL-RIG (arXiv 2602.19974): no label is ever used. There is one
 question per object and one per triple. P(yes) is read from the logits of the first answer token,
-which the public text of the paper leaves open: unlike sampled answers, probabilities rarely give a
-whole group the same reward.
+which the public text of the paper leaves open: with sampled answers instead of probabilities, more
+groups would have equal rewards.
 
     P(yes) = sum_{t in yes} exp(l_t) / sum_{t in yes or no} exp(l_t)    yes, no: all spellings
     score  = mean P(yes) over all triples and the objects that no triple names        in [0, 1]

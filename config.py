@@ -48,7 +48,7 @@ Words = Annotated[
 ]
 Model = Annotated[str, "an existing folder, or a Hub id owner/name", is_model]
 Adapter = Annotated[str, "an existing folder", lambda path: not path or isdir(path)]
-DataFile = Annotated[str, "an existing file (LAION-SG: see gpu/phase1.yaml)", isfile]
+DataFile = Annotated[str, "an existing file (LAION-SG: see docs/models.md)", isfile]
 RunFolder = Annotated[
     str,
     "a folder (set all $VARS)",
@@ -94,7 +94,7 @@ class EvaluationConfig:
     data: DataFile  # prompts, in any format that sgiou.load_graphs reads
     limit: Count = 300  # the first prompts of the file; --full takes all
     seed: Seed = 0  # of the first prompt's image; the next prompts take the next seeds
-    exact: bool = False  # also by the pixel parser: embedded world only
+    exact: bool = False  # also by the pixel parser: tiny world only
     untrained_temperature: Positive | None = None  # of the Actor without adapter; null: its own
     judge: ModelConfig | None = None  # VLM that extracts scene graphs and judges; null: the Checker
 
@@ -120,7 +120,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     validation: DataFile
     validation_limit: Count = 60
     validate_every: Count = 10  # iterations
-    exact: bool = False  # also validate by the pixel parser: embedded world only
+    exact: bool = False  # also validate by the pixel parser: tiny world only
     judge: ModelConfig | None = None  # also validate by another VLM than the Checker; null: none
     run: RunFolder  # folder for adapter, checkpoint and metrics
     seed: Seed = 0  # of all randomness of the run

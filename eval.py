@@ -6,7 +6,7 @@
     best of N           the Checker's choice of N images, at the compute of the costliest loop
 
 SG-IoU, Entity-IoU, and Relation-IoU are those of LAION-SG (arXiv 2412.08580), by the exact parser
-(embedded world only) and by a VLM that writes down the scene graph it sees. "Judge" is that VLM's
+(tiny world only) and by a VLM that writes down the scene graph it sees. "Judge" is that VLM's
 grade of the image, "Kept" the share of unnamed things that are still in place after the edits,
 "Debris" the share of painted pixels that belong to no object. Costs are per prompt. Flow tokens
 include texts and context images.

@@ -492,7 +492,7 @@ def validate(loop, first_trajectories, config, judge=None):
     # Nothing is trained on these two measures.
     if judge:
         metrics["val_judge"] = fmean(grade(judge, images, [graph.prompt() for graph in graphs]))
-    if config.exact:  # embedded world only
+    if config.exact:  # tiny world only
         from tiny.world import exact_scores
 
         scores = zip(exact_scores(images, graphs), graphs)

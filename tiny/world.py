@@ -1,4 +1,4 @@
-"""The embedded world: 32 x 32 images of colored shapes, small enough to be measured exactly.
+"""The tiny world: 32 x 32 images of colored shapes, small enough to be measured exactly.
 
 A scene is a list of `Thing`s (name, x, y), each a 6 x 6 sprite in a cell of a 4 x 4 grid with one
 pixel of jitter. `render` draws a scene, `parse` finds the things in any image again, and
@@ -88,7 +88,7 @@ def parse(images):
 
     pixels = torch.from_numpy(np.stack([np.asarray(image) for image in images])).float()
     if pixels.shape[1:] != (SIZE, SIZE, 3):
-        raise ValueError("key 'exact': images that are not of the embedded world; make it false")
+        raise ValueError("key 'exact': images that are not of the tiny world; make it false")
     palette = torch.tensor([GROUND, *COLORS.values()], dtype=torch.float32)
     nearest = torch.cdist(pixels.flatten(1, 2), palette).argmin(-1)  # (N, 1024)
     nearest = nearest.view(-1, SIZE, SIZE)

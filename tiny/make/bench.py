@@ -1,6 +1,6 @@
 """Where the time goes, measured side by side in one run: `python tiny/make/bench.py`.
 
-Both phases of the embedded default for a few iterations: iterations per minute, and the share of
+Both phases with the tiny models for a few iterations: iterations per minute, and the share of
 the time that is spent inside the models' forward and backward passes. Then what it saves to read an
 image once: for all questions of the Checker, and for all completions of a group in the Actor's
 update. Then the log-probs of grpo.py, both ways, at the vocabulary of a real model. Machines

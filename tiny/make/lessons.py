@@ -1,4 +1,4 @@
-"""What the embedded models are taught about images: scenes, captions and edits."""
+"""What the tiny models are taught about images: scenes, captions and edits."""
 
 import re
 from itertools import product

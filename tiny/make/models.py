@@ -1,4 +1,4 @@
-"""The embedded models: their architectures, their tokenizers and nothing learned.
+"""The tiny models: their architectures, their tokenizers and nothing learned.
 
 `build_pipeline` makes a `FluxKontextPipeline` (2.8 M parameters: text-to-image without an image,
 an instruction editor with one) and `build_vlm` a LLaVA-type VLM. Both are ordinary classes of
@@ -148,7 +148,7 @@ def look_around(encoder):
             bias[bucket, head] = 4
 
 
-# The embedded VLM knows its tasks by heart: its chat format leaves the system message out.
+# The tiny VLM knows its tasks by heart: its chat format leaves the system message out.
 CHAT = (
     "{% for message in messages if message.role == 'user' %}{% for part in message.content %}"
     "{{ '<image>' if part.type == 'image' else part.text }} {% endfor %}{% endfor %}<answer>"

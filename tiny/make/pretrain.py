@@ -1,4 +1,4 @@
-"""Trains the embedded models on the CPU: `python tiny/make/pretrain.py`.
+"""Trains the tiny models on the CPU: `python tiny/make/pretrain.py`.
 
 Six stages. Each is seeded, and resumable: a run that was killed goes on from its last checkpoint.
 

@@ -1,4 +1,4 @@
-"""Prints the quality of each embedded model, measured by the exact parser on validation scenes.
+"""Prints the quality of each tiny model, measured by the exact parser on validation scenes.
 
     python tiny/make/quality.py                    # all parts
     python tiny/make/quality.py vae flow           # or only these, of: vae, flow, checker, actor

@@ -1,4 +1,4 @@
-"""What the embedded VLM is taught: images with faults, and everything one can ask about them.
+"""What the tiny VLM is taught: images with faults, and everything one can ask about them.
 
 The texts are those of `checker.py`, `actor.py` and `eval.py`; the answers come from the exact
 parser. That is pre-training, as a real VLM has seen captioned images; no label enters the RL.
