@@ -51,6 +51,7 @@ import random
 import sys
 import time
 from collections import defaultdict
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -181,7 +182,7 @@ def phase1(loop, config, resume=False):
                 all_stats.append(stats)
             optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
         run.end_iteration(iteration + 1, metrics)
-    run.lock.close()
+    run.finish()
 
 
 def phase2(loop, config, resume=False):
@@ -292,7 +293,7 @@ def phase2(loop, config, resume=False):
                 all_stats.append(stats)
             optimizer_step(optimizer, parameters, iteration, config, all_stats, metrics)
         run.end_iteration(iteration + 1, metrics)
-    run.lock.close()
+    run.finish()
 
 
 def new_states(loop, graphs, count, rng):
@@ -507,6 +508,8 @@ class Run:
     def __init__(self, loop, config, trained, parameters, optimizer, saved):
         self.loop, self.config, self.trained = loop, config, trained
         self.parameters, self.optimizer = parameters, optimizer
+        # With `ema`: the moving average of the parameters, which is what is validated and saved.
+        self.averages = [p.detach().cpu().clone() for p in parameters] if config.ema else []
         self.folder = Path(config.run)
         if not saved and getattr(loop, "trained", False):
             raise ValueError("this loop was trained before; `build(config)` another for a new run")
@@ -523,7 +526,7 @@ class Run:
         write(self.folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
         self.began = time.perf_counter()
         if saved:
-            restore(saved["tensors"], parameters, optimizer)
+            restore(saved["tensors"], parameters, optimizer, self.averages)
             self.save_adapter()  # it may have been deleted
         else:
             self.end_iteration(0, {})
@@ -537,10 +540,15 @@ class Run:
     def end_iteration(self, done, metrics):
         """End iteration `done`, 0 being the start: validate if it is time, log, and save."""
         config, folder = self.config, self.folder
+        decay = min(config.ema, (1 + done) / (10 + done))  # the average starts with a short memory
+        for average, parameter in zip(self.averages, self.parameters):
+            average.lerp_(parameter.detach().cpu(), 1 - decay)
         seconds = time.perf_counter() - self.began
         validated = done % config.validate_every == 0 or done == config.iterations
         if validated:
-            scores, trajectories = validate(self.loop, self.first_trajectories, config, self.judge)
+            with self.averaged():
+                judge = self.judge
+                scores, trajectories = validate(self.loop, self.first_trajectories, config, judge)
             metrics = metrics | scores
         self.rows.append({"iteration": done} | metrics)
         with (folder / "metrics.jsonl").open("a") as file:
@@ -562,12 +570,29 @@ class Run:
                 file.write(json.dumps({"iteration": done, "seconds": seconds}) + "\n")
             self.save_adapter()
             about = {"metrics": self.rows, "made with": self.made_with}
-            save_checkpoint(folder / CHECKPOINT, self.parameters, self.optimizer, about)
+            state = self.parameters, self.optimizer, self.averages
+            save_checkpoint(folder / CHECKPOINT, *state, about)
         self.began = time.perf_counter()
+
+    @contextmanager
+    def averaged(self):
+        """Inside, the adapter has the averaged parameters. Without `ema` it stays as it is."""
+        own = [parameter.detach().clone() for parameter in self.parameters]
+        copy_to(self.parameters, self.averages)
+        try:
+            yield
+        finally:
+            copy_to(self.parameters, own)
+
+    def finish(self):
+        """Leave the loop with the adapter that was saved."""
+        copy_to(self.parameters, self.averages)
+        self.lock.close()
 
     def save_adapter(self):
         folder = self.folder / "adapter"
-        self.trained.save_adapter(folder)
+        with self.averaged():
+            self.trained.save_adapter(folder)
         write(folder / "SHA256SUMS", sha256_sums(folder))
 
 
@@ -620,13 +645,20 @@ def check_run(config, phase, resume):
     return saved
 
 
-def save_checkpoint(path, parameters, optimizer, about):
+def copy_to(parameters, values):
+    """values: one for each parameter, or none at all: then nothing is done."""
+    for parameter, value in zip(parameters, values):
+        parameter.data.copy_(value)
+
+
+def save_checkpoint(path, parameters, optimizer, averages, about):
     """Write aside, then rename: a kill or a full disk (OSError) leaves the previous checkpoint."""
     tensors = {}
     for index, parameter in enumerate(parameters):
         tensors[f"{index} parameter"] = parameter
         for name, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{index} {name}"] = value
+    tensors |= {f"{index} average": average for index, average in enumerate(averages)}
     tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     text = json.dumps(about)
     metadata = {"about": text, "checksum": checksum(text, tensors)}
@@ -654,13 +686,15 @@ def read_checkpoint(path):
         raise ValueError(f"{path}: is damaged ({error}); start in another folder") from None
 
 
-def restore(tensors, parameters, optimizer):
+def restore(tensors, parameters, optimizer, averages):
     """Put the tensors of a checkpoint back where `save_checkpoint` found them."""
     for key, value in tensors.items():
         index, name = key.split()
         parameter = parameters[int(index)]
         if name == "parameter":
             parameter.data.copy_(value)
+        elif name == "average":
+            averages[int(index)].copy_(value)
         else:
             optimizer.state[parameter][name] = value
 

@@ -480,6 +480,44 @@ def test_what_a_run_writes(tmp_path, phase, capsys):
 
 
 @PHASES
+def test_ema_saves_and_validates_the_average_of_the_parameters(tmp_path, monkeypatch, phase):
+    """Also in a run that was interrupted. The samples are drawn by the parameters themselves."""
+    trained, validated = [], []
+    end_iteration, validate = train.Run.end_iteration, train.validate
+
+    def note(run, done, metrics):
+        trained.append(run.parameters[0].detach().clone())
+        end_iteration(run, done, metrics)
+        assert torch.equal(run.parameters[0], trained[-1])
+
+    def note_validated(loop, *rest):
+        part = loop.actor if phase is phase1 else loop.editor
+        validated.append(part.weights.detach().clone())
+        return validate(loop, *rest)
+
+    monkeypatch.setattr(train.Run, "end_iteration", note)
+    monkeypatch.setattr(train, "validate", note_validated)
+    words = ["ema=0.5", "validate_every=1", "warmup=0"]
+    loop = toys.loop()
+    phase(loop, settings(phase, tmp_path / "ema", *words, "iterations=4"))
+    average = trained[0]
+    for done, parameters in enumerate(trained):
+        decay = [0.1, 2 / 11, 3 / 12, 4 / 13, 5 / 14][done]
+        average = decay * average + (1 - decay) * parameters
+        torch.testing.assert_close(validated[done], average)
+    part = loop.actor if phase is phase1 else loop.editor
+    assert torch.equal(part.weights, validated[-1]) and not torch.equal(average, trained[-1])
+    assert torch.equal(toys.saved(tmp_path / "ema"), validated[-1])
+    for done in (2, 4):
+        words[3:] = [f"iterations={done}"]
+        phase(toys.loop(), settings(phase, tmp_path / "again", *words), resume=done == 4)
+    assert torch.equal(toys.saved(tmp_path / "again"), validated[4])
+    before = trained[:5]
+    phase(toys.loop(), settings(phase, tmp_path / "plain", "iterations=4", "warmup=0"))
+    assert all(map(torch.equal, before, trained[-5:]))
+
+
+@PHASES
 def test_a_new_run_needs_a_new_loop(tmp_path, phase):
     """The adapter of the first run would be where the second one starts."""
     loop = toys.loop()
