@@ -131,7 +131,7 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
     learning_rate: Positive = 1e-3  # of AdamW
     warmup: Natural = 5  # iterations of linear warm-up
     max_grad_norm: Positive = 1.0
-    ema: Share = 0.0  # decay, by iteration, of the average of parameters that is saved; 0: the last
+    ema: Share = 0.0  # decay per iteration of the moving average that is saved; 0: no average
     clip_low: NonNegative = 0.2  # rho is clipped to [1 - clip_low, 1 + clip_high]; in phase 2
     clip_high: NonNegative = 0.28  # about 0.026 / sqrt(latent dimensions), see `sde_step`
     kl: NonNegative = 0.01  # weight of the KL to the model without adapter; 0 skips that pass

@@ -1,8 +1,10 @@
 """Draws the training curves of docs/training.md from the metrics of a run.
 
-docs/broken.png was made by:
+docs/healthy.png and docs/broken.png were made by:
 
     pip install matplotlib
+    python train.py --phase 1
+    python tiny/make/curves.py runs/phase1 docs/healthy.png
     python train.py --phase 1 run=runs/broken learning_rate=2e-2 iterations=12 validate_every=2
     python tiny/make/curves.py runs/broken docs/broken.png
 """

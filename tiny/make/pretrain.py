@@ -236,7 +236,7 @@ def train_see(seed=SEED, work=WORK, steps=3500):
     fit("see", model, loss_of, steps, VLM_RATE, save, last=0, muon=2.0, seed=seed, work=work)
 
 
-def train_vlm(name="vlm", seed=SEED, work=WORK, steps=1550):
+def train_vlm(name="vlm", seed=SEED, work=WORK, steps=2600):
     """Every question, on drawn images and twice as many generated ones. name: of the model."""
     model, processor = models.build_vlm(questions.vocabulary(), seed)
     model.load_state_dict(load_file(work / "see" / "model.safetensors"))
@@ -261,7 +261,7 @@ def train_vlm(name="vlm", seed=SEED, work=WORK, steps=1550):
 def train_judge():
     """What `see` and `vlm` do, from another seed."""
     train_see(1, WORK / "judge")
-    train_vlm("judge", 1, WORK / "judge")
+    train_vlm("judge", 1, WORK / "judge", steps=1550)
 
 
 STAGES = {
