@@ -210,7 +210,7 @@ def test_a_template_that_ends_inside_a_thought_is_refused(folder, ending):
         change_template(folder, ending).probe()
 
 
-@pytest.mark.parametrize("ending", [" yes", "Answer:", "<think> let me see"])
+@pytest.mark.parametrize("ending", [" yes", "The answer", "{"])
 def test_a_template_after_which_no_answer_comes_is_refused(folder, ending):
     with pytest.raises(ValueError, match=f"{folder} gives yes and no together .* of another model"):
         change_template(folder, ending).probe()

@@ -37,6 +37,7 @@ SMALL = [
     "group_size=4",
     "rounds=2",
     "iterations=1",
+    "ema=0",
     "validation_limit=2",
 ]
 PHASES = pytest.mark.parametrize("phase", [phase1, phase2])
