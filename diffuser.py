@@ -152,10 +152,11 @@ def check_call(key, kind, call):
         default = takes[name].default
         accepted = several.get(type(default), (type(default),))
         wrong = type(value) not in accepted  # not isinstance, which takes True for an int
-        wrong |= isinstance(value, float) and not math.isfinite(value)
+        wanted = " or ".join(each.__name__ for each in accepted)
+        if isinstance(value, float) and not math.isfinite(value):
+            wrong, wanted = True, "finite"
         if wrong and value is not default:
-            wanted = " or ".join(each.__name__ for each in accepted)
-            raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}, finite")
+            raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}")
     if "true_cfg_scale" in takes:
         negative = call.get("negative_prompt") is not None
         scale = call.get("true_cfg_scale", takes["true_cfg_scale"].default if negative else 1)

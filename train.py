@@ -25,8 +25,8 @@ command line. Both phases do this:
     the reward      score of the better image, edited    score of the edited image
                     or old, minus a penalty for a
                     malformed completion
-    phase1.yaml and     16 groups of 8, 4 rounds,            16 groups of 12, 4 rounds,
-    phase2.yaml         1 update                             1 update
+    the YAML files  16 groups of 8, 4 rounds,            16 groups of 12, 4 rounds,
+    in this folder  1 update                             1 update
 
 Shapes: a round has N samples, G per state. A backward pass takes B of them with T actions each (in
 phase 2 T = 1: each recorded step is a batch of its own). Gradients add up over all batches before
@@ -577,7 +577,7 @@ class Run:
     @contextmanager
     def averaged(self):
         """Inside, the adapter has the averaged parameters. Without `ema` it stays as it is."""
-        own = [parameter.detach().clone() for parameter in self.parameters]
+        own = [p.detach().clone() for p in self.parameters] if self.averages else []
         copy_to(self.parameters, self.averages)
         try:
             yield
