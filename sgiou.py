@@ -333,8 +333,11 @@ THOUGHT, THOUGHT_END = (
 BRACKETS = r"(?:[\"'][^\"'\n]{1,40}[\"']: ?|\b\w{1,20} ?\w{0,20}: ?)?"
 BRACKETS += r"(?:\[[^][{}]*\]|\{[^][{}]*\})"
 LINE_OR_SENTENCE = r"\n|[.;!。；](?:\s|$)"
-NO = r"(?:\b(?:no|not|never|cannot|neither|false|null|missing|absent|incorrect|wrong)\b|n't\b)"
+NO = r"(?:\b(?:no|not|never|cannot|neither|false|null|missing|absent|negated|incorrect|wrong)\b|"
+NO += r"n't\b)"
 DENIAL = re.compile(rf"{NO}|[❌✗✘]|\?\W*$")
+# Keys that deny nothing: "missing": false, "note": null.
+NO_DENIAL = rf"{NO}[\w ]{{0,20}}[\"']?: ?[\"']?(?:false|null|no|none)\b|\b\w+[\"']: ?null\b"
 # What is listed as missing: under such a key of JSON, or under such a heading.
 MISSING = rf"[\"'][^\"'\n]{{0,40}}{NO}[^\"'\n]{{0,40}}[\"']: ?"
 MISSING += r"(?:\[(?:[^][]|\[[^][]*\])*\]|\{[^{}]*\})"
@@ -367,7 +370,7 @@ def parse_scene_graph(text, objects, relations):
     known = rf"(?<!\w)(?:{either(signs)})(?!\w)"
     text = re.sub(known, lambda match: signs[without_the(match[0])], text)
 
-    text = re.sub(MISSING, " ", text)
+    text = re.sub(MISSING, " ", re.sub(NO_DENIAL, " ", text))
     has_empty_list = re.search(r"\[\s*\]", text)
     in_brackets = []  # the innermost first
     for _ in range(9):  # as deep as brackets may be nested

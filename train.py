@@ -56,8 +56,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 
-# Idle OpenMP threads spin, by default for so long that a second busy process makes an iteration five
-# times slower. Has to be set before torch is imported.
+# Idle OpenMP threads spin, by default for so long that a second busy process makes an iteration
+# five times slower. Has to be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
 import torch
