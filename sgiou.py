@@ -13,6 +13,7 @@ Differences: names are normalized (case, spaces, "_"), objects in no triple are 
 Standard library only; this file works alone.
 """
 
+import io
 import json
 import logging
 import re
@@ -35,8 +36,10 @@ class SceneGraph:
     id: str = ""
 
     def __post_init__(self):
-        unique = {}
-        for triple in map(tuple, self.triples):
+        triples, unique = list(self.triples), {}
+        if isinstance(self.objects, str) or any(isinstance(triple, str) for triple in triples):
+            raise ValueError("give a list of names, and a list of (subject, relation, object)")
+        for triple in map(tuple, triples):
             unique.setdefault(tuple(normalize(part) for part in triple), triple)
         object.__setattr__(self, "objects", tuple(self.objects))
         object.__setattr__(self, "triples", tuple(unique.values()))
@@ -107,6 +110,7 @@ CLAUSE_START = r"(?i)^(?:[-*•] |\d+[.)] )?(?:an? (?:photo|picture|image) of )?
 # Shows that a text is not the name of one object. ("St. Bernard" and "black-and-white cat" are.)
 SENTENCE = re.compile(
     r"(?i) (?:an?|the) |^(?:an|the|another)$|^(?:of|to|on|in|at|by|from) |n['’]t\b|\w{3}\. |"
+    r"^(?:move|add|remove|swap|change|replace|put|place|draw|make|avoid) |"
     r"(?<!-)\b(?:over|beneath|underneath|slightly|just|but|is|are|was|were|be|"
     r"should|must|no|not|nor|never|cannot|without|and|or|plus|then|that|which|between|it|itself)"
     r"\b(?!-)"
@@ -130,7 +134,7 @@ def parse_prompt(text, relations):
         clause = re.sub(CLAUSE_START, "", clause)
         if not clause:
             continue
-        found = find_relation(clause, [*SPATIAL, *relations])
+        found = find_relation(clause, relations)
         mentions = [found[0], found[2]] if found else [clause]
         names = [clean_name(mention) for mention in mentions]
         distinct = {normalize(name) for name in names}
@@ -152,14 +156,22 @@ def parse_prompt(text, relations):
     return SceneGraph(objects, triples, caption=text)
 
 
+# Words in front of a relation that are not part of it.
+BEFORE = "(?:(?:that|which|is|are|was|were|located|positioned|placed|situated|directly|"
+BEFORE += "immediately|exactly|right|far|to|on|at|the) )*"
+
+
 def find_relation(text, relations):
     """Splits text at its first relation: (subject, relation as listed, object), or None.
 
     "left of" is also found as "is to the left of" or "left-of", "on top of" as "on the top of".
+    SPATIAL relations are known even if they are not listed.
     """
-    listed = {without_the(relation): relation for relation in relations}
-    before = "(?:(?:that|which|is|are|was|were|directly|far|to|on|at|the) )*"
-    pattern = rf"(?ai)(?<!\S){before}({either(listed)})(?!\S)"
+    listed = {}
+    for relation in [*SPATIAL, *relations]:
+        listed[re.sub("^(to|on|at) ", "", without_the(relation))] = relation
+    listed |= {without_the(relation): relation for relation in relations}
+    pattern = rf"(?ai)(?<!\S){BEFORE}({either(listed)})(?!\S)"
     match = re.search(pattern, text.replace("_", " "))  # as long as text
     if not match:
         return None
@@ -182,13 +194,14 @@ def either(words):
 def is_name(text, relations):
     """Whether a text can be the name of one object: letters, marks, and digits, but no sentence."""
     plain = all(category(sign)[0] in "LMN" or sign in " _-.'’\u200c\u200d" for sign in text)
-    known = [*SPATIAL, *relations]
-    return plain and text and not SENTENCE.search(text) and not find_relation(text, known)
+    lettered = any(category(sign)[0] == "L" for sign in text)
+    sentence = SENTENCE.search(text) or find_relation(text, relations)
+    return plain and lettered and not sentence
 
 
 def clean_name(text):
     """An object's name without "a", "an", "the" or "another" in front of it."""
-    return re.sub(r"(?i)^(?:(?:an?|the|another) )+(?=.)", "", " ".join(text.split()))
+    return re.sub(r"(?i)^(?:(?:an?|the|another) )+(?=.)", "", " ".join(text.split()).strip(" -–"))
 
 
 # ---- data sets ----
@@ -226,14 +239,13 @@ def load_graphs(path, relations=(), limit=None):
 
 def entries(file):
     """Yields (place, entry): a line as text, or a value of a JSON list, read piece by piece."""
-    text = file.read(2**16).lstrip()
-    if not text.startswith("["):
-        file.seek(0)
-        for number, line in enumerate(file, 1):
+    text = file.read(2**16)
+    if not text.lstrip().startswith("["):
+        for number, line in enumerate(io.StringIO(text + file.read()), 1):
             if line.strip():
                 yield f"line {number}", line.strip()
         return
-    text, number = text[1:], 0
+    text, number = text.lstrip()[1:], 0
     while not (text := text.lstrip(", \t\r\n")).startswith("]"):
         try:
             value, end = json.JSONDecoder().raw_decode(text)
@@ -252,7 +264,10 @@ def entries(file):
 def read_entry(entry, place, relations):
     """The SceneGraph of an entry. Raises whatever goes wrong."""
     if isinstance(entry, str) and entry.startswith("{"):
-        entry = json.loads(entry)
+        try:
+            entry = json.loads(entry)
+        except ValueError as error:
+            raise ValueError(f"{error}; write a JSON list, or one entry per line") from None
     if isinstance(entry, dict) and "include" in entry:
         return read_geneval(entry, place)
     if isinstance(entry, dict) and "items" in entry:
@@ -329,15 +344,16 @@ def read_geneval(entry, place):
 THOUGHT, THOUGHT_END = (
     rf"[<\[◁]\W?{slash}(?:think|thought|reason|scratch)\w*\W?[>\]▷]" for slash in ("", "/")
 )
-# Brackets without others inside, and the key in front of them.
-BRACKETS = r"(?:[\"'][^\"'\n]{1,40}[\"']: ?|\b\w{1,20} ?\w{0,20}: ?)?"
-BRACKETS += r"(?:\[[^][{}]*\]|\{[^][{}]*\})"
+# Brackets without others inside, the key in front of them, and a verdict after them.
+BRACKETS = r"([\"'][^\"'\n]{1,40}[\"']: ?|\b\w{1,20} ?\w{0,20}: ?)?"
+BRACKETS += r"(?:\[[^][{}]*\]|\{[^][{}]*\})(?: ?[:=-]+>? ?\w+| ?[❌✗✘])?"
 LINE_OR_SENTENCE = r"\n|[.;!。；](?:\s|$)"
-NO = r"(?:\b(?:no|not|never|cannot|neither|false|null|missing|absent|negated|incorrect|wrong)\b|"
-NO += r"n't\b)"
+NO = r"(?:\b(?:no|not|never|cannot|neither|none|false|null|missing|absent|negated|incorrect|wrong|"
+NO += r"unknown|omitted|excluded|left out|unsatisfied|violated)\b|n't\b)"
 DENIAL = re.compile(rf"{NO}|[❌✗✘]|\?\W*$")
 # Keys that deny nothing: "missing": false, "note": null.
-NO_DENIAL = rf"{NO}[\w ]{{0,20}}[\"']?: ?[\"']?(?:false|null|no|none)\b|\b\w+[\"']: ?null\b"
+NO_DENIAL = rf"{NO}[\w ]{{0,20}}[\"']?: ?[\"']?(?:false|null|no|none)\b|"
+NO_DENIAL += r"\b\w+[\"']: ?[\"']?(?:null|none)\b"
 # What is listed as missing: under such a key of JSON, or under such a heading.
 MISSING = rf"[\"'][^\"'\n]{{0,40}}{NO}[^\"'\n]{{0,40}}[\"']: ?"
 MISSING += r"(?:\[(?:[^][]|\[[^][]*\])*\]|\{[^{}]*\})"
@@ -346,6 +362,8 @@ MISSING += rf"|(?m:^\W{{0,3}}(?:\w+ )?{NO}.{{0,40}}:\W{{0,3}}\n(?: *[-*\d].*\n?)
 SUBJECT_KEY = re.compile(r"\b(?:subject|subj|source|from|head|s)\W{0,2}[:=>]\W*$")
 # In the text each given name becomes a single character of the range N, each relation one of R.
 N, R = "[\U000f0000-\U000fffff]", "[\U00100000-\U0010ffff]"
+# Two objects that nothing relates: "dog - cat": none.
+UNRELATED = rf"{N} ?[-–] ?{N}[\"']?: ?[\"']?(?:no|none|null|unknown)\b"
 
 
 def parse_scene_graph(text, objects, relations):
@@ -367,15 +385,18 @@ def parse_scene_graph(text, objects, relations):
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)  # of JSON
     text = re.sub(r"\\?[’']", "'", text.lower().replace("_", " "))
     text = re.split(THOUGHT, re.split(THOUGHT_END, text)[-1])[0]
-    known = rf"(?<!\w)(?:{either(signs)})(?!\w)"
-    text = re.sub(known, lambda match: signs[without_the(match[0])], text)
+    # "on" is no relation in "on the left of".
+    relation = rf"(?:{either(without_the(word) for word in words.values())})(?!\w)"
+    known = rf"(?<!\w)(?:(?:on|to|at) (?:the )?(?={relation}))?({either(signs)})(?!\w)"
+    text = re.sub(known, lambda match: signs[without_the(match[1])], text)
 
-    text = re.sub(MISSING, " ", re.sub(NO_DENIAL, " ", text))
+    for pattern in (NO_DENIAL, MISSING, UNRELATED):
+        text = re.sub(pattern, " ", text)
     has_empty_list = re.search(r"\[\s*\]", text)
     in_brackets = []  # the innermost first
     for _ in range(9):  # as deep as brackets may be nested
-        in_brackets += re.findall(BRACKETS, text)
-        text = re.sub(BRACKETS, " ", text)
+        in_brackets += [match[0] for match in re.finditer(BRACKETS, text)]
+        text = re.sub(BRACKETS, names_of_brackets, text)
 
     seen, triples = [], []
     for pieces in (in_brackets, re.split(LINE_OR_SENTENCE, text)):
@@ -386,6 +407,16 @@ def parse_scene_graph(text, objects, relations):
         if triples or has_empty_list:
             break
     return SceneGraph(dict.fromkeys(seen), triples) if seen or has_empty_list else None
+
+
+def names_of_brackets(match):
+    """What stays of brackets in those around them: {"subject": {"name": "sun"}} names its subject.
+
+    Nothing of those that hold a relation or deny anything.
+    """
+    if re.search(R, match[0]) or DENIAL.search(match[0]):
+        return " "
+    return (match[1] or "") + "".join(re.findall(N, match[0].removeprefix(match[1] or "")))
 
 
 def triples_in(piece):
@@ -399,18 +430,24 @@ def triples_in(piece):
     # The relation is of something else: "sun near the edge, sea".
     broken = [re.search(r"[a-z](?:,| and | but | while )|\bit\b", gap) for gap in gaps]
     numbers = range(len(found))
-    if re.fullmatch("(NNR)+", kinds):
-        places = [(i, i + 2, i + 1) for i in numbers[::3] if formal[i + 1]]
-    elif re.fullmatch("(RNN)+", kinds):
-        places = [(i + 1, i, i + 2) for i in numbers[::3] if formal[i]]
+    if re.fullmatch("(NNR?)+", kinds):  # "dog - cat: , sun - sea: above"
+        starts = [match.start() for match in re.finditer("NNR", kinds)]
+        places = [(i, i + 2, i + 1) for i in starts if formal[i + 1]]
+    elif re.fullmatch("(RNN)+", kinds):  # "above: [sun, sea]" may be of another object
+        places = [(i + 1, i, i + 2) for i in numbers[::3] if formal[i] and "[" not in gaps[i]]
     else:
         places = [
-            (i, i + 1, i + 2) for i in numbers if kinds[i : i + 3] == "NRN" and not broken[i + 1]
+            (i, i + 1, i + 2)
+            for i in numbers
+            if kinds[i : i + 3] == "NRN"
+            and not broken[i + 1]
+            # Of another object: "above sea, below dog".
+            and not (kinds[0] == "R" and re.match(r"\W*[,\n]", gaps[i]))
         ]
     triples = []
     subject_of = {}  # number of an object -> that of its subject
     for subject, relation, object in places:
-        if re.match(r"\W*(?:,|and\b)(?!.*\b(?:which|that)\b)", gaps[subject]):
+        if re.match(r"\W*(?:,|\)|and\b|while\b)(?!.*\b(?:which|that)\b)", gaps[subject]):
             subject = subject_of.get(subject, subject)  # "sun above sea, left of dog"
         subject_of[object] = subject
         end = found[object].start()

@@ -106,6 +106,8 @@ def test_prompt_names_every_object_once():
         ("می‌خواهم above sun", "می‌خواهم above sun"),
         ("1. sun left of St. Bernard", "sun left of St. Bernard"),
         ("हिन्दी left of sun", "हिन्दी left of sun"),
+        ("sun is located right above sea", "sun above sea"),
+        ("sun - left of - sea; moon", "sun left of sea; moon"),
     ],
 )
 def test_what_a_prompt_means(text, prompt):
@@ -120,6 +122,7 @@ def test_what_a_prompt_means(text, prompt):
     + ["a boy riding a horse", "dog behind tree", "the sun isn't above the sea", "no sun"]
     + ["sun cannot be above sea", "sun left of it", "sun + sea", "“sun” left of sea", "sun\0"]
     + ["the", "sun left of sea. moon above sea"]
+    + ["move sun left of sea", "remove moon", "1 above sun"]  # an instruction, no prompt; a list
     + ["cat in front of table", "of blue square", "red circle over blue square", "sun but moon"],
 )
 def test_what_is_not_understood_is_refused_and_the_right_form_shown(text):
@@ -127,6 +130,17 @@ def test_what_is_not_understood_is_refused_and_the_right_form_shown(text):
         parse_prompt(text, RELATIONS)
     assert "write e.g. 'red circle left of blue square; green triangle'" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_relations_may_be_listed_with_the_words_in_front_of_them():
+    for text in ("sun to the left of sea", "sun left of sea", "sun is on the left of sea"):
+        assert parse_prompt(text, ["to the left of"]).triples == (("sun", "to the left of", "sea"),)
+
+
+@pytest.mark.parametrize("parts", [("dog", []), (["dog"], ("dog", "on", "cat")), ([], ["dog on"])])
+def test_forgotten_brackets_are_refused(parts):
+    with pytest.raises(ValueError, match="give a list of names"):
+        SceneGraph(*parts)
 
 
 def test_without_relation_words_no_prompt_can_be_split():
@@ -292,6 +306,21 @@ BOTH = [SUN, ("dog", "below", "sun")]
         ('{"subject": "sun", "relation": "above", "object": "sea", "negated": true}', []),
         ('{"s": "sun", "r": "above", "o": "sea", "not_visible": false, "note": null}', [SUN]),
         ("sun above sea (missing: no); dog below sun (missing: yes)", [SUN]),
+        ('{"pairs": {"sun - sea": "above", "dog - sea": "none"}}', [SUN]),
+        ("sun - sea: above, dog - sea: unknown", [SUN]),
+        ('{"sun": {"above": ["sea", "dog"]}}', []),
+        ('{"name": "sun", "relations": ["above sea", "below dog"]}', []),
+        ("1. [sun, above, sea]: Yes\n2. [dog, below, sun]: No", [SUN]),
+        ("[sun, above, sea] -> true\n[dog, below, sun] -> false", [SUN]),
+        ("Omitted: dog below sun\nsun above sea", [SUN]),
+        ('{"triples": [["sun", "above", "sea"]], "left_out": [["dog", "below", "sun"]]}', [SUN]),
+        ('{"subject": {"name": "sun"}, "relation": "above", "object": {"name": "sea"}}', [SUN]),
+        ('{"object": {"name": "sea"}, "relation": "above", "subject": {"name": "sun"}}', [SUN]),
+        ('{"subject": {"name": "sun", "seen": false}, "above": {"name": "sea"}}', []),
+        ('{"pair": ["sun", "sea"], "relation": "above"}', [SUN]),
+        ('{"objects": ["dog", "sun"], "triples": [["sun", "above", "sea"]]}', [SUN]),
+        ("The sun (below the dog) is above the sea.", [("sun", "below", "dog"), SUN]),
+        ("The sun is below the dog while above the sea.", [("sun", "below", "dog"), SUN]),
         ("Leaving out what is not there:\n- sun above sea", [SUN]),
         ("I cannot see the dog and the sun is above the sea.", []),
         ("sun above sea, not below. sun above dog", [("sun", "above", "dog")]),
@@ -433,6 +462,12 @@ def test_an_answer_without_a_graph_is_none(text):
 def test_an_incomplete_or_denied_triple_is_no_triple(text):
     graph = parse_scene_graph(text, ["sun", "sea"], ["on"])
     assert not graph or graph.triples == ()
+
+
+def test_on_is_no_relation_in_on_the_left_of():
+    text = "The dog is on the left of the cat. The sun is on the dog."
+    graph = parse_scene_graph(text, ["dog", "cat", "sun"], ["on", "left of"])
+    assert graph.triples == (("dog", "left of", "cat"), ("sun", "on", "dog"))
 
 
 def test_the_words_come_back_in_the_spelling_given():
