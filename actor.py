@@ -74,8 +74,7 @@ class Actor(VLM):
     """A VLM that writes edit instructions.
 
     Args:
-        model, processor, batch_size: see `VLM`. Of the model's generation config only the end
-            tokens are kept.
+        model, processor, batch_size: see `VLM`.
         max_new_tokens: longest completion.
         temperature: of sampling, above 0. Log-probs are of the distribution at this temperature.
         checkpointing: recompute activations in `replay`: less memory, a third more time. The
@@ -91,8 +90,6 @@ class Actor(VLM):
         temperature=1.0,
         checkpointing=False,
     ):
-        from transformers import GenerationConfig
-
         super().__init__(model, processor, batch_size)
         self.max_new_tokens = max_new_tokens
         self.temperature = temperature
@@ -101,19 +98,9 @@ class Actor(VLM):
         if checkpointing:
             self.model.activation_checkpointing_enable()
             self.model.disable_input_require_grads()  # only reentrant checkpointing needs it
-        ends = self.model.generation_config.eos_token_id
-        if ends is None:
-            raise ValueError("generation_config.json names no eos_token_id: nothing would end")
-        ends = ends if isinstance(ends, list) else [ends]
-        size = self.model.get_input_embeddings().num_embeddings
-        if not ends or not all(isinstance(end, int) and 0 <= end < size for end in ends):
-            raise ValueError(f"eos_token_id {ends} is not in the vocabulary: nothing would end")
-        # Drop the folder's sampling defaults, such as a repetition penalty: they would change the
-        # distribution whose log-probs we record.
-        self.model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
         # A sampled image token ends a completion, too.
         visual = {getattr(model.config, f"{kind}_token_id", None) for kind in ("image", "video")}
-        self.end_ids = [*ends, *(visual - {None})]
+        self.end_ids = [*self.end_ids, *(visual - {None})]
 
     def probe(self):
         """Call once after loading: turn sharing on if it works on two blank images.
@@ -123,6 +110,10 @@ class Actor(VLM):
         chat = self.chat(SYSTEM, "").rstrip()
         if OPEN_THOUGHT.search(chat) and not chat.endswith("<think>"):
             raise ValueError("the chat template ends inside a thought, which is not <think>")
+        tokenizer = self.processor.tokenizer
+        form = tokenizer("<think></think><edit>none</edit>", add_special_tokens=False).input_ids
+        if parse_completion(tokenizer.decode(form, skip_special_tokens=True))[1] != "none":
+            raise ValueError("its tokenizer loses <think> or <edit>, perhaps as special tokens")
         text = self.processor.tokenizer("red circle left of", add_special_tokens=False)
         ids = torch.tensor([text["input_ids"]] * 4, device=self.model.device)  # (4, T)
         circle, square = request("red circle", ""), request("blue square left of red circle", "")

@@ -21,7 +21,7 @@ LOG = logging.getLogger(__name__)  # a stderr that is gone stops print, but not 
 SYSTEM = "You check images. Answer the question about the image with one word: yes or no."
 LEAST_MASS = 0.5  # of yes and no together, on blank images
 # At the end of a prompt, such as <think>, [THINK] or <|think|>.
-OPEN_THOUGHT = re.compile(r"(?i)[^/\w](think|thought)\w*\W*$")
+OPEN_THOUGHT = re.compile(r"(?i)[^/\w](start_|begin_)?(think|thought|reason)\w*\W*$")
 
 
 @dataclass(frozen=True)
@@ -60,10 +60,12 @@ def questions(graph):
 def reflect(graph, probs, mass=1.0):
     """The `Reflection` made of P(yes) per object and triple of a graph; numbers or tensors.
 
-    Raises ValueError if there is not one probability for each, from 0 to 1.
+    Raises ValueError if there is not one probability for each, from 0 to 1, or nothing to ask.
     """
     probs = tuple(float(prob) for prob in probs)
     count = len(graph.objects) + len(graph.triples)
+    if count == 0:
+        raise ValueError("the graph has no objects: there is nothing to ask")
     if len(probs) != count:
         raise ValueError(f"give {count} probabilities, not {len(probs)}")
     objects = list(zip(graph.labels(), probs))
@@ -95,17 +97,31 @@ def normalize_image(image):
 class VLM:
     """A frozen vision-language model and its processor: what Checker and Actor have in common.
 
-    Freezes the model and sets its tokenizer to pad on the left; several VLMs may share both.
+    Freezes the model and sets its tokenizer to pad on the left; several VLMs may share both. Of the
+    model's generation config only the end tokens are kept.
     batch_size: texts per forward pass; in `Actor.propose` images, with n completions each.
     """
 
     def __init__(self, model, processor, batch_size=64):
+        from transformers import GenerationConfig
+
         self.model = model.eval().requires_grad_(False)
         self.processor = processor
         self.processor.tokenizer.padding_side = "left"
         self.batch_size = batch_size
         self.share = False  # one encoding of an image for all texts about it; see `try_sharing`
         self.checkpointing = False  # see `Actor`
+        ends = model.generation_config.eos_token_id
+        if ends is None:
+            raise ValueError("generation_config.json names no eos_token_id: nothing would end")
+        ends = ends if isinstance(ends, list) else [ends]
+        size = model.get_input_embeddings().num_embeddings
+        if not ends or not all(isinstance(end, int) and 0 <= end < size for end in ends):
+            raise ValueError(f"eos_token_id {ends} is not in the vocabulary: nothing would end")
+        # Drop the folder's sampling defaults, such as a repetition penalty: they would change the
+        # distribution whose log-probs the Actor records, and the answers of a judge.
+        model.generation_config = GenerationConfig(eos_token_id=ends, pad_token_id=ends[0])
+        self.end_ids = ends
 
     @classmethod
     def load(cls, path, device="cpu", dtype="float32", attention="", **settings):
@@ -254,6 +270,7 @@ class Checker(VLM):
     def __init__(self, model, processor, batch_size=64):
         super().__init__(model, processor, batch_size)
         self.yes_no = self.token_ids("yes", "no")
+        self.low_mass_reported = False
 
     def probe(self):
         """Call once after loading: try two blank images, and turn sharing on if it works.
@@ -281,6 +298,10 @@ class Checker(VLM):
         log_probs = self.answers(SYSTEM, image_of, sum(asked, []), self.yes_no)  # (Q, 2)
         probs = (log_probs[:, 0] - log_probs[:, 1]).sigmoid()  # (Q,) P(yes) / P(yes or no)
         masses = log_probs.exp().sum(1)  # (Q,) P(yes or no)
+        if len(masses) and masses.mean() < LEAST_MASS and not self.low_mass_reported:
+            name, mass = self.processor.tokenizer.name_or_path, masses.mean()
+            LOG.warning(f"{name} answers yes or no with {mass:.0%} only: do not trust its scores")
+            self.low_mass_reported = True
         parts = zip(graphs, probs.split(counts), masses.split(counts))
         return [reflect(graph, probs, masses.mean()) for graph, probs, masses in parts]
 

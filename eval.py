@@ -211,9 +211,7 @@ def extract(vlm, images, graphs, relations=()):
         part = slice(start, start + vlm.batch_size)
         inputs = vlm.inputs(EXTRACT, images[part], texts[part])
         with torch.no_grad():
-            ids = vlm.model.generate(
-                **inputs, max_new_tokens=256, do_sample=False, repetition_penalty=1.0
-            )
+            ids = vlm.model.generate(**inputs, max_new_tokens=256, do_sample=False)
         completions = ids[:, inputs["input_ids"].shape[1] :]
         answers += vlm.processor.batch_decode(completions, skip_special_tokens=True)
     parsed = [

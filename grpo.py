@@ -177,7 +177,10 @@ def token_log_probs(logits, ids, temperature=1.0):
     """log softmax(logits / temperature) at the sampled ids.
 
     Args: logits (B, T, V), where logits[:, t] predict ids[:, t]; ids (B, T). Returns (B, T) fp32.
+    Raises ValueError if logits and ids have different lengths.
     """
+    if logits.shape[:2] != ids.shape:
+        raise ValueError(f"logits {tuple(logits.shape)} for ids {tuple(ids.shape)}: align them")
     log_probs = (logits.float() / temperature).log_softmax(-1)  # (B, T, V)
     return log_probs.gather(-1, ids[..., None])[..., 0]  # (B, T)
 
@@ -187,12 +190,10 @@ def chunked_token_log_probs(logits, ids, temperature=1.0):
 
     log_softmax keeps fp32 copies of all logits for the backward pass, each of 5 GB for 32
     completions of 256 tokens at V = 151,936. Here they exist for one completion at a time and are
-    recomputed in the backward pass. Raises ValueError if logits and ids have different lengths.
+    recomputed in the backward pass.
     """
-    if logits.shape[:2] != ids.shape:
-        raise ValueError(f"logits {tuple(logits.shape)} for ids {tuple(ids.shape)}: align them")
     rows = []  # (1, T) each
-    for row_logits, row_ids in zip(logits.split(1), ids.split(1)):
+    for row_logits, row_ids in zip(logits.split(1), ids.split(1), strict=True):
         row = (row_logits, row_ids, temperature)
         rows.append(checkpoint(token_log_probs, *row, use_reentrant=False))
     return torch.cat(rows)  # (B, T)

@@ -358,7 +358,7 @@ def open_image(path):
 
     try:
         return normalize_image(Image.open(path))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, Image.DecompressionBombError) as error:
         raise ValueError(f"--image: {path}: {error}; give a PNG or JPEG file") from None
 
 
@@ -405,6 +405,8 @@ def main():
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
         graphs = graphs or load_graphs(arguments.prompts, config.relations)
         images = [open_image(arguments.image)] if arguments.image else None
+        if images and Path(arguments.image).resolve().is_relative_to(Path(arguments.out).resolve()):
+            raise ValueError("--image: is in --out, where images are replaced; set another --out")
         out = output_folder(arguments.out, "results.json")
         loop = build(config)
         if arguments.prompts:

@@ -371,6 +371,18 @@ def test_a_tag_that_the_template_gives_is_part_of_the_completion(actor, states, 
     assert sum(instruction is not None for instruction in proposals.instructions) >= 18
 
 
+def test_a_tokenizer_that_loses_the_tags_is_refused(tmp_path):
+    folder = tmp_path / "vlm"
+    shutil.copytree(VLM, folder)
+    path = folder / "tokenizer.json"
+    contents = json.loads(path.read_text())
+    token = {"id": contents["model"]["vocab"]["<think>"], "content": "<think>"}
+    contents["added_tokens"].append(contents["added_tokens"][0] | token)  # a special token, too
+    path.write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match="loses <think> or <edit>"):
+        Actor.load(folder).probe()
+
+
 # ---- activation checkpointing ----
 
 

@@ -62,6 +62,11 @@ def test_anything_but_a_probability_for_each_question_is_refused(probs):
         reflect(GRAPH, probs)
 
 
+def test_a_graph_without_objects_is_refused():
+    with pytest.raises(ValueError, match="nothing to ask"):
+        reflect(SceneGraph([], []), [])
+
+
 # ---- which tokens mean yes and no ----
 
 
@@ -204,7 +209,9 @@ def change_template(folder, ending):
     return Checker.load(folder)
 
 
-@pytest.mark.parametrize("ending", ["<think>\n", "[THINK]", "<|think|>", "<|channel>thought\n"])
+@pytest.mark.parametrize(
+    "ending", ["<think>\n", "[THINK]", "<|START_THINKING|>", "<|channel>thought\n"]
+)
 def test_a_template_that_ends_inside_a_thought_is_refused(folder, ending):
     with pytest.raises(ValueError, match=f"template of {folder} ends inside a thought"):
         change_template(folder, ending).probe()
@@ -214,6 +221,23 @@ def test_a_template_that_ends_inside_a_thought_is_refused(folder, ending):
 def test_a_template_after_which_no_answer_comes_is_refused(folder, ending):
     with pytest.raises(ValueError, match=f"{folder} gives yes and no together .* of another model"):
         change_template(folder, ending).probe()
+
+
+def test_a_checker_that_hardly_says_yes_or_no_is_reported_once(folder, caplog):
+    """On real images: `probe` sees blank ones only."""
+    checker = change_template(folder, " yes")
+    for _ in range(2):
+        checker.check([Image.new("RGB", (32, 32))], [GRAPH])
+    (record,) = caplog.records
+    assert "do not trust its scores" in record.message
+
+
+def test_a_folders_generation_defaults_are_dropped(folder):
+    """They would change what a judge answers."""
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"no_repeat_ngram_size": 2}))
+    config = Checker.load(folder).model.generation_config
+    assert config.eos_token_id == [1] and not config.no_repeat_ngram_size
 
 
 def test_a_template_that_drops_the_question_is_refused(folder):
@@ -226,7 +250,8 @@ def test_a_template_that_drops_the_question_is_refused(folder):
 def test_a_template_that_can_do_without_a_thought_is_asked_to(folder, flag):
     choice = f"{{% if {flag} is not defined or {flag} %}}<think>{{% endif %}}"
     change_template(folder, choice).probe()
-    assert not OPEN_THOUGHT.search("<answer><think>\n\n</think>\n\n")
+    for ending in ("<think>\n\n</think>\n\n", "<|START_THINKING|><|END_THINKING|>"):
+        assert not OPEN_THOUGHT.search(f"<answer>{ending}")
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,14 @@ def test_token_log_probs_equal_a_loop(function, dtype):
 
 
 @both_ways
+@pytest.mark.parametrize("shape", [(3, 20), (2, 21)])
+def test_logits_and_ids_of_different_lengths_are_refused(function, shape):
+    logits, _ = make_logits()
+    with pytest.raises(ValueError):
+        function(logits, torch.zeros(shape, dtype=torch.long))
+
+
+@both_ways
 @both_dtypes
 def test_token_log_probs_have_the_gradient_of_a_categorical(function, dtype):
     logits, ids = make_logits(dtype)

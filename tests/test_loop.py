@@ -177,6 +177,13 @@ def test_a_prompt_and_an_image(program, monkeypatch):
     assert [step["score"] for step in samples(out)[0]["steps"]] == [0.1, 0.2]
 
 
+def test_an_image_in_the_output_folder_is_not_overwritten(program, monkeypatch, tmp_path):
+    script = Script({0: [0.5]})
+    monkeypatch.setattr(loop, "open_image", lambda path: script.image(0, 0))
+    with pytest.raises(SystemExit, match="--image: is in --out"):
+        program(script, "sun above sea", "--image", str(tmp_path / "out" / "0.png"))
+
+
 def test_an_image_from_a_file(tmp_path):
     Image.new("CMYK", (40, 30)).save(tmp_path / "mine.jpg")
     image = loop.open_image(tmp_path / "mine.jpg")
