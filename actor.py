@@ -237,6 +237,10 @@ class Actor(VLM):
             wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
             # Some programs repeat the config's alpha as tensors.
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
+            # Tensors of the base model would change it, for the Checker and the KL reference too.
+            whole = "|".join(map(re.escape, config.modules_to_save or ()))
+            own = re.compile(rf"lora_|trainable_tokens|\.alpha$|\b({whole or '(?!)'})\b")
+            wrong += [name for name in named if not own.search(name)]
             wrong += [
                 n for n, x in tensors.items() if not x.is_floating_point() or not x.isfinite().all()
             ]
@@ -269,8 +273,13 @@ class Actor(VLM):
 
         Call `backward` inside it too: peft freezes the parameters of an inactive adapter.
         """
+        from peft.utils import ModulesToSaveWrapper
+
         if self.has_adapter:
             self.model.enable_adapters()
+            for module in self.model.modules():  # `enable_adapters` leaves these out
+                if isinstance(module, ModulesToSaveWrapper):
+                    module.enable_adapters(True)
         try:
             yield
         finally:

@@ -139,7 +139,10 @@ class VLM:
             use_safetensors=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # to name them below
         )
+        for name, stored, needed in info["mismatched_keys"]:
+            raise ValueError(f"{path}: {name} has shape {[*stored]}; config.json asks {[*needed]}")
         if lacking := sorted(info["missing_keys"]):
             raise ValueError(f"{path} lacks the weights of {', '.join(lacking[:3])}")
         if unused := sorted(info["unexpected_keys"]):  # `build` turns transformers' report off

@@ -48,9 +48,13 @@ class Diffuser:
                 continue
             kind = getattr(import_module(entry[0]), entry[1])
             if issubclass(kind, torch.nn.Module):
-                models[name], info = kind.from_pretrained(
-                    path, subfolder=name, output_loading_info=True, **options
-                )
+                more = {"subfolder": name, "output_loading_info": True}
+                if entry[0] == "transformers":  # diffusers itself names mismatched tensors
+                    more["ignore_mismatched_sizes"] = True
+                models[name], info = kind.from_pretrained(path, **more, **options)
+                for key, stored, needed in info["mismatched_keys"]:
+                    shapes = f"shape {[*stored]}; its config.json asks {[*needed]}"
+                    raise ValueError(f"{name}: {key} has {shapes}")
                 if missing := sorted(info["missing_keys"]):
                     raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")
                 if unused := sorted(info["unexpected_keys"]):
@@ -129,7 +133,11 @@ class Diffuser:
         Raises ValueError, naming the file they came from, if none is left.
         """
         problems = [self.problem(graph.prompt()) for graph in graphs]
-        found = [problem for problem in problems if problem]
+        found = [
+            f"{graph.prompt()!r:.99}: {problem}"
+            for graph, problem in zip(graphs, problems)
+            if problem
+        ]
         if found:
             message = f"{path}: {len(found)} of {len(graphs)} prompts cannot be read ({found[0]})"
             if len(found) == len(graphs):

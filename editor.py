@@ -324,6 +324,8 @@ class Editor:
             found = set_peft_model_state_dict(transformer, tensors, ADAPTER)
             wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
+            # Tensors of the base model would change it, for the Diffuser too.
+            wrong += [name for name in tensors if "lora_" not in name and ".alpha" not in name]
             wrong += [
                 n for n, x in tensors.items() if not x.is_floating_point() or not x.isfinite().all()
             ]

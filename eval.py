@@ -351,7 +351,7 @@ def run(arguments):
         raise ValueError(f"{arguments.config}: key 'evaluation' is missing; add it")
     limit = None if arguments.full else settings.limit
     graphs = load_graphs(settings.data, config.relations, limit)
-    folder = output_folder(arguments.out)
+    folder = output_folder(arguments.out, "strip.png", "0000")
     made_with = {"config": fingerprint(config), "prompts": len(graphs)}
     rows = finished_rows(folder / "results.json", made_with, arguments.resume)
     loop = build(config)
@@ -394,7 +394,7 @@ def finished_rows(path, made_with, resume):
 
     Raises ValueError if it is of another config, or if a new one would replace unfinished rows.
     """
-    if not resume and not path.exists():
+    if not path.exists():
         return []
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
@@ -405,7 +405,7 @@ def finished_rows(path, made_with, resume):
         same = all(results[key] == value for key, value in made_with.items())
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); remove it, or set --out") from None
-    if not same and (resume or not finished):
+    if not same:
         raise ValueError(f"{path}: is of another config; remove it, or set --out to another folder")
     if not resume and not finished:
         raise ValueError(f"{path}: is unfinished; add --resume, or --out with another folder")

@@ -337,14 +337,16 @@ def lock(folder):
     try:
         import fcntl
 
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         file.truncate(0)
         file.write(f"pid {os.getpid()}\n")
         file.flush()
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        reason = f"another process is writing to this folder ({file.read().strip()})"
-        raise ValueError(f"{folder}: {reason}") from None
+        holder = file.read().strip()
+        if holder != f"pid {os.getpid()}":
+            reason = f"another process is writing to this folder ({holder})"
+            raise ValueError(f"{folder}: {reason}") from None
     except (ImportError, OSError):
         pass  # Windows and some network file systems have no locks; a full disk has no room
     return file
@@ -429,6 +431,8 @@ def main():
             if done == len(graphs) or batches.bit_count() == 1:
                 say(f"  {done} of {len(graphs)} prompts: {record(out, trajectories)}")
     except (ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, OSError) and arguments.out not in str(error):  # of a full disk
+            error = f"{arguments.out}: {error}"
         sys.exit(" ".join(f"loop.py: {error}".split()))
 
 

@@ -515,6 +515,10 @@ class Run:
             raise ValueError("this loop was trained before; `build(config)` another for a new run")
         (self.folder / "adapter").mkdir(parents=True, exist_ok=True)
         self.lock = lock(self.folder)
+        self.reward = type(loop.checker).__name__
+        if saved and (then := saved.get("reward", self.reward)) != self.reward:
+            reason = f"its reward was {then}, not {self.reward}"
+            raise ValueError(f"{self.folder}: {reason}; resume it with the program that began it")
         self.graphs = self.read(config.data, config.data_limit or None)
         self.judge = load_judge(config, "judge") if config.judge else None
         held_out = self.read(config.validation, config.validation_limit)
@@ -524,6 +528,9 @@ class Run:
         lines = [json.dumps(row) + "\n" for row in self.rows]
         write(self.folder / "metrics.jsonl", "".join(lines))
         write(self.folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
+        if not saved:  # of an earlier run, whose checkpoint and adapter were removed
+            for file in [*self.folder.glob("samples/*.json"), self.folder / "seconds.jsonl"]:
+                file.unlink(missing_ok=True)
         self.began = time.perf_counter()
         if saved:
             restore(saved["tensors"], parameters, optimizer, self.averages)
@@ -563,15 +570,15 @@ class Run:
                 "warning: nothing was learned in 5 iterations: no image fails the Checker, rewards "
                 "within each group are the same, or gradients are not finite; look at the report"
             )
-        if validated:
-            record(folder, trajectories, done)
         if done > 0:  # before that there is nothing to resume
             with (folder / "seconds.jsonl").open("a") as file:
                 file.write(json.dumps({"iteration": done, "seconds": seconds}) + "\n")
-            self.save_adapter()
-            about = {"metrics": self.rows, "made with": self.made_with}
+            about = {"metrics": self.rows, "made with": self.made_with, "reward": self.reward}
             state = self.parameters, self.optimizer, self.averages
+            self.save_adapter()
             save_checkpoint(folder / CHECKPOINT, *state, about)
+        if validated:
+            record(folder, trajectories, done)
         self.began = time.perf_counter()
 
     @contextmanager
@@ -614,10 +621,13 @@ def check_run(config, phase, resume):
     folder, path = Path(config.run), Path(config.run) / CHECKPOINT
     if path.exists() and not resume:
         raise ValueError(f"{folder}: holds a run; continue it with --resume, or set run=another")
-    if not resume and any((folder / "adapter").glob("*.safetensors")):
+    metrics = folder / "metrics.jsonl"
+    # A start that fails before its first checkpoint may leave an adapter of one iteration.
+    failed_start = metrics.exists() and len(metrics.read_bytes().splitlines()) <= 2
+    if not (resume or failed_start) and any((folder / "adapter").glob("*.safetensors")):
         raise ValueError(f"{folder}: holds an adapter; set run=another, or remove the folder")
-    if (folder / "results.json").exists():
-        raise ValueError(f"{folder}: holds an evaluation; set run=another")
+    if any((folder / name).exists() for name in ("results.json", "strip.png", "0000")):
+        raise ValueError(f"{folder}: holds results of eval.py or loop.py; set run=another")
     for adapter in filter(None, (config.actor.adapter, config.editor.adapter)):
         if folder.resolve() in (Path(adapter).resolve(), *Path(adapter).resolve().parents):
             raise ValueError(f"{folder}: training would overwrite {adapter}; set run=another")
@@ -730,7 +740,9 @@ def main():
         config = load_config(path, TrainConfig, arguments.overrides)
         saved = check_run(config, phase, arguments.resume)
         finished = saved and len(saved["metrics"]) > config.iterations
-        if finished and (Path(config.run) / "adapter" / "SHA256SUMS").exists():
+        adapter = Path(config.run) / "adapter"
+        sums = adapter / "SHA256SUMS"
+        if finished and sums.exists() and sums.read_text() == sha256_sums(adapter):
             say(f"{config.run}: is finished; to train longer, set more iterations")
             return
         for path in (config.data, config.validation):  # a wrong file shows before models are loaded
@@ -740,8 +752,10 @@ def main():
             signal.signal(number, stop)
         train = phase1 if phase == 1 else phase2
         train(loop, config, arguments.resume)
-        say(f"adapter: {Path(config.run) / 'adapter'}")
+        say(f"adapter: {adapter}")
     except (ValueError, FloatingPointError, RuntimeError, OSError, SafetensorError) as error:
+        if isinstance(error, OSError) and config.run not in str(error):  # of a full disk
+            error = f"{config.run}: {error}"
         sys.exit(" ".join(f"train.py: {error}".split()))
 
 

@@ -311,6 +311,11 @@ def edited(saved, folder, change=lambda tensors: tensors, **config):
         ),
         (lambda tensors: tensors | {"surplus.weight": torch.zeros(1)}, {}, "not finite: surplus"),
         (lambda tensors: {n: t.to(torch.int8) for n, t in tensors.items()}, {}, "not finite: "),
+        (
+            lambda tensors: tensors | {"base_model.model.lm_head.weight": torch.zeros(99, 128)},
+            {},
+            "not finite: lm_head.weight",
+        ),
         (dict, {"r": 8}, "size mismatch"),
         (dict, {"init_lora_weights": "pissa"}, "'pissa' is not a plain LoRA"),
     ],
@@ -343,7 +348,11 @@ def test_an_adapter_with_whole_modules(tmp_path):
     model.save_pretrained(tmp_path)
     actor = load()
     actor.load_adapter(tmp_path)
-    assert torch.equal(actor.model.lm_head.modules_to_save["actor"].weight, head)
+    hidden = torch.randn(2, 128)
+    base = actor.model.lm_head(hidden)
+    with actor.adapter():
+        torch.testing.assert_close(actor.model.lm_head(hidden), hidden @ head.T)
+    assert torch.equal(actor.model.lm_head(hidden), base)
 
 
 def test_adapters_of_other_programs(saved, tmp_path):

@@ -314,6 +314,15 @@ def test_missing_weights_are_refused_by_name(folder):
         Checker.load(folder)
 
 
+def test_weights_of_another_shape_are_refused_by_name(folder):
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    (name,) = [name for name in tensors if "lm_head.weight" in name]
+    save_file(tensors | {name: tensors[name][1:].contiguous()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lm_head.weight has shape \[98, 128\]; .* \[99, 128\]"):
+        Checker.load(folder)
+
+
 def test_pickled_weights_are_refused(folder):
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()

@@ -116,6 +116,16 @@ def test_missing_weights_are_named(flow, part):
         Diffuser.load(flow)
 
 
+@pytest.mark.parametrize("part", ["text_encoder", "transformer"])
+def test_weights_of_another_shape_are_named(flow, part):
+    (path,) = (flow / part).glob("*.safetensors")
+    tensors = load_file(path)
+    name = next(name for name in sorted(tensors) if tensors[name].ndim == 2)
+    save_file(tensors | {name: tensors[name][1:].contiguous()}, path, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{name} (has|expected) shape"):
+        Diffuser.load(flow)
+
+
 def test_pickled_weights_are_refused(flow):
     path = flow / "transformer" / "diffusion_pytorch_model.safetensors"
     torch.save(load_file(path), path.with_suffix(".bin"))

@@ -206,7 +206,7 @@ def test_a_file_of_prompts_after_a_longer_one(program, tmp_path, caplog):
     program(Script({0: [0.1, 0.2, 0.3], 1: [0.8], 2: [0.7]}), "--prompts", str(path))
     path.write_text("sun above sea\ndog\n\n  tree left of house; moon\n")
     out = program(Script({0: [0.7], 1: [0.8]}), "--prompts", str(path))
-    assert "1 of 3 prompts cannot be read (too hard)" in caplog.text
+    assert "1 of 3 prompts cannot be read ('dog': too hard)" in caplog.text
     assert [(s["prompt"], s["seed"]) for s in samples(out)] == [
         ("sun above sea", 0),
         ("tree left of house; moon", 1),

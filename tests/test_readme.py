@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -42,6 +43,16 @@ def resolve(name):
     for attribute in attributes:
         found = getattr(found, attribute)
     return found
+
+
+def test_an_own_reward_trains(tmp_path, monkeypatch):
+    """The program in docs/training.md, on fewer states."""
+    monkeypatch.chdir(ROOT)
+    (program,) = [text for text in blocks(ROOT / "docs/training.md", "python") if "Dark" in text]
+    small = f"'run={tmp_path}', 'groups=4', 'group_size=4', 'rounds=1', 'iterations=1'"
+    exec(program.replace('"run=runs/dark"', f"{small}, 'validation_limit=1'"), {})
+    metrics = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert "grad_norm" in json.loads(metrics[1])
 
 
 def test_there_is_something_to_check():

@@ -632,8 +632,10 @@ def test_a_run_does_not_overwrite_what_it_starts_from_nor_an_evaluation(tmp_path
     adapter.mkdir(parents=True)
     words = command(tmp_path / "run", f"actor.adapter={adapter}")
     assert f"training would overwrite {adapter}; set run=another" in refusal(*words)
-    (tmp_path / "run" / "results.json").touch()
-    assert "holds an evaluation; set run=another" in refusal(*words)
+    for name in ("results.json", "strip.png", "0000"):
+        (tmp_path / "run" / name).touch()
+        assert "holds results of eval.py or loop.py; set run=another" in refusal(*words)
+        (tmp_path / "run" / name).unlink()
     (adapter / "adapter_model.safetensors").touch()
     assert "holds an adapter; set run=another" in refusal(*words)
 
@@ -649,13 +651,53 @@ def test_a_finished_run_says_so_and_cannot_become_shorter(tmp_path, monkeypatch,
     assert "2 iterations are done; set iterations=2 or more" in line
 
 
-def test_resuming_a_finished_run_brings_back_a_deleted_adapter(tmp_path):
+@pytest.mark.parametrize(
+    "damage",
+    [
+        shutil.rmtree,
+        lambda adapter: (adapter / "adapter.safetensors").unlink(),
+        lambda adapter: (adapter / "adapter.safetensors").write_bytes(b"half"),
+    ],
+)
+def test_resuming_a_finished_run_mends_its_adapter(tmp_path, damage, monkeypatch):
+    monkeypatch.chdir(ROOT)
     phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2"))
     adapter = tmp_path / "adapter"
     files = {path.name: path.read_bytes() for path in adapter.iterdir()}
-    shutil.rmtree(adapter)
-    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2"), resume=True)
+    damage(adapter)
+    monkeypatch.setattr(sys, "argv", ["train.py", *command(tmp_path, "iterations=2"), "--resume"])
+    monkeypatch.setattr(train, "build", lambda config: toys.loop())
+    train.main()
     assert {path.name: path.read_bytes() for path in adapter.iterdir()} == files
+
+
+def test_a_run_goes_on_with_the_reward_it_had_only(tmp_path):
+    class Dark(toys.Checker):
+        pass
+
+    loop = toys.loop()
+    loop.checker = Dark()
+    phase1(loop, settings(phase1, tmp_path))
+    with pytest.raises(ValueError, match="its reward was Dark, not Checker"):
+        phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2"), resume=True)
+
+
+def test_nothing_of_an_earlier_run_stays_in_the_report(tmp_path):
+    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2", "validate_every=1"))
+    shutil.rmtree(tmp_path / "adapter")
+    (tmp_path / "checkpoint.safetensors").unlink()
+    phase1(toys.loop(), settings(phase1, tmp_path, "iterations=1"))
+    assert {path.name for path in tmp_path.glob("samples/*")} == {"0000.json", "0001.json"}
+    assert len((tmp_path / "seconds.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_lock_holds_while_the_same_process_looks_at_the_folder(tmp_path):
+    held = train.lock(tmp_path)
+    train.lock(tmp_path).close()  # as `check_run` does
+    program = f"from pathlib import Path; from loop import lock; lock(Path({str(tmp_path)!r}))"
+    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE)
+    assert b"another process is writing" in process.stderr
+    held.close()
 
 
 def test_a_changed_config_is_refused_key_by_key(tmp_path):
@@ -777,10 +819,11 @@ def test_a_pipe_that_breaks_does_not_stop_a_run(tmp_path):
 
 @PHASES
 def test_a_start_that_failed_does_not_block_the_corrected_one(tmp_path, phase, monkeypatch):
-    """Before the first iteration is done there is no checkpoint, so nothing to protect."""
-    with monkeypatch.context() as patch, pytest.raises(ValueError, match="no memory"):
-        patch.setattr(train, "check_on_policy", Mock(side_effect=ValueError("no memory")))
-        phase(toys.loop(), settings(phase, tmp_path))
+    """Before the first checkpoint there is nothing to protect."""
+    for step in ("check_on_policy", "save_checkpoint"):
+        with monkeypatch.context() as patch, pytest.raises(ValueError, match="no room"):
+            patch.setattr(train, step, Mock(side_effect=ValueError("no room")))
+            phase(toys.loop(), settings(phase, tmp_path))
     folder = tmp_path / "never failed"
     for run in (tmp_path, folder):
         phase(toys.loop(), settings(phase, run))
