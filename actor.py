@@ -111,9 +111,10 @@ class Actor(VLM):
         if OPEN_THOUGHT.search(chat) and not chat.endswith("<think>"):
             raise ValueError("the chat template ends inside a thought, which is not <think>")
         tokenizer = self.processor.tokenizer
-        form = tokenizer("<think></think><edit>none</edit>", add_special_tokens=False).input_ids
-        if parse_completion(tokenizer.decode(form, skip_special_tokens=True))[1] != "none":
-            raise ValueError("its tokenizer loses <think> or <edit>, perhaps as special tokens")
+        form = tokenizer("<think></think><edit>", add_special_tokens=False).input_ids
+        if special := set(form) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}:
+            lost = tokenizer.decode(sorted(special))
+            raise ValueError(f"its tokenizer drops {lost} as special: completions would lose it")
         text = self.processor.tokenizer("red circle left of", add_special_tokens=False)
         ids = torch.tensor([text["input_ids"]] * 4, device=self.model.device)  # (4, T)
         circle, square = request("red circle", ""), request("blue square left of red circle", "")
