@@ -105,17 +105,18 @@ class Actor(VLM):
     def probe(self):
         """Call once after loading: turn sharing on if it works on two blank images.
 
-        Raises ValueError if the chat template ends inside a thought that `propose` does not know.
+        Raises ValueError if the chat template ends inside a thought that `propose` does not know,
+        or if the tags of a completion are special tokens, which decoding drops.
         """
         chat = self.chat(SYSTEM, "").rstrip()
         if OPEN_THOUGHT.search(chat) and not chat.endswith("<think>"):
             raise ValueError("the chat template ends inside a thought, which is not <think>")
         tokenizer = self.processor.tokenizer
         form = tokenizer("<think></think><edit>", add_special_tokens=False).input_ids
-        if special := set(form) & set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}:
-            lost = tokenizer.decode(sorted(special))
-            raise ValueError(f"its tokenizer drops {lost} as special: completions would lose it")
-        text = self.processor.tokenizer("red circle left of", add_special_tokens=False)
+        for id, token in tokenizer.added_tokens_decoder.items():
+            if token.special and id in form and id != tokenizer.unk_token_id:
+                raise ValueError(f"its tokenizer has {token.content} as special, so drops it")
+        text = tokenizer("red circle left of", add_special_tokens=False)
         ids = torch.tensor([text["input_ids"]] * 4, device=self.model.device)  # (4, T)
         circle, square = request("red circle", ""), request("blue square left of red circle", "")
         self.try_sharing(SYSTEM, [circle, circle, square, square], ids, torch.ones_like(ids))

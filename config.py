@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from os.path import dirname, exists, expanduser, expandvars, isdir, isfile, join
+from os.path import dirname, exists, expanduser, expandvars, isdir, isfile, join, relpath
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
@@ -265,7 +265,8 @@ def check(kind, value, key, folder):
 def fingerprint(config, leave_out=()):
     """What a resumed run must share: {dotted key: value}, without the keys to leave out.
 
-    An adapter or data file is given as a hash of its content, a model as its path or Hub id.
+    An adapter or data file is given as a hash of its content, a model as its Hub id or its path,
+    relative to this file, so that it is the same wherever a run is resumed from.
     """
     values = flatten(asdict(config))
     return {key: value for key, value in values.items() if key not in leave_out}
@@ -279,6 +280,8 @@ def flatten(values, prefix=""):
             flat |= flatten(value, f"{prefix}{key}.")
         elif key in ("adapter", "data", "validation") and value:
             flat[prefix + key] = f"content {content_hash(Path(value))}"
+        elif key == "model" and isdir(value):
+            flat[prefix + key] = relpath(value, dirname(__file__))
         else:
             flat[prefix + key] = value
     return flat

@@ -388,7 +388,7 @@ def test_a_tokenizer_that_loses_the_tags_is_refused(tmp_path):
     token = {"id": contents["model"]["vocab"]["<think>"], "content": "<think>"}
     contents["added_tokens"].append(contents["added_tokens"][0] | token)  # a special token, too
     path.write_text(json.dumps(contents))
-    with pytest.raises(ValueError, match="tokenizer drops <think> as special"):
+    with pytest.raises(ValueError, match="tokenizer has <think> as special"):
         Actor.load(folder).probe()
 
 

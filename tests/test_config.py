@@ -203,6 +203,11 @@ def test_the_fingerprint_follows_the_content_of_files(load, folder):
     assert [key for key in before if before[key] != after[key]] == ["actor.adapter"]
 
 
+def test_the_fingerprint_of_a_model_is_the_same_however_its_path_is_written(load, folder):
+    one, two = fingerprint(load()), fingerprint(load(f"checker.model={folder}/vlm"))
+    assert one == two and one["checker.model"] != one["editor.model"]
+
+
 # ---- anything at all ----
 
 texts = st.text("ab/. ~$\n\r\x85\0'\"é") | st.text()
