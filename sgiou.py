@@ -106,14 +106,18 @@ def triples_entities_relations(graph):
 # Between two clauses: a semicolon, a tab, or the end of a line.
 CLAUSE_END = r"[;；\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 # In front of a clause: the mark of a list, and words that say nothing.
-CLAUSE_START = r"(?i)^(?:[-*•] |\d+[.)] )?(?:an? (?:photo|picture|image) of )?"
+CLAUSE_START = (
+    r"(?i)^(?:[-*•] |\d+[.)] )?(?:(?:an? )?(?:photo|picture|image|painting|drawing) of )?"
+)
+POSE = "(?:sitting|standing|lying|hanging|floating|resting|sits|stands|lies|hangs|hung|rests)"
 # Shows that a text is not the name of one object. ("St. Bernard" and "black-and-white cat" are.)
 SENTENCE = re.compile(
     r"(?i) (?:an?|the) |^(?:an|the|another)$|^(?:of|to|on|in|at|by|from) |n['’]t\b|\w{3}\. |"
-    r"^(?:move|add|remove|swap|change|replace|put|place|draw|make|avoid) |"
+    rf" {POSE} (?:in|on|at|by|with) |"
+    r"^(?:move|add|remove|swap|change|replace|put|place|draw|make|avoid|\d+|two|three|several) |"
     r"(?<!-)\b(?:over|beneath|underneath|slightly|just|but|is|are|was|were|be|"
-    r"should|must|no|not|nor|never|cannot|without|and|or|plus|then|that|which|between|it|itself)"
-    r"\b(?!-)"
+    r"should|must|no|not|nor|never|cannot|without|and|or|plus|then|that|which|who|between|it|itself|"
+    r"himself|herself|themselves|nothing)\b(?!-)"
 )
 
 
@@ -157,7 +161,7 @@ def parse_prompt(text, relations):
 
 
 # Words in front of a relation that are not part of it.
-BEFORE = "(?:(?:that|which|is|are|was|were|located|positioned|placed|situated|directly|"
+BEFORE = "(?:(?:that|which|who|is|are|was|were|located|positioned|placed|situated|directly|"
 BEFORE += "immediately|exactly|right|far|to|on|at|the) )*"
 
 
@@ -171,7 +175,8 @@ def find_relation(text, relations):
     for relation in [*SPATIAL, *relations]:
         listed[re.sub("^(to|on|at) ", "", without_the(relation))] = relation
     listed |= {without_the(relation): relation for relation in relations}
-    pattern = rf"(?ai)(?<!\S){BEFORE}({either(listed)})(?!\S)"
+    # `??`: a listed "sitting on" wins over "on".
+    pattern = rf"(?ai)(?<!\S){BEFORE}(?:{POSE} {BEFORE})??({either(listed)})(?!\S)"
     match = re.search(pattern, text.replace("_", " "))  # as long as text
     if not match:
         return None
@@ -346,24 +351,36 @@ THOUGHT, THOUGHT_END = (
 )
 # Brackets without others inside, the key in front of them, and a verdict after them.
 BRACKETS = r"([\"'][^\"'\n]{1,40}[\"']: ?|\b\w{1,20} ?\w{0,20}: ?)?"
-BRACKETS += r"(?:\[[^][{}]*\]|\{[^][{}]*\})(?: ?[:=-]+>? ?\w+| ?[❌✗✘])?"
+BRACKETS += r"(?:\[[^][{}]*\]|\{[^][{}]*\})"
+BRACKETS += r"(?: ?[:=-]+>? ?\w+| ?[❌✗✘]|, ?[\"']\w{1,20}[\"']: ?\w+\s*(?=\}))?"
 LINE_OR_SENTENCE = r"\n|[.;!。；](?:\s|$)"
 NO = r"(?:\b(?:no|not|never|cannot|neither|none|false|null|missing|absent|negated|incorrect|wrong|"
-NO += r"unknown|omitted|excluded|left out|unsatisfied|violated)\b|n't\b)"
-DENIAL = re.compile(rf"{NO}|[❌✗✘]|\?\W*$")
+NO += r"unknown|omitted|excluded|left out|unsatisfied|violated|unmatched|unsupported|invalid)\b|"
+NO += r"n't\b)"
+DENIAL = rf"{NO}|\b(?:whether|if|unclear|uncertain|should|would|might|hardly)\b|[❌✗✘]|\?\W*$"
+DENIAL = re.compile(DENIAL)
 # Keys that deny nothing: "missing": false, "note": null.
-NO_DENIAL = rf"{NO}[\w ]{{0,20}}[\"']?: ?[\"']?(?:false|null|no|none)\b|"
-NO_DENIAL += r"\b\w+[\"']: ?[\"']?(?:null|none)\b"
+NO_DENIAL = rf"(?:{NO}|occluded|hidden|truncated|partial|uncertain)[\w ]{{0,20}}[\"']?: ?"
+NO_DENIAL += r"[\"']?(?:false|null|no|none)\b|\b\w+[\"']: ?[\"']?(?:null|none)\b"
 # What is listed as missing: under such a key of JSON, or under such a heading.
 MISSING = rf"[\"'][^\"'\n]{{0,40}}{NO}[^\"'\n]{{0,40}}[\"']: ?"
 MISSING += r"(?:\[(?:[^][]|\[[^][]*\])*\]|\{[^{}]*\})"
 MISSING += rf"|(?m:^\W{{0,3}}(?:\w+ )?{NO}.{{0,40}}:\W{{0,3}}\n(?: *[-*\d].*\n?)+)"
+# After an object: the sentence goes on about the subject.
+GOES_ON = r"\W*(?:,|\)|(?:and|while|but|as well as)\b)(?!.*\b(?:which|that|who)\b)"
+IS = r"\b(?:is|are|was|were)\b"
 # A key that says that a triple's subject comes next, although it is the second of the two names.
-SUBJECT_KEY = re.compile(r"\b(?:subject|subj|source|from|head|s)\W{0,2}[:=>]\W*$")
+SUBJECT_KEY = re.compile(r"\b(?:subject|subj?|source|from|head|s)\W{0,2}[:=>]\W*$")
 # In the text each given name becomes a single character of the range N, each relation one of R.
 N, R = "[\U000f0000-\U000fffff]", "[\U00100000-\U0010ffff]"
-# Two objects that nothing relates: "dog - cat": none.
-UNRELATED = rf"{N} ?[-–] ?{N}[\"']?: ?[\"']?(?:no|none|null|unknown)\b"
+# Entries that say no: "dog - cat": none, "dog left of cat": false, "dog": false.
+ENTRY = rf"(?:{N} ?(?:[-–]|{R}) ?)?{N}[\"']?: ?[\"']?{NO}[\w ]*"
+# What a model says about its answer.
+REMARK = r"[\"']\w{0,12} ?(?:reason|thought|think|expla|note|comment|analys)\w*[\"']: ?"
+REMARK += r"\"[^\"\n]*\"|(?m://.*$)"
+# A word that is only a part of what is said: "on the side of", "holding up", "car seat".
+PART = rf"{R}(?= (?:the )?(?!an? |top )\w+(?: \w+)? of\b)|"
+PART += rf"{R}(?= (?!(?:an?|the)[\"'])[a-z][a-z ]*[\"'])|{N}(?= [a-z]+[\"'](?!:))"
 
 
 def parse_scene_graph(text, objects, relations):
@@ -383,15 +400,16 @@ def parse_scene_graph(text, objects, relations):
 
     text = re.sub(rf"{N}|{R}", " ", text)
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)  # of JSON
-    text = re.sub(r"\\?[’']", "'", text.lower().replace("_", " "))
+    text = re.sub(r"\\?[’']", "'", re.sub(r"\\?_", " ", text.lower()))
     text = re.split(THOUGHT, re.split(THOUGHT_END, text)[-1])[0]
     # "on" is no relation in "on the left of".
     relation = rf"(?:{either(without_the(word) for word in words.values())})(?!\w)"
-    known = rf"(?<!\w)(?:(?:on|to|at) (?:the )?(?={relation}))?({either(signs)})(?!\w)"
+    known = rf"(?<!\w)(?:(?:on|to|at) (?:the )?(?={relation}))?({either(signs)})(?:e?s)?(?!\w)"
     text = re.sub(known, lambda match: signs[without_the(match[1])], text)
 
-    for pattern in (NO_DENIAL, MISSING, UNRELATED):
+    for pattern in (PART, REMARK, NO_DENIAL, MISSING, ENTRY):
         text = re.sub(pattern, " ", text)
+    text = re.sub(rf"\[\s*([\"']?(?:{N}|{R})[\"']?)\s*\]", r"\1", text)  # a list of one word
     has_empty_list = re.search(r"\[\s*\]", text)
     in_brackets = []  # the innermost first
     for _ in range(9):  # as deep as brackets may be nested
@@ -447,8 +465,12 @@ def triples_in(piece):
     triples = []
     subject_of = {}  # number of an object -> that of its subject
     for subject, relation, object in places:
-        if re.match(r"\W*(?:,|\)|and\b|while\b)(?!.*\b(?:which|that)\b)", gaps[subject]):
-            subject = subject_of.get(subject, subject)  # "sun above sea, left of dog"
+        # "sun above sea, left of dog" and "the sun above the sea is left of the dog"
+        goes_on = re.match(GOES_ON, gaps[subject])
+        if subject > 1 and re.match(f" {IS}", gaps[subject]):
+            goes_on = not re.search(rf"{IS}|[^\w ]", gaps[subject - 2])
+        if goes_on:
+            subject = subject_of.get(subject, subject)
         subject_of[object] = subject
         end = found[object].start()
         if SUBJECT_KEY.search(piece, max(end - 20, 0), end):

@@ -108,6 +108,8 @@ def test_prompt_names_every_object_once():
         ("हिन्दी left of sun", "हिन्दी left of sun"),
         ("sun is located right above sea", "sun above sea"),
         ("sun - left of - sea; moon", "sun left of sea; moon"),
+        ("A painting of the sun that is sitting above the sea", "sun above sea"),
+        ("owl sitting on branch; standing lamp", "owl on branch; standing lamp"),
     ],
 )
 def test_what_a_prompt_means(text, prompt):
@@ -123,6 +125,7 @@ def test_what_a_prompt_means(text, prompt):
     + ["sun cannot be above sea", "sun left of it", "sun + sea", "“sun” left of sea", "sun\0"]
     + ["the", "sun left of sea. moon above sea"]
     + ["move sun left of sea", "remove moon", "1 above sun"]  # an instruction, no prompt; a list
+    + ["3 owls above sun", "two owls", "owl looking at himself", "cat lying in box"]
     + ["cat in front of table", "of blue square", "red circle over blue square", "sun but moon"],
 )
 def test_what_is_not_understood_is_refused_and_the_right_form_shown(text):
@@ -321,6 +324,19 @@ BOTH = [SUN, ("dog", "below", "sun")]
         ('{"objects": ["dog", "sun"], "triples": [["sun", "above", "sea"]]}', [SUN]),
         ("The sun (below the dog) is above the sea.", [("sun", "below", "dog"), SUN]),
         ("The sun is below the dog while above the sea.", [("sun", "below", "dog"), SUN]),
+        ('["sun", "above", "sea level"], ["dog", "below", "sun"]', [("dog", "below", "sun")]),
+        ('{"reason": "sun above sea?", "note": "sun below dog", "triples": []}', []),
+        ('[{"triple": ["sun", "above", "sea"], "present": false}]', []),
+        ("I cannot see it. Tell me whether the sun is above the sea.", []),
+        ("The sun is above the sea but below the dog.", [SUN, ("sun", "below", "dog")]),
+        ('{"sub": "sun", "rel": "above", "obj": "sea"}', [SUN]),
+        ('{"obj": "sea", "rel": "above", "sub": "sun"}', [SUN]),
+        ('{"sun above sea": true, "dog below sun": false}', [SUN]),
+        ('{"subject": "sun", "relation": "above", "object": "sea", "occluded": false}', [SUN]),
+        ('{"sun": {"above": ["sea"]}}', [SUN]),
+        ('["sun", ["above"], "sea"]', [SUN]),
+        ("Two suns are above the sea.", [SUN]),
+        ("The sun above the sea is below the dog.", [SUN, ("sun", "below", "dog")]),
         ("Leaving out what is not there:\n- sun above sea", [SUN]),
         ("I cannot see the dog and the sun is above the sea.", []),
         ("sun above sea, not below. sun above dog", [("sun", "above", "dog")]),
@@ -464,10 +480,18 @@ def test_an_incomplete_or_denied_triple_is_no_triple(text):
     assert not graph or graph.triples == ()
 
 
+def test_a_listed_verb_wins_over_its_preposition():
+    for relations, relation in ((["on"], "on"), (["on", "sitting on"], "sitting on")):
+        assert parse_prompt("owl sitting on branch", relations).triples[0][1] == relation
+
+
 def test_on_is_no_relation_in_on_the_left_of():
     text = "The dog is on the left of the cat. The sun is on the dog."
     graph = parse_scene_graph(text, ["dog", "cat", "sun"], ["on", "left of"])
     assert graph.triples == (("dog", "left of", "cat"), ("sun", "on", "dog"))
+    for longer in ("on the left side of", "on the right of", "on top of a"):
+        graph = parse_scene_graph(f'[["dog", "{longer}", "cat"]]', ["dog", "cat"], ["on"])
+        assert graph.triples == ()
 
 
 def test_the_words_come_back_in_the_spelling_given():
