@@ -112,10 +112,11 @@ class Actor(VLM):
         if OPEN_THOUGHT.search(chat) and not chat.endswith("<think>"):
             raise ValueError("the chat template ends inside a thought, which is not <think>")
         tokenizer = self.processor.tokenizer
-        form = tokenizer("<think></think><edit>", add_special_tokens=False).input_ids
-        for id, token in tokenizer.added_tokens_decoder.items():
-            if token.special and id in form and id != tokenizer.unk_token_id:
-                raise ValueError(f"its tokenizer has {token.content} as special, so drops it")
+        tags = ("<think>", "</think>", "<edit>", "</edit>")
+        ids = tokenizer("".join(tags), add_special_tokens=False).input_ids
+        whole, shown = tokenizer.decode(ids), tokenizer.decode(ids, skip_special_tokens=True)
+        if lost := [tag for tag in tags if tag in whole and tag not in shown]:
+            raise ValueError(f"its tokenizer has {lost[0]} as a special token, so drops it")
         text = tokenizer("red circle left of", add_special_tokens=False)
         ids = torch.tensor([text["input_ids"]] * 4, device=self.model.device)  # (4, T)
         circle, square = request("red circle", ""), request("blue square left of red circle", "")
@@ -214,7 +215,7 @@ class Actor(VLM):
         if found != rank:
             raise ValueError(f"the loaded adapter has rank {found}; set rank={found}")
         self.model.eval().disable_adapters()  # a new adapter comes active and in training mode
-        parameters = [p for name, p in self.model.named_parameters() if f".{ADAPTER}." in name]
+        parameters = [p for n, p in self.model.named_parameters() if f".{ADAPTER}." in f"{n}."]
         for parameter in parameters:
             parameter.data = parameter.data.float()  # Adam needs fp32 even if the model is bf16
         self.has_adapter = True
@@ -225,23 +226,35 @@ class Actor(VLM):
 
         Raises ValueError if it is no plain LoRA, damaged, or of another model.
         """
-        from peft import PeftConfig, set_peft_model_state_dict
+        from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
 
         try:
             tensors = safetensors.torch.load_file(Path(folder) / "adapter_model.safetensors")
             config = PeftConfig.from_pretrained(folder)
             if config.init_lora_weights not in (True, False, "gaussian"):
                 raise ValueError(f"{config.init_lora_weights!r} is not a plain LoRA")
+            if config.bias != "none":
+                raise ValueError("it changes biases of the base model, which the Checker may share")
+            if config.modules_to_save and self.model.dtype != torch.float32:
+                raise ValueError("it trains whole modules, which needs actor.dtype: float32")
             self.model.add_adapter(config, ADAPTER)
             self.add_adapter(config.r)
             named = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
+            # Tensors of the base model would change it, for the Checker and the KL reference too.
+            # (peft writes copies of embeddings that a LoRA is on.)
+            base = self.model.state_dict()
+            for name in [n for n in named if ".base_layer." in n and n in base]:
+                if torch.equal(named[name].to(base[name]), base[name]):
+                    del named[name]
+            own = get_peft_model_state_dict(
+                self.model, adapter_name=ADAPTER, save_embedding_layers=False
+            )
+            surplus = [n for n in named if n not in own and not n.endswith(".alpha")]
             found = set_peft_model_state_dict(self.model, named, ADAPTER)
-            wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
+            wrong = [name for name in found.missing_keys if f".{ADAPTER}." in f"{name}."]
             # Some programs repeat the config's alpha as tensors.
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
-            # Tensors of the base model would change it, for the Checker and the KL reference too.
-            own = ["lora_", "trainable_tokens", ".alpha", *(config.modules_to_save or ())]
-            wrong += [name for name in named if not any(part in name for part in own)]
+            wrong += surplus
             wrong += [
                 n for n, x in tensors.items() if not x.is_floating_point() or not x.isfinite().all()
             ]

@@ -303,7 +303,8 @@ class Checker(VLM):
         masses = log_probs.exp().sum(1)  # (Q,) P(yes or no)
         if len(masses) and masses.mean() < LEAST_MASS and not self.low_mass_reported:
             name, mass = self.processor.tokenizer.name_or_path, masses.mean()
-            LOG.warning(f"{name} answers yes or no with {mass:.0%} only: do not trust its scores")
+            reason = f"{name} answers yes or no with {mass:.0%} only"
+            LOG.warning(f"Checker: {reason}: its scores are noise")
             self.low_mass_reported = True
         parts = zip(graphs, probs.split(counts), masses.split(counts))
         return [reflect(graph, probs, masses.mean()) for graph, probs, masses in parts]

@@ -14,7 +14,7 @@ import hashlib
 import json
 import re
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
-from os.path import dirname, exists, expanduser, expandvars, isdir, isfile, join, relpath
+from os.path import dirname, exists, expanduser, expandvars, isdir, isfile, join
 from pathlib import Path
 from typing import Annotated, get_args, get_type_hints
 
@@ -265,11 +265,20 @@ def check(kind, value, key, folder):
 def fingerprint(config, leave_out=()):
     """What a resumed run must share: {dotted key: value}, without the keys to leave out.
 
-    An adapter or data file is given as a hash of its content, a model as its Hub id or its path,
-    relative to this file, so that it is the same wherever a run is resumed from.
+    An adapter or data file is given as a hash of its content, a model as its Hub id or its path:
+    absolute, or relative to this file if it is below.
     """
     values = flatten(asdict(config))
     return {key: value for key, value in values.items() if key not in leave_out}
+
+
+def differences(then, now):
+    """What differs between two fingerprints, as text: "" if nothing does."""
+    return ", ".join(
+        f"{key} ({then.get(key, 'unset')} then, {now.get(key, 'unset')} now)"
+        for key in then | now
+        if then.get(key) != now.get(key)
+    )
 
 
 def flatten(values, prefix=""):
@@ -281,7 +290,9 @@ def flatten(values, prefix=""):
         elif key in ("adapter", "data", "validation") and value:
             flat[prefix + key] = f"content {content_hash(Path(value))}"
         elif key == "model" and isdir(value):
-            flat[prefix + key] = relpath(value, dirname(__file__))
+            path, here = Path(value).absolute(), Path(__file__).absolute().parent
+            inside = path.is_relative_to(here)
+            flat[prefix + key] = str(path.relative_to(here) if inside else path)
         else:
             flat[prefix + key] = value
     return flat

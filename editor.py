@@ -85,6 +85,7 @@ class Editor:
 
     Args:
         pipeline: of a class in PIPELINES; may be the Diffuser's. Its transformer is frozen here.
+            All parts need one dtype, as `from_pretrained(path, dtype=torch.float32)` gives.
         call: keyword arguments of every pipeline call.
         batch_size: images per call of `edit`, if the pipeline is `batched`; else one.
         template: what the pipeline reads; {} stands for the instruction.
@@ -146,6 +147,8 @@ class Editor:
         """
         if not images:
             return Rollout([], [])
+        if not len(images) == len(instructions) == len(seeds) == len(noise_seeds):
+            raise ValueError("images, instructions, seeds, and noise_seeds: need the same number")
         scheduler, transformer = self.pipeline.scheduler, self.pipeline.transformer
         generators = [torch.Generator().manual_seed(seed) for seed in noise_seeds]
         steps = []
@@ -188,10 +191,15 @@ class Editor:
         finally:
             hook.remove()
             del scheduler.step  # the method of its class comes back
+        if not steps:
+            raise ValueError(f"{window=}, {noise_level=}: no step has noise before the last one")
         return Rollout(edited, steps)
 
     def replay(self, step):
-        """A `RecordedStep` again, with gradient: (log_prob (B,), mean (B, tokens, C), std)."""
+        """A `RecordedStep` again, with gradient: (log_prob (B,), mean (B, tokens, C), std).
+
+        Call it and `backward` inside `adapter()`; outside, it is the base model, the KL reference.
+        """
         transformer = self.pipeline.transformer
         outputs = [transformer(*given, **named)[0] for given, named in step.calls]
         velocity = self._velocity(outputs, step.sample)
@@ -283,7 +291,8 @@ class Editor:
     def add_adapter(self, rank):
         """Add an adapter unless one is loaded; return its parameters (list, fp32).
 
-        A new one changes nothing yet. Raises ValueError if the loaded one has another rank.
+        A new one changes nothing yet. The parameters are frozen outside `adapter()`; give them to
+        the optimizer as they are. Raises ValueError if the loaded one has another rank.
         """
         from peft import LoraConfig
 
@@ -302,7 +311,7 @@ class Editor:
         return parameters
 
     def load_adapter(self, folder):
-        """Load a folder that `save_adapter` wrote, or any LoRA that diffusers reads, in fp32.
+        """Load a folder that `save_adapter` wrote, or another LoRA of diffusers or kohya, in fp32.
 
         Raises ValueError if it is damaged or of another model.
         """
@@ -311,12 +320,14 @@ class Editor:
         transformer = self.pipeline.transformer
         try:
             files = list(Path(folder).glob("*.safetensors"))
-            if len(files) > 1:  # diffusers would take one of them
+            if len(files) != 1:  # of several, diffusers would take one
                 raise ValueError(f"{len(files)} files; leave only the one with the adapter in it")
             with warnings.catch_warnings():
                 # peft only warns of layers that the file's config names and its tensors lack.
                 warnings.simplefilter("error", RuntimeWarning)
                 self.pipeline.load_lora_weights(folder, adapter_name=ADAPTER, use_safetensors=True)
+            if ADAPTER not in getattr(transformer, "peft_config", {}):
+                raise ValueError("no tensor's name begins with 'transformer.'")
             self.add_adapter(transformer.peft_config[ADAPTER].r)
             # Set the tensors again, because diffusers rounds them to the model's dtype.
             tensors = self.pipeline.lora_state_dict(folder, use_safetensors=True)

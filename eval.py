@@ -35,7 +35,7 @@ if __name__ == "__main__":  # Ctrl-C ends it without a traceback; finished rows 
 from tqdm import tqdm
 
 from checker import Checker
-from config import LoopConfig, fingerprint, load_config
+from config import LoopConfig, differences, fingerprint, load_config
 from loop import Trajectory, build, check_sums, device_and_dtype, naming, output_folder
 from report import record, report, say, write
 from sgiou import SceneGraph, load_graphs, parse_scene_graph, sg_iou
@@ -352,7 +352,7 @@ def run(arguments):
     limit = None if arguments.full else settings.limit
     graphs = load_graphs(settings.data, config.relations, limit)
     folder = output_folder(arguments.out, "strip.png", "0000")
-    made_with = {"config": fingerprint(config), "prompts": len(graphs)}
+    made_with = fingerprint(config) | {"prompts": len(graphs)}
     rows = finished_rows(folder / "results.json", made_with, arguments.resume)
     loop = build(config)
     judge, judge_name = loop.checker, "the Checker's own model"
@@ -366,7 +366,8 @@ def run(arguments):
         mass = fmean(t.best.reflection.mass for t in trajectories)
         say(f"  {rows[-1].name} (the Checker's P(yes or no): {mass:.4f})")
         made = tables(rows, counts, judge_name)
-        results = {"tables": made, "rows": [vars(row) for row in rows]} | made_with
+        columns = [vars(row) for row in rows]
+        results = {"tables": made, "rows": columns, "made with": made_with}
         write(folder / "table.md", markdown(made))
         write(folder / "results.json", json.dumps(results, allow_nan=False) + "\n")
         if rows[-1].name.startswith("best of"):  # the page keeps the trajectories of the last loop
@@ -402,11 +403,12 @@ def finished_rows(path, made_with, resume):
         finished = rows[-1].name.startswith("best of")
         if any(row.values.keys() != rows[0].values.keys() or not row.values for row in rows):
             raise ValueError("its rows differ in their columns")
-        same = all(results[key] == value for key, value in made_with.items())
+        changed = differences(results["made with"], made_with)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); remove it, or set --out") from None
-    if not same:
-        raise ValueError(f"{path}: is of another config; remove it, or set --out to another folder")
+    if changed:
+        reason = f"is of another config: {changed}"
+        raise ValueError(f"{path}: {reason}; remove it, or set another --out")
     if not resume and not finished:
         raise ValueError(f"{path}: is unfinished; add --resume, or --out with another folder")
     return rows if resume else []

@@ -30,13 +30,14 @@ def group_advantages(rewards, eps=0.05, flat_range=0.02):
 
     Returns (advantages (groups, G) fp32, kept (groups, 1) bool). kept is False for a flat group:
     leave it out of mask and count of `clipped_loss`. If no group is kept, skip the optimizer step,
-    because Adam moves the parameters even on a zero gradient.
+    because Adam moves the parameters even on a zero gradient. `clipped_loss` takes one row per
+    sample: `advantages.reshape(-1, 1)` and `mask & kept.repeat_interleave(G, 0)`.
     Raises ValueError for a reward that is not finite and for groups of one sample.
     """
     if not rewards.isfinite().all():
         raise ValueError("a reward is NaN or infinite; check the output of the reward model")
-    if rewards.shape[1] < 2:
-        raise ValueError("a group has one sample; it needs others to compare to")
+    if rewards.ndim != 2 or rewards.shape[1] < 2:
+        raise ValueError(f"rewards {tuple(rewards.shape)}: make it (groups, G), G of 2 or more")
     rewards = rewards.float()
     mean = rewards.mean(1, keepdim=True)  # (groups, 1)
     std = rewards.std(1, correction=0, keepdim=True)
@@ -115,10 +116,15 @@ def sde_step(velocity, sample, sigma, sigma_next, noise_level, next_sample=None,
     log N(x'; mean, std^2), as in Flow-GRPO's code, so log rho is the true log ratio divided by D.
     Log rho shrinks like 1 / sqrt(D), so the clip range has to be that much narrower.
     An ODE step has log_prob None and std 0. The step to sigma_next = 0 is always an ODE step: noise
-    added there would stay in the image. Raises ValueError for sigmas out of order.
+    added there would stay in the image. Raises ValueError for sigmas out of order, a negative
+    noise_level, and tensors of different shapes.
     """
-    if not 0 <= sigma_next < sigma <= 1:
-        raise ValueError(f"sigma {sigma} to {sigma_next}: need 1 >= sigma > sigma_next >= 0")
+    if not 0 <= sigma_next < sigma <= 1 or noise_level < 0:
+        numbers = f"{sigma=}, {sigma_next=}, {noise_level=}"
+        raise ValueError(f"{numbers}: need 1 >= sigma > sigma_next >= 0 and noise_level >= 0")
+    for tensor in (velocity, next_sample):
+        if tensor is not None and tensor.shape != sample.shape:
+            raise ValueError(f"{tuple(tensor.shape)} beside {tuple(sample.shape)}: align them")
     velocity, sample = velocity.float(), sample.float()
     dt = sigma_next - sigma
     # At sigma = 1, the first step, s would be infinite; this is what Flow-GRPO's code does.

@@ -328,12 +328,17 @@ def once_per_place():
     return is_new
 
 
+HELD = {}  # the locked file of each folder that this process writes to
+
+
 def lock(folder):
     """An open file that is locked until it is closed or this process ends for any reason.
 
     Raises ValueError if another process holds it. In one process (a notebook) it may be taken anew.
     """
-    file = open(folder / "lock", "a+")
+    file, held = open(folder / "lock", "a+"), HELD.get(folder.resolve())
+    if held and not held.closed:
+        return file
     try:
         import fcntl
 
@@ -341,12 +346,11 @@ def lock(folder):
         file.truncate(0)
         file.write(f"pid {os.getpid()}\n")
         file.flush()
+        HELD[folder.resolve()] = file
     except (BlockingIOError, PermissionError):
         file.seek(0)
-        holder = file.read().strip()
-        if holder != f"pid {os.getpid()}":
-            reason = f"another process is writing to this folder ({holder})"
-            raise ValueError(f"{folder}: {reason}") from None
+        reason = f"another process is writing to this folder ({file.read().strip()})"
+        raise ValueError(f"{folder}: {reason}") from None
     except (ImportError, OSError):
         pass  # Windows and some network file systems have no locks; a full disk has no room
     return file
@@ -364,9 +368,6 @@ def open_image(path):
         raise ValueError(f"--image: {path}: {error}; give a PNG or JPEG file") from None
 
 
-LOCKS = []  # of the folders that this process writes to
-
-
 def output_folder(path, *foreign):
     """Make a folder for results, and lock it until this process ends.
 
@@ -378,7 +379,7 @@ def output_folder(path, *foreign):
             raise ValueError(f"--out: {folder} holds another run ({name}); name another folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        LOCKS.append(lock(folder))
+        lock(folder)
     except OSError as error:
         raise ValueError(f"--out: {error}; name another folder") from None
     return folder

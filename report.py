@@ -95,9 +95,9 @@ def curves(text):
     for name, points in series.items():
         xs, ys = zip(*points)
         low, high = min(ys), max(ys)
+        span = high - low if high - low > 1e-4 * abs(high) else math.inf  # rounding is no curve
         path = "L".join(
-            f"{300 * (x - xs[0]) / (xs[-1] - xs[0] or 1):.1f} "
-            f"{90 - 90 * (y - low) / (high - low or 1):.1f}"
+            f"{300 * (x - xs[0]) / (xs[-1] - xs[0] or 1):.1f} {90 - 90 * (y - low) / span:.1f}"
             for x, y in points[:: len(points) // 400 + 1]  # at most 400
         )
         parts += f"<figure><p><b>{ys[0]:.3g} → {ys[-1]:.3g}</b>{html(name)}"
@@ -117,11 +117,13 @@ def gallery(*texts):
         parts += f"<h3>{html(sample['prompt'])}</h3><em>{scores} · seed {sample['seed']}</em><ol>"
         for number, step in enumerate(steps):
             mark = "best" if number == best else ""
-            parts += f'<li class="{mark}"><img src="{escape(step["image"])}" alt="">'
+            parts += f'<li class="{mark}"><img src="{escape(step["image"])}" alt="image {number}">'
             parts += f"<p><b>{step['score']:.2f}</b>image {number} {mark}"
             for asked, p in step["verdicts"]:
                 parts += f'<p class="{"yes" if p >= 0.5 else "no"}"><b>{p:.0%}</b>{html(asked)}'
-            parts += f"<p>{html(edit(step, number))}<p><em>{html(step['thought'])}</em>"
+            if number:
+                parts += f"<p>made by: {html(edit(step, number))}"
+                parts += f"<p><em>because: {html(step['thought'])}</em>"
         parts += "</ol>"
     return parts
 

@@ -37,7 +37,8 @@ class SceneGraph:
 
     def __post_init__(self):
         triples, unique = list(self.triples), {}
-        if isinstance(self.objects, str) or any(isinstance(triple, str) for triple in triples):
+        wrong = any(isinstance(triple, str) or len(triple) != 3 for triple in triples)
+        if isinstance(self.objects, str) or wrong:
             raise ValueError("give a list of names, and a list of (subject, relation, object)")
         for triple in map(tuple, triples):
             unique.setdefault(tuple(normalize(part) for part in triple), triple)
@@ -89,7 +90,10 @@ def normalize(text):
 
 
 def sg_iou(pred, gold):
-    """Compares two SceneGraphs: {"sg_iou", "entity_iou", "relation_iou"}, floats in [0, 1]."""
+    """Compares two SceneGraphs: {"sg_iou", "entity_iou", "relation_iou"}, floats in [0, 1].
+
+    Of graphs without triples, even equal ones, sg_iou and relation_iou are 0: leave them out.
+    """
     names = ("sg_iou", "entity_iou", "relation_iou")
     sets = zip(names, triples_entities_relations(pred), triples_entities_relations(gold))
     return {name: len(p & g) / max(len(p | g), 1) for name, p, g in sets}  # two empty sets: 0
@@ -238,7 +242,8 @@ def load_graphs(path, relations=(), limit=None):
     if not graphs:
         raise ValueError(f"{path}: no scene graph in it; {'; '.join(skipped[:1]) or 'it is empty'}")
     if skipped:
-        LOG.warning(f"{path}: skipped {len(skipped)} entries; the first: {skipped[0]}")
+        number = f"{len(skipped)} of {len(skipped) + len(graphs)} entries"
+        LOG.warning(f"{path}: skipped {number}; the first: {skipped[0]}")
     return graphs
 
 
@@ -308,6 +313,8 @@ def read_laion(entry, place):
             raise ValueError("attributes are not a list")
         if clean_name(item["label"]):
             names[id] = clean_name(checked(*filter(None, attributes), item["label"]))
+    if "relations" not in entry:
+        raise ValueError("it has no key 'relations'")
     for record in entry["relations"] or ():
         subject, object = str(record["item1"]), str(record["item2"])
         relation = re.sub("(?i)^(is|are)[ _](?=.)", "", checked(record["relation"]))

@@ -65,7 +65,7 @@ import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from config import TrainConfig, fingerprint, load_config
+from config import TrainConfig, differences, fingerprint, load_config
 from eval import grade, load_judge
 from grpo import clipped_loss, gaussian_kl, group_advantages, k3_kl
 from loop import Trajectory, build, lock, sha256_sums
@@ -529,7 +529,7 @@ class Run:
         write(self.folder / "metrics.jsonl", "".join(lines))
         write(self.folder / "config.yaml", yaml.safe_dump(asdict(config), sort_keys=False))
         if not saved:  # of an earlier run, whose checkpoint and adapter were removed
-            for file in [*self.folder.glob("samples/*.json"), self.folder / "seconds.jsonl"]:
+            for file in [*self.folder.glob("samples/[0-9]*.json"), self.folder / "seconds.jsonl"]:
                 file.unlink(missing_ok=True)
         self.began = time.perf_counter()
         if saved:
@@ -563,13 +563,18 @@ class Run:
         names = "reward before kl flat_groups malformed grad_norm".split()
         names += "val_checker val_judge val_sg_iou".split()
         shown = [f"{name} {metrics[name]:.3g}" for name in names if name in metrics]
-        say(f"{done:4d}  {'  '.join(shown)}  {seconds:.1f}s")
+        say(f"{done:4d}  {'  '.join(shown)}" + (f"  {seconds:.1f}s" if done else ""))
         recent = self.rows[1:][-5:]
         if len(recent) == 5 and not any("grad_norm" in row for row in recent):
             say(
                 "warning: nothing was learned in 5 iterations: no image fails the Checker, rewards "
                 "within each group are the same, or gradients are not finite; look at the report"
             )
+        if validated:
+            try:
+                record(folder, trajectories, done)
+            except ValueError as error:  # an unreadable file of the report must not stop training
+                say(f"warning: {error}; remove it")
         if done > 0:  # before that there is nothing to resume
             with (folder / "seconds.jsonl").open("a") as file:
                 file.write(json.dumps({"iteration": done, "seconds": seconds}) + "\n")
@@ -577,8 +582,6 @@ class Run:
             state = self.parameters, self.optimizer, self.averages
             self.save_adapter()
             save_checkpoint(folder / CHECKPOINT, *state, about)
-        if validated:
-            record(folder, trajectories, done)
         self.began = time.perf_counter()
 
     @contextmanager
@@ -638,16 +641,10 @@ def check_run(config, phase, resume):
     if not resume:
         return None
     saved = read_checkpoint(path)
-    then, now = saved["made with"], fingerprint(config, MAY_CHANGE)
-    differences = [
-        f"{key} ({then.get(key, 'unset')} then, {now.get(key, 'unset')} now)"
-        for key in then | now
-        if then.get(key) != now.get(key)
-    ]
-    if differences:
+    if changed := differences(saved["made with"], fingerprint(config, MAY_CHANGE)):
         raise ValueError(
-            f"{folder}: was started with a different config: {', '.join(differences)}; undo that, "
-            "or start a new run that continues from this adapter"
+            f"{folder}: was started with a different config: {changed}; undo that, or start a new "
+            "run that continues from this adapter"
         )
     done = len(saved["metrics"]) - 1
     if config.iterations < done:

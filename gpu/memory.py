@@ -254,7 +254,10 @@ def main():
     print("\nGiB: weights + trained + working = peak\n")
     for file in files:
         placeholders = [f"{key}={ROOT}/tiny/data/val.json" for key in ("data", "validation")]
-        config = load_config(file, TrainConfig, [*placeholders, *overrides])
+        try:
+            config = load_config(file, TrainConfig, [*placeholders, *overrides])
+        except ValueError as error:
+            sys.exit(f"memory.py: {error}; give a file of train.py")
         print(f"| {Path(file).name} | weights | trained | working | peak |\n|---|---|---|---|---|")
         with torch.device("meta"):
             stages = measure(config)

@@ -318,6 +318,7 @@ def edited(saved, folder, change=lambda tensors: tensors, **config):
         ),
         (dict, {"r": 8}, "size mismatch"),
         (dict, {"init_lora_weights": "pissa"}, "'pissa' is not a plain LoRA"),
+        (dict, {"bias": "all"}, "changes biases of the base model"),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(saved, tmp_path, change, config, message):
@@ -341,7 +342,7 @@ def test_an_adapter_with_whole_modules(tmp_path):
     """peft's `modules_to_save`, as `PeftModel.save_pretrained` writes it."""
     from peft import LoraConfig, get_peft_model
 
-    settings = {"target_modules": TARGETS, "modules_to_save": ["lm_head"]}
+    settings = {"target_modules": TARGETS, "modules_to_save": ["lm_head", "norm"]}
     model = get_peft_model(load().model, LoraConfig(r=4, **settings))
     head = model.base_model.model.lm_head.modules_to_save["default"].weight
     head.data += 1
@@ -353,6 +354,28 @@ def test_an_adapter_with_whole_modules(tmp_path):
     with actor.adapter():
         torch.testing.assert_close(actor.model.lm_head(hidden), hidden @ head.T)
     assert torch.equal(actor.model.lm_head(hidden), base)
+    with pytest.raises(ValueError, match="whole modules, which needs actor.dtype: float32"):
+        load(dtype="bfloat16").load_adapter(tmp_path)
+
+
+def test_an_adapter_of_embeddings_and_one_of_new_tokens(tmp_path):
+    """With the embeddings, peft saves copies of the base model's."""
+    from peft import LoraConfig, get_peft_model
+
+    embeddings = {"target_modules": ["q_proj", "embed_tokens", "lm_head"]}
+    tokens = {"target_modules": ["q_proj"], "trainable_token_indices": {"embed_tokens": [3]}}
+    for name, chosen in (("embeddings", embeddings), ("tokens", tokens)):
+        model = get_peft_model(load().model, LoraConfig(r=4, **chosen))
+        disturb([p for p in model.parameters() if p.requires_grad])
+        model.save_pretrained(tmp_path / name)
+        ids = torch.tensor([[3, 4, 5]])
+        expected = model(input_ids=ids).logits
+        actor = load()
+        actor.load_adapter(tmp_path / name)
+        with actor.adapter():
+            torch.testing.assert_close(actor.model(input_ids=ids).logits, expected)
+        count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        assert sum(p.numel() for p in actor.add_adapter(4)) == count
 
 
 def test_adapters_of_other_programs(saved, tmp_path):
@@ -380,15 +403,16 @@ def test_a_tag_that_the_template_gives_is_part_of_the_completion(actor, states, 
     assert sum(instruction is not None for instruction in proposals.instructions) >= 18
 
 
-def test_a_tokenizer_that_loses_the_tags_is_refused(tmp_path):
+@pytest.mark.parametrize("tag", ["<think>", "</edit>"])
+def test_a_tokenizer_that_loses_the_tags_is_refused(tmp_path, tag):
     folder = tmp_path / "vlm"
     shutil.copytree(VLM, folder)
     path = folder / "tokenizer.json"
     contents = json.loads(path.read_text())
-    token = {"id": contents["model"]["vocab"]["<think>"], "content": "<think>"}
+    token = {"id": contents["model"]["vocab"][tag], "content": tag}
     contents["added_tokens"].append(contents["added_tokens"][0] | token)  # a special token, too
     path.write_text(json.dumps(contents))
-    with pytest.raises(ValueError, match="tokenizer has <think> as special"):
+    with pytest.raises(ValueError, match=f"tokenizer has {tag} as a special"):
         Actor.load(folder).probe()
 
 

@@ -53,7 +53,12 @@ def test_flat_groups_are_exactly_zero_and_left_out():
 
 @pytest.mark.parametrize(
     ("rewards", "message"),
-    [([[0.1], [0.3]], "one sample"), ([[0.1, math.nan]], "NaN"), ([[0.1, math.inf]], "infinite")],
+    [
+        ([[0.1], [0.3]], "groups, G"),
+        ([0.1, 0.3], "groups, G"),
+        ([[0.1, math.nan]], "NaN"),
+        ([[0.1, math.inf]], "infinite"),
+    ],
 )
 def test_advantage_errors(rewards, message):
     with pytest.raises(ValueError, match=message):

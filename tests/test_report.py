@@ -78,7 +78,8 @@ def test_a_trajectory(tmp_path):
     page, text = page_of(tmp_path)
     assert re.findall('<li class="(.*?)">', page) == ["", "best", "", ""]
     assert re.findall('<p class="(.*?)">', page) == ["no"] * 3 + ["yes"] * 6 + ["no"] * 3
-    edits = ["generated", f"{MOVE}a thought", "nonea thought", "(malformed: no edit) (image 1)"]
+    edits = [f"{MOVE}because: a thought", "nonebecause: a thought"]
+    edits += ["(malformed: no edit) (image 1)"]
     assert all(edit in text for edit in edits)
     assert "0.25 → 0.75 · seed 0" in text and "75%red circle" in text
 
@@ -118,8 +119,8 @@ def test_text_is_escaped(tmp_path):
     for name in ("config.yaml", "command.txt"):
         (folder / name).write_text(EVIL)
     page, text = page_of(folder)
-    # in the prompt, verdicts, thoughts and edit, curve, table, and files
-    assert text.count(EVIL) == 1 + 2 * 2 + 3 + 1 + 2 + 2
+    # in the prompt, verdicts, thought and edit, curve, table, and files
+    assert text.count(EVIL) == 1 + 2 * 2 + 2 + 1 + 2 + 2
     assert "<script" not in page and page.count("<img") == page.count('<img src="data:image/') == 2
 
 

@@ -140,7 +140,10 @@ def test_relations_may_be_listed_with_the_words_in_front_of_them():
         assert parse_prompt(text, ["to the left of"]).triples == (("sun", "to the left of", "sea"),)
 
 
-@pytest.mark.parametrize("parts", [("dog", []), (["dog"], ("dog", "on", "cat")), ([], ["dog on"])])
+@pytest.mark.parametrize(
+    "parts",
+    [("dog", []), (["dog"], ("dog", "on", "cat")), ([], ["dog on"]), ([], [("dog", "on")])],
+)
 def test_forgotten_brackets_are_refused(parts):
     with pytest.raises(ValueError, match="give a list of names"):
         SceneGraph(*parts)
@@ -234,7 +237,7 @@ def test_a_bad_entry_is_skipped_and_counted(tmp_path, caplog, entry):
     path = write(tmp_path, [LAION, entry, LAION])
     assert [graph.id for graph in load_graphs(path)] == ["482063"] * 2
     (message,) = caplog.messages
-    assert message.startswith(f"{path}: skipped 1 entries; the first: entry 1: ")
+    assert message.startswith(f"{path}: skipped 1 of 3 entries; the first: entry 1: ")
     assert "\n" not in message
     with pytest.raises(ValueError, match="data.json: no scene graph in it; entry 0: "):
         load_graphs(write(tmp_path, [entry]))
@@ -261,7 +264,7 @@ def test_geneval(tmp_path, caplog):
     prompts = ["vase right of horse", "yellow bowl; white cup"]
     assert [graph.prompt() for graph in loaded] == [*prompts, "donut; another donut; another donut"]
     assert loaded[0].caption == "a vase right of a horse"
-    assert "skipped 1 entries; the first: line 5: " in caplog.text
+    assert "skipped 1 of 4 entries; the first: line 5: " in caplog.text
 
 
 def test_t2i_compbench_and_plain_prompts(tmp_path, caplog):
@@ -274,7 +277,7 @@ def test_t2i_compbench_and_plain_prompts(tmp_path, caplog):
     prompts = ["balloon on top of giraffe", "bird on side of airplane", "vase hidden by clock"]
     prompts += ["bee left of key; frog near cup"]
     assert [graph.prompt() for graph in load_graphs(path)] == prompts
-    assert "skipped 2 entries; the first: line 6: " in caplog.text
+    assert "skipped 2 of 6 entries; the first: line 6: " in caplog.text
     assert load_graphs(path, ["riding"])[-1].prompt() == "man riding horse"
 
 

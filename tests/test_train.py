@@ -686,9 +686,19 @@ def test_nothing_of_an_earlier_run_stays_in_the_report(tmp_path):
     phase1(toys.loop(), settings(phase1, tmp_path, "iterations=2", "validate_every=1"))
     shutil.rmtree(tmp_path / "adapter")
     (tmp_path / "checkpoint.safetensors").unlink()
+    (tmp_path / "samples" / "mine.json").touch()
     phase1(toys.loop(), settings(phase1, tmp_path, "iterations=1"))
-    assert {path.name for path in tmp_path.glob("samples/*")} == {"0000.json", "0001.json"}
+    left = {"0000.json", "0001.json", "mine.json"}
+    assert {path.name for path in tmp_path.glob("samples/*")} == left
     assert len((tmp_path / "seconds.jsonl").read_text().splitlines()) == 1
+
+
+def test_a_report_that_cannot_be_made_does_not_stop_a_run(tmp_path, capsys):
+    phase1(toys.loop(), settings(phase1, tmp_path))
+    (tmp_path / "samples" / "0000.json").write_text("{half")
+    config = settings(phase1, tmp_path, "iterations=2", "validate_every=1")
+    phase1(toys.loop(), config, resume=True)
+    assert "0000.json" in capsys.readouterr().out and len(metrics(tmp_path)) == 3
 
 
 def test_a_lock_holds_while_the_same_process_looks_at_the_folder(tmp_path):
