@@ -240,26 +240,23 @@ class Actor(VLM):
             self.model.add_adapter(config, ADAPTER)
             self.add_adapter(config.r)
             named = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
-            # Tensors of the base model would change it, for the Checker and the KL reference too.
-            # (peft writes copies of embeddings that a LoRA is on.)
+            # peft writes copies of embeddings that a LoRA is on.
             base = self.model.state_dict()
             for name in [n for n in named if ".base_layer." in n and n in base]:
                 if torch.equal(named[name].to(base[name]), base[name]):
                     del named[name]
-            own = get_peft_model_state_dict(
+            needed = get_peft_model_state_dict(
                 self.model, adapter_name=ADAPTER, save_embedding_layers=False
             )
-            surplus = [n for n in named if n not in own and not n.endswith(".alpha")]
-            found = set_peft_model_state_dict(self.model, named, ADAPTER)
-            wrong = [name for name in found.missing_keys if f".{ADAPTER}." in f"{name}."]
-            # Some programs repeat the config's alpha as tensors.
-            wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
-            wrong += surplus
+            # Check before loading: other tensors of the base model would change it, for the Checker
+            # and the KL reference too. Some programs repeat the config's alpha as tensors.
+            wrong = [n for n in needed.keys() ^ named.keys() if not n.endswith(".alpha")]
             wrong += [
-                n for n, x in tensors.items() if not x.is_floating_point() or not x.isfinite().all()
+                n for n, x in named.items() if not x.is_floating_point() or not x.isfinite().all()
             ]
             if wrong:
-                raise ValueError(f"missing, unknown, or not finite: {', '.join(wrong[:3])}")
+                raise ValueError(f"missing, unknown, or not finite: {', '.join(sorted(wrong)[:3])}")
+            set_peft_model_state_dict(self.model, named, ADAPTER)
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{folder} is no adapter of this Actor: {reason}") from error

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 LOG = logging.getLogger(__name__)  # a stderr that is gone stops print, but not this
 SYSTEM = "You check images. Answer the question about the image with one word: yes or no."
-LEAST_MASS = 0.5  # of yes and no together, on blank images
+LEAST_MASS = 0.5  # of yes and no together; below it, scores are noise
 # At the end of a prompt, such as <think>, [THINK] or <|think|>.
 OPEN_THOUGHT = re.compile(r"(?i)[^/\w](start_|begin_)?(think|thought|reason)\w*\W*$")
 
@@ -302,9 +302,9 @@ class Checker(VLM):
         probs = (log_probs[:, 0] - log_probs[:, 1]).sigmoid()  # (Q,) P(yes) / P(yes or no)
         masses = log_probs.exp().sum(1)  # (Q,) P(yes or no)
         if len(masses) and masses.mean() < LEAST_MASS and not self.low_mass_reported:
-            name, mass = self.processor.tokenizer.name_or_path, masses.mean()
-            reason = f"{name} answers yes or no with {mass:.0%} only"
-            LOG.warning(f"Checker: {reason}: its scores are noise")
+            name = self.processor.tokenizer.name_or_path
+            said = f"{name} gives yes and no together a probability of {masses.mean():.0%}"
+            LOG.warning(f"Checker: {said}: its scores are noise")
             self.low_mass_reported = True
         parts = zip(graphs, probs.split(counts), masses.split(counts))
         return [reflect(graph, probs, masses.mean()) for graph, probs, masses in parts]

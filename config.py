@@ -266,7 +266,7 @@ def fingerprint(config, leave_out=()):
     """What a resumed run must share: {dotted key: value}, without the keys to leave out.
 
     An adapter or data file is given as a hash of its content, a model as its Hub id or its path:
-    absolute, or relative to this file if it is below.
+    relative to the folder of this file if it lies in it, else absolute.
     """
     values = flatten(asdict(config))
     return {key: value for key, value in values.items() if key not in leave_out}

@@ -321,7 +321,16 @@ class Editor:
         try:
             files = list(Path(folder).glob("*.safetensors"))
             if len(files) != 1:  # of several, diffusers would take one
-                raise ValueError(f"{len(files)} files; leave only the one with the adapter in it")
+                raise ValueError(f"holds {len(files)} safetensors files; it needs exactly one")
+            tensors = self.pipeline.lora_state_dict(folder, use_safetensors=True)
+            tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
+            # Check before loading: tensors of the base model would change it, for the Diffuser too.
+            wrong = [name for name in tensors if "lora_" not in name and ".alpha" not in name]
+            wrong += [
+                n for n, x in tensors.items() if not x.is_floating_point() or not x.isfinite().all()
+            ]
+            if wrong:
+                raise ValueError(f"unknown or not finite: {', '.join(wrong[:3])}")
             with warnings.catch_warnings():
                 # peft only warns of layers that the file's config names and its tensors lack.
                 warnings.simplefilter("error", RuntimeWarning)
@@ -330,18 +339,11 @@ class Editor:
                 raise ValueError("no tensor's name begins with 'transformer.'")
             self.add_adapter(transformer.peft_config[ADAPTER].r)
             # Set the tensors again, because diffusers rounds them to the model's dtype.
-            tensors = self.pipeline.lora_state_dict(folder, use_safetensors=True)
-            tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
             found = set_peft_model_state_dict(transformer, tensors, ADAPTER)
             wrong = [name for name in found.missing_keys if f".{ADAPTER}." in name]
             wrong += [name for name in found.unexpected_keys if not name.endswith(".alpha")]
-            # Tensors of the base model would change it, for the Diffuser too.
-            wrong += [name for name in tensors if "lora_" not in name and ".alpha" not in name]
-            wrong += [
-                n for n, x in tensors.items() if not x.is_floating_point() or not x.isfinite().all()
-            ]
             if wrong:
-                raise ValueError(f"missing, unknown, or not finite: {', '.join(wrong[:3])}")
+                raise ValueError(f"missing or unknown: {', '.join(wrong[:3])}")
         except Exception as error:
             reason = f"{type(error).__name__}: {error}"
             raise ValueError(f"{folder} is no adapter of this Editor: {reason}") from error

@@ -7,13 +7,13 @@
 
 SG-IoU, Entity-IoU, and Relation-IoU are those of LAION-SG (arXiv 2412.08580), by the exact parser
 (tiny world only) and by a VLM that writes down the scene graph it sees. "Judge" is that VLM's
-grade of the image, "Kept" the share of unnamed things that are still in place after the edits,
+grade of the image, "Kept" the share of unnamed things that are still in place after each edit,
 "Debris" the share of painted pixels that belong to no object. Costs are per prompt. Flow tokens
 include texts and context images.
 
-    python eval.py                # the first 300 test prompts of eval.yaml
-    python eval.py --full         # all of them
-    python eval.py --resume       # keep the rows that an interrupted evaluation finished
+    python eval.py                           # the first 300 test prompts of eval.yaml
+    python eval.py --full --out runs/full    # all of them
+    python eval.py --resume                  # keep the rows that an interrupted evaluation finished
 """
 
 import argparse

@@ -328,32 +328,36 @@ def once_per_place():
     return is_new
 
 
-HELD = {}  # the locked file of each folder that this process writes to
+LOCKS = {}  # folder -> the locked file in it, of the folders that this process writes to
 
 
 def lock(folder):
-    """An open file that is locked until it is closed or this process ends for any reason.
+    """Lock a folder until `unlock`, or until this process ends for any reason.
 
     Raises ValueError if another process holds it. In one process (a notebook) it may be taken anew.
     """
-    file, held = open(folder / "lock", "a+"), HELD.get(folder.resolve())
-    if held and not held.closed:
-        return file
+    if folder.resolve() in LOCKS:
+        return
+    file = open(folder / "lock", "a+")
     try:
         import fcntl
 
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        LOCKS[folder.resolve()] = file
         file.truncate(0)
         file.write(f"pid {os.getpid()}\n")
         file.flush()
-        HELD[folder.resolve()] = file
     except (BlockingIOError, PermissionError):
         file.seek(0)
         reason = f"another process is writing to this folder ({file.read().strip()})"
         raise ValueError(f"{folder}: {reason}") from None
     except (ImportError, OSError):
         pass  # Windows and some network file systems have no locks; a full disk has no room
-    return file
+
+
+def unlock(folder):
+    if file := LOCKS.pop(folder.resolve(), None):
+        file.close()
 
 
 def open_image(path):

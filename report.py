@@ -122,8 +122,8 @@ def gallery(*texts):
             for asked, p in step["verdicts"]:
                 parts += f'<p class="{"yes" if p >= 0.5 else "no"}"><b>{p:.0%}</b>{html(asked)}'
             if number:
-                parts += f"<p>made by: {html(edit(step, number))}"
-                parts += f"<p><em>because: {html(step['thought'])}</em>"
+                parts += f"<p>edit: {html(edit(step, number))}"
+                parts += f"<p><em>thought: {html(step['thought'])}</em>" if step["thought"] else ""
         parts += "</ol>"
     return parts
 

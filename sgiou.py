@@ -118,7 +118,7 @@ POSE = "(?:sitting|standing|lying|hanging|floating|resting|sits|stands|lies|hang
 SENTENCE = re.compile(
     r"(?i) (?:an?|the) |^(?:an|the|another)$|^(?:of|to|on|in|at|by|from) |n['’]t\b|\w{3}\. |"
     rf" {POSE} (?:in|on|at|by|with) |"
-    r"^(?:move|add|remove|swap|change|replace|put|place|draw|make|avoid|\d+|two|three|several) |"
+    r"^(?:move|add|remove|swap|replace|put|make|avoid|\d+|two|three|several) |"
     r"(?<!-)\b(?:over|beneath|underneath|slightly|just|but|is|are|was|were|be|"
     r"should|must|no|not|nor|never|cannot|without|and|or|plus|then|that|which|who|between|it|itself|"
     r"himself|herself|themselves|nothing)\b(?!-)"
@@ -352,42 +352,49 @@ def read_geneval(entry, place):
 
 # ---- answers of VLMs ----
 
-# Around a thought: tags such as <think>, [THINK], or <|thought|>, and those that end one.
+# Tags around a thought, such as <think>, [THINK], or <|thought|>: those that begin it and end it.
 THOUGHT, THOUGHT_END = (
     rf"[<\[◁]\W?{slash}(?:think|thought|reason|scratch)\w*\W?[>\]▷]" for slash in ("", "/")
 )
-# Brackets without others inside, the key in front of them, and a verdict after them.
-BRACKETS = r"([\"'][^\"'\n]{1,40}[\"']: ?|\b\w{1,20} ?\w{0,20}: ?)?"
-BRACKETS += r"(?:\[[^][{}]*\]|\{[^][{}]*\})"
-BRACKETS += r"(?: ?[:=-]+>? ?\w+| ?[❌✗✘]|, ?[\"']\w{1,20}[\"']: ?\w+\s*(?=\}))?"
 LINE_OR_SENTENCE = r"\n|[.;!。；](?:\s|$)"
-NO = r"(?:\b(?:no|not|never|cannot|neither|none|false|null|missing|absent|negated|incorrect|wrong|"
-NO += r"unknown|omitted|excluded|left out|unsatisfied|violated|unmatched|unsupported|invalid)\b|"
-NO += r"n't\b)"
+# Brackets without others inside, the key in front of them, and a verdict after them.
+BRACKETS = r'("[^"\n]{1,40}": ?|\b\w{1,20} ?\w{0,20}: ?)?(?:\[[^][{}]*\]|\{[^][{}]*\})'
+BRACKETS += r'(?: ?[:=-]+>? ?\w+| ?[❌✗✘]|, ?"\w{1,20}": ?\w+\s*(?=\}))?'
+# In the text each given name becomes a single character of the range N, each relation one of R.
+N, R = "[\U000f0000-\U000fffff]", "[\U00100000-\U0010ffff]"
+
+NO = r"(?:\b(?:no|not|never|cannot|neither|none|false|null|missing|absent|negated|omitted|excluded|"
+NO += r"left out|violated|wrong|incorrect|invalid|un(?:known|matched|satisfied|supported))\b|n't\b)"
+# A piece of text in which this is found counts for nothing.
 DENIAL = rf"{NO}|\b(?:whether|if|unclear|uncertain|should|would|might|hardly)\b|[❌✗✘]|\?\W*$"
 DENIAL = re.compile(DENIAL)
-# Keys that deny nothing: "missing": false, "note": null.
-NO_DENIAL = rf"(?:{NO}|occluded|hidden|truncated|partial|uncertain)[\w ]{{0,20}}[\"']?: ?"
-NO_DENIAL += r"[\"']?(?:false|null|no|none)\b|\b\w+[\"']: ?[\"']?(?:null|none)\b"
-# What is listed as missing: under such a key of JSON, or under such a heading.
-MISSING = rf"[\"'][^\"'\n]{{0,40}}{NO}[^\"'\n]{{0,40}}[\"']: ?"
-MISSING += r"(?:\[(?:[^][]|\[[^][]*\])*\]|\{[^{}]*\})"
-MISSING += rf"|(?m:^\W{{0,3}}(?:\w+ )?{NO}.{{0,40}}:\W{{0,3}}\n(?: *[-*\d].*\n?)+)"
+
+LEFT_OUT = (  # of an answer, one after the other
+    # A relation or a name that is only part of what is said: "on the side of", "holding up",
+    # "car seat". But "on top of a" and "holding a glass of" are "on" and "holding".
+    rf"{R}(?= (?:the )?(?!an? |top )\w+(?: \w+)? of\b)",
+    rf'{R}(?= (?!(?:an?|the)")[a-z][a-z ]*")',
+    rf'{N}(?= [a-z]+"(?!:))',
+    # What a model says about its answer: "note": "the sun is ...", or // the sun is ...
+    r'"[\w ]{0,13}(?:reason|thought|think|expla|note|comment|analys)\w*": ?"[^"\n]*"|//.*',
+    # Keys that deny nothing: "missing": false, "note": null.
+    (
+        rf'(?:{NO}|occluded|hidden|truncated|partial|uncertain)[\w ]{{0,20}}"?: ?'
+        r'"?(?:false|null|no|none)\b'
+    ),
+    r'\b\w+": ?"?(?:null|none)\b',
+    # What is listed as missing, under a key or a heading: "not_seen": [...], or Not seen: - ...
+    rf'"[^"\n]{{0,40}}{NO}[^"\n]{{0,40}}": ?(?:\[(?:[^][]|\[[^][]*\])*\]|\{{[^{{}}]*\}})',
+    rf"(?m:^\W{{0,3}}(?:\w+ )?{NO}.{{0,40}}:\W{{0,3}}\n(?: *[-*\d].*\n?)+)",
+    # Entries that say no: "dog - cat": none, "dog left of cat": false, "dog": false.
+    rf'(?:{N} ?(?:[-–]|{R}) ?)?{N}"?: ?"?{NO}',
+)
+
 # After an object: the sentence goes on about the subject.
 GOES_ON = r"\W*(?:,|\)|(?:and|while|but|as well as)\b)(?!.*\b(?:which|that|who)\b)"
 IS = r"\b(?:is|are|was|were)\b"
 # A key that says that a triple's subject comes next, although it is the second of the two names.
 SUBJECT_KEY = re.compile(r"\b(?:subject|subj?|source|from|head|s)\W{0,2}[:=>]\W*$")
-# In the text each given name becomes a single character of the range N, each relation one of R.
-N, R = "[\U000f0000-\U000fffff]", "[\U00100000-\U0010ffff]"
-# Entries that say no: "dog - cat": none, "dog left of cat": false, "dog": false.
-ENTRY = rf"(?:{N} ?(?:[-–]|{R}) ?)?{N}[\"']?: ?[\"']?{NO}[\w ]*"
-# What a model says about its answer.
-REMARK = r"[\"']\w{0,12} ?(?:reason|thought|think|expla|note|comment|analys)\w*[\"']: ?"
-REMARK += r"\"[^\"\n]*\"|(?m://.*$)"
-# A word that is only a part of what is said: "on the side of", "holding up", "car seat".
-PART = rf"{R}(?= (?:the )?(?!an? |top )\w+(?: \w+)? of\b)|"
-PART += rf"{R}(?= (?!(?:an?|the)[\"'])[a-z][a-z ]*[\"'])|{N}(?= [a-z]+[\"'](?!:))"
 
 
 def parse_scene_graph(text, objects, relations):
@@ -414,9 +421,10 @@ def parse_scene_graph(text, objects, relations):
     known = rf"(?<!\w)(?:(?:on|to|at) (?:the )?(?={relation}))?({either(signs)})(?:e?s)?(?!\w)"
     text = re.sub(known, lambda match: signs[without_the(match[1])], text)
 
-    for pattern in (PART, REMARK, NO_DENIAL, MISSING, ENTRY):
+    text = re.sub(r"(?<!\w)'|'(?!\w)", '"', text)  # of Python's lists; not in "isn't"
+    for pattern in LEFT_OUT:
         text = re.sub(pattern, " ", text)
-    text = re.sub(rf"\[\s*([\"']?(?:{N}|{R})[\"']?)\s*\]", r"\1", text)  # a list of one word
+    text = re.sub(rf'\[\s*("?(?:{N}|{R})"?)\s*\]', r"\1", text)  # a list of one word
     has_empty_list = re.search(r"\[\s*\]", text)
     in_brackets = []  # the innermost first
     for _ in range(9):  # as deep as brackets may be nested
@@ -435,13 +443,15 @@ def parse_scene_graph(text, objects, relations):
 
 
 def names_of_brackets(match):
-    """What stays of brackets in those around them: {"subject": {"name": "sun"}} names its subject.
+    """What stays of brackets when those around them are read: their key and the names in them.
 
-    Nothing of those that hold a relation or deny anything.
+    So {"subject": {"name": "sun"}} names a subject. Brackets with a relation or a denial leave
+    nothing.
     """
     if re.search(R, match[0]) or DENIAL.search(match[0]):
         return " "
-    return (match[1] or "") + "".join(re.findall(N, match[0].removeprefix(match[1] or "")))
+    key = match[1] or ""
+    return key + "".join(re.findall(N, match[0][len(key) :]))
 
 
 def triples_in(piece):
@@ -472,9 +482,9 @@ def triples_in(piece):
     triples = []
     subject_of = {}  # number of an object -> that of its subject
     for subject, relation, object in places:
-        # "sun above sea, left of dog" and "the sun above the sea is left of the dog"
-        goes_on = re.match(GOES_ON, gaps[subject])
+        goes_on = re.match(GOES_ON, gaps[subject])  # "sun above sea, left of dog"
         if subject > 1 and re.match(f" {IS}", gaps[subject]):
+            # "the sun above the sea is left of the dog", but not "sun is above sea is left of dog"
             goes_on = not re.search(rf"{IS}|[^\w ]", gaps[subject - 2])
         if goes_on:
             subject = subject_of.get(subject, subject)

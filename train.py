@@ -68,7 +68,7 @@ from safetensors.torch import save
 from config import TrainConfig, differences, fingerprint, load_config
 from eval import grade, load_judge
 from grpo import clipped_loss, gaussian_kl, group_advantages, k3_kl
-from loop import Trajectory, build, lock, sha256_sums
+from loop import Trajectory, build, lock, sha256_sums, unlock
 from report import record, say, write
 from sgiou import SceneGraph, load_graphs
 
@@ -514,7 +514,7 @@ class Run:
         if not saved and getattr(loop, "trained", False):
             raise ValueError("this loop was trained before; `build(config)` another for a new run")
         (self.folder / "adapter").mkdir(parents=True, exist_ok=True)
-        self.lock = lock(self.folder)
+        lock(self.folder)
         self.reward = type(loop.checker).__name__
         if saved and (then := saved.get("reward", self.reward)) != self.reward:
             reason = f"its reward was {then}, not {self.reward}"
@@ -597,7 +597,7 @@ class Run:
     def finish(self):
         """Leave the loop with the adapter that was saved."""
         copy_to(self.parameters, self.averages)
-        self.lock.close()
+        unlock(self.folder)
 
     def save_adapter(self):
         folder = self.folder / "adapter"
@@ -637,7 +637,7 @@ def check_run(config, phase, resume):
     if resume and not path.exists():
         raise ValueError(f"{folder}: holds no checkpoint; start without --resume")
     if folder.exists():
-        lock(folder).close()
+        lock(folder)
     if not resume:
         return None
     saved = read_checkpoint(path)

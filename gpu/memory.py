@@ -240,7 +240,7 @@ def measure(config):
 
 def main():
     parser = argparse.ArgumentParser(description="GPU memory of gpu/*.yaml, without a GPU.")
-    parser.add_argument("words", nargs="*", metavar="FILE or key=value")
+    parser.add_argument("words", nargs="*", metavar="FILE of train.py or key=value")
     words = parser.parse_intermixed_args().words
     overrides = [word for word in words if "=" in word]
     files = [word for word in words if "=" not in word]
@@ -257,7 +257,7 @@ def main():
         try:
             config = load_config(file, TrainConfig, [*placeholders, *overrides])
         except ValueError as error:
-            sys.exit(f"memory.py: {error}; give a file of train.py")
+            sys.exit(f"memory.py: {error}")
         print(f"| {Path(file).name} | weights | trained | working | peak |\n|---|---|---|---|---|")
         with torch.device("meta"):
             stages = measure(config)

@@ -323,8 +323,11 @@ def edited(saved, folder, change=lambda tensors: tensors, **config):
 )
 def test_an_adapter_that_does_not_fit_is_refused(saved, tmp_path, change, config, message):
     folder = edited(saved, tmp_path / "adapter", change, **config)
+    actor = load()
+    head = actor.model.lm_head.weight.clone()
     with pytest.raises(ValueError, match=f"(?s)no adapter of this Actor: .*{message}"):
-        load().load_adapter(folder)
+        actor.load_adapter(folder)
+    assert torch.equal(actor.model.lm_head.weight, head)
 
 
 def test_another_lora_alpha_is_seen_by_its_checksum(saved, tmp_path, monkeypatch):

@@ -210,7 +210,8 @@ def change_template(folder, ending):
 
 
 @pytest.mark.parametrize(
-    "ending", ["<think>\n", "[THINK]", "<|START_THINKING|>", "<|channel>thought\n"]
+    "ending",
+    ["<think>\n", "[THINK]", "<|START_THINKING|>", "<|channel>thought\n", "[BEGIN_REASON]"],
 )
 def test_a_template_that_ends_inside_a_thought_is_refused(folder, ending):
     with pytest.raises(ValueError, match=f"template of {folder} ends inside a thought"):

@@ -105,6 +105,22 @@ def test_token_log_probs_equal_a_loop(function, dtype):
             assert log_probs[b, t].item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"noise_level": -0.1},
+        {"velocity": torch.zeros(1, 4, 1)},
+        {"next_sample": torch.zeros(2, 4, 3)},
+    ],
+)
+def test_a_step_that_cannot_be_is_refused(change):
+    zeros = torch.zeros(1, 4, 3)
+    given = {"velocity": zeros, "sample": zeros, "next_sample": zeros}
+    given |= {"sigma": 0.8, "sigma_next": 0.6, "noise_level": 0.7}
+    with pytest.raises(ValueError, match="need 1 >= sigma|align them"):
+        sde_step(**given | change)
+
+
 @both_ways
 @pytest.mark.parametrize("shape", [(3, 20), (2, 21)])
 def test_logits_and_ids_of_different_lengths_are_refused(function, shape):

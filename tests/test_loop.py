@@ -184,6 +184,13 @@ def test_an_image_in_the_output_folder_is_not_overwritten(program, monkeypatch, 
         program(script, "sun above sea", "--image", str(tmp_path / "out" / "0.png"))
 
 
+def test_a_huge_image_is_refused(tmp_path, monkeypatch):
+    Image.new("RGB", (40, 30)).save(tmp_path / "huge.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(ValueError, match="^--image: .*huge.png"):
+        loop.open_image(tmp_path / "huge.png")
+
+
 def test_an_image_from_a_file(tmp_path):
     Image.new("CMYK", (40, 30)).save(tmp_path / "mine.jpg")
     image = loop.open_image(tmp_path / "mine.jpg")

@@ -73,12 +73,17 @@ def test_a_training_run(tmp_path):
     assert "rounds: 3" in text and "python " in text
 
 
+def test_rounding_is_no_curve():
+    text = '{"iteration": 0, "kl": 1.0}\n{"iteration": 1, "kl": 1.00001}'
+    assert 'd="M0.0 90.0L300.0 90.0h.1"' in report.curves(text)
+
+
 def test_a_trajectory(tmp_path):
     report.record(tmp_path, [trajectory([0.25, 0.75, 0.5, 0.4], edits=(MOVE, "none", None))])
     page, text = page_of(tmp_path)
     assert re.findall('<li class="(.*?)">', page) == ["", "best", "", ""]
     assert re.findall('<p class="(.*?)">', page) == ["no"] * 3 + ["yes"] * 6 + ["no"] * 3
-    edits = [f"{MOVE}because: a thought", "nonebecause: a thought"]
+    edits = [f"edit: {MOVE}thought: a thought", "edit: nonethought: a thought"]
     edits += ["(malformed: no edit) (image 1)"]
     assert all(edit in text for edit in edits)
     assert "0.25 → 0.75 · seed 0" in text and "75%red circle" in text

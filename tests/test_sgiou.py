@@ -110,6 +110,7 @@ def test_prompt_names_every_object_once():
         ("sun - left of - sea; moon", "sun left of sea; moon"),
         ("A painting of the sun that is sitting above the sea", "sun above sea"),
         ("owl sitting on branch; standing lamp", "owl on branch; standing lamp"),
+        ("place mat left of change purse", "place mat left of change purse"),
     ],
 )
 def test_what_a_prompt_means(text, prompt):
@@ -340,6 +341,12 @@ BOTH = [SUN, ("dog", "below", "sun")]
         ('["sun", ["above"], "sea"]', [SUN]),
         ("Two suns are above the sea.", [SUN]),
         ("The sun above the sea is below the dog.", [SUN, ("sun", "below", "dog")]),
+        ("{'note': 'dog below sun', 'triples': [['sun', 'above', 'sea']]}", [SUN]),
+        ("The sun is above the edge and the sea is wide.", []),
+        ("not present: [dog, below, sun]", []),
+        ("[sun, above, sea] ❌", []),
+        ("The sun is above the surface of the sea.", []),
+        ("The sun is above a lot of sea.", [SUN]),
         ("Leaving out what is not there:\n- sun above sea", [SUN]),
         ("I cannot see the dog and the sun is above the sea.", []),
         ("sun above sea, not below. sun above dog", [("sun", "above", "dog")]),

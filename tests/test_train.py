@@ -702,12 +702,16 @@ def test_a_report_that_cannot_be_made_does_not_stop_a_run(tmp_path, capsys):
 
 
 def test_a_lock_holds_while_the_same_process_looks_at_the_folder(tmp_path):
-    held = train.lock(tmp_path)
-    train.lock(tmp_path).close()  # as `check_run` does
-    program = f"from pathlib import Path; from loop import lock; lock(Path({str(tmp_path)!r}))"
-    process = subprocess.run([sys.executable, "-c", program], cwd=ROOT, stderr=subprocess.PIPE)
-    assert b"another process is writing" in process.stderr
-    held.close()
+    def other_process():
+        program = f"from pathlib import Path; from loop import lock; lock(Path({str(tmp_path)!r}))"
+        words = [sys.executable, "-c", program]
+        return subprocess.run(words, cwd=ROOT, stderr=subprocess.PIPE).stderr
+
+    train.lock(tmp_path)
+    train.lock(tmp_path)  # as `Run` does after `check_run`, or a second run in a notebook
+    assert b"another process is writing" in other_process()
+    train.unlock(tmp_path)
+    assert other_process() == b""
 
 
 def test_a_changed_config_is_refused_key_by_key(tmp_path):

@@ -19,7 +19,10 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 SETTINGS = {
     "GOMP_SPINCOUNT=300000 (the library's default)": {"GOMP_SPINCOUNT": "300000"},
     "GOMP_SPINCOUNT=1000 (the default of train.py)": {"GOMP_SPINCOUNT": "1000"},
-    "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "0"},
+    "GOMP_SPINCOUNT=0 OMP_WAIT_POLICY=PASSIVE": {
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "GOMP_SPINCOUNT": "0",
+    },
     "OMP_NUM_THREADS=1": {"OMP_NUM_THREADS": "1"},
 }
 
