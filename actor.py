@@ -152,9 +152,13 @@ class Actor(VLM):
                 log_probs += torch.cat(sampler.log_probs, 1)
         ids = pad_sequence(ids, batch_first=True, padding_value=self.end_ids[0])  # (N, T)
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
-        # A template for thinking may give the opening tag itself.
-        given = "<think>" if self.chat(SYSTEM, "").rstrip().endswith("<think>") else ""
-        thoughts, instructions = zip(*[parse_completion(given + text) for text in texts])
+        # A template for thinking may give the opening tag itself, or a whole, empty thought.
+        given = re.search(r"(<think>(\s*</think>)?\s*)?$", self.chat(SYSTEM, ""))[0]
+        parsed = [parse_completion(text) for text in texts]
+        parsed = [
+            each if each[1] else parse_completion(given + text) for each, text in zip(parsed, texts)
+        ]
+        thoughts, instructions = zip(*parsed)
         return Proposals(
             images=[image for image in images for _ in range(n)],
             requests=[text for text in requests for _ in range(n)],

@@ -149,13 +149,14 @@ class TrainConfig(LoopConfig):  # what train.py needs (phase1.yaml, phase2.yaml)
 
 # Arguments of a pipeline's call that the program sets. `sigmas` would move the steps of a window.
 REFUSED = "prompt prompt_2 prompt_3 image generator output_type return_dict sigmas".split()
-REFUSED += ["num_images_per_prompt"]
+REFUSED += ["num_images_per_prompt", "timesteps", "seed"]
 # Arguments that have to be whole numbers, 1 or more, if they are given.
 COUNTS = "num_inference_steps max_sequence_length max_area height width".split()
 
 
 def load_config(path, schema, overrides=()):
     """Read a YAML file, here or beside this module, with "key.key=value" overrides on top."""
+    path = expanduser(path)
     beside = join(dirname(__file__), path)
     if exists(beside) and not exists(path):
         path = beside
@@ -290,7 +291,7 @@ def flatten(values, prefix=""):
         elif key in ("adapter", "data", "validation") and value:
             flat[prefix + key] = f"content {content_hash(Path(value))}"
         elif key == "model" and isdir(value):
-            path, here = Path(value).absolute(), Path(__file__).absolute().parent
+            path, here = Path(value).resolve(), Path(__file__).resolve().parent
             inside = path.is_relative_to(here)
             flat[prefix + key] = str(path.relative_to(here) if inside else path)
         else:

@@ -153,7 +153,12 @@ def check_call(key, kind, call):
     Dictionaries are refused because no pipeline checks their keys, tensors because YAML has none.
     """
     takes = inspect.signature(kind.__call__).parameters
-    several = {float: (int, float), tuple: (list, tuple), type(None): (int, float, str, list)}
+    several = {
+        float: (int, float),
+        int: (int, float),
+        tuple: (list, tuple),
+        type(None): (int, float, str, list),
+    }
     for name, value in call.items():
         if name not in takes or re.search("embeds|latents|callback|^self$", name):
             raise ValueError(f"key '{key}': {kind.__name__} takes no {name} from a file")
@@ -165,6 +170,8 @@ def check_call(key, kind, call):
             wrong, wanted = True, "finite"
         if wrong and value is not default:
             raise ValueError(f"key '{key}.{name}' is {value!r:.100}; make it {wanted}")
+    if bool(call.get("width")) != bool(call.get("height")):
+        raise ValueError(f"key '{key}': give width and height together, or neither")
     if "true_cfg_scale" in takes:
         negative = call.get("negative_prompt") is not None
         scale = call.get("true_cfg_scale", takes["true_cfg_scale"].default if negative else 1)

@@ -200,19 +200,22 @@ def extract(vlm, images, graphs, relations=()):
     """The scene graph that a VLM (a `Checker`) writes down for each image, as LAION-SG measures.
 
     relations: words that it may use besides those of each graph. An answer without a scene graph
-    counts as an empty one; prints how many there are.
+    counts as an empty one; prints how many there are, and how many answers were cut off.
     """
     import torch
 
     words = [graph.vocabulary(relations) for graph in graphs]
     texts = [extract_request(graph, known) for graph, known in zip(graphs, words)]
-    answers = []
+    answers, cut_off = [], 0
+    longest = max([256] + [40 * len(graph.triples) for graph in graphs])  # tokens
     for start in range(0, len(texts), vlm.batch_size):
         part = slice(start, start + vlm.batch_size)
         inputs = vlm.inputs(EXTRACT, images[part], texts[part])
         with torch.no_grad():
-            ids = vlm.model.generate(**inputs, max_new_tokens=256, do_sample=False)
+            ids = vlm.model.generate(**inputs, max_new_tokens=longest, do_sample=False)
         completions = ids[:, inputs["input_ids"].shape[1] :]
+        ended = torch.isin(completions, completions.new_tensor(vlm.end_ids)).any(1)
+        cut_off += (~ended).sum().item()
         answers += vlm.processor.batch_decode(completions, skip_special_tokens=True)
     parsed = [
         parse_scene_graph(answer, graph.objects, known)
@@ -220,6 +223,8 @@ def extract(vlm, images, graphs, relations=()):
     ]
     if None in parsed:
         say(f"  {parsed.count(None)} of {len(parsed)} answers of the judge hold no scene graph")
+    if cut_off:
+        say(f"  {cut_off} of {len(parsed)} answers of the judge are cut off after {longest} tokens")
     return [graph or SceneGraph((), ()) for graph in parsed]
 
 
@@ -364,7 +369,11 @@ def run(arguments):
     say(f"evaluating {len(graphs)} prompts of {settings.data}; --resume keeps finished rows:")
     for trajectories in evaluate(loop, graphs, settings, config.relations, judge, rows):
         mass = fmean(t.best.reflection.mass for t in trajectories)
-        say(f"  {rows[-1].name} (the Checker's P(yes or no): {mass:.4f})")
+        told = f"the Checker's P(yes or no): {mass:.4f}"
+        edits = [step for t in trajectories for step in t.steps[1:] if step.source is not None]
+        if edits:
+            told += f"; malformed completions: {fmean(e.instruction is None for e in edits):.0%}"
+        say(f"  {rows[-1].name} ({told})")
         made = tables(rows, counts, judge_name)
         columns = [vars(row) for row in rows]
         results = {"tables": made, "rows": columns, "made with": made_with}
@@ -401,7 +410,8 @@ def finished_rows(path, made_with, resume):
         results = json.loads(path.read_text(encoding="utf-8"))
         rows = [Row(**row) for row in results["rows"]]
         finished = rows[-1].name.startswith("best of")
-        if any(row.values.keys() != rows[0].values.keys() or not row.values for row in rows):
+        columns = [{name: len(values) for name, values in row.values.items()} for row in rows]
+        if any(each != columns[0] or len(set(each.values())) != 1 for each in columns):
             raise ValueError("its rows differ in their columns")
         changed = differences(results["made with"], made_with)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
@@ -421,8 +431,11 @@ def main():
     parser.add_argument("--full", action="store_true", help="all prompts of the file")
     parser.add_argument("--resume", action="store_true", help="keep finished rows")
     parser.add_argument("--out", default="runs/eval", help="folder for table.md and results.json")
+    arguments, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        parser.error(f"{unknown[0]} is no option; values of the YAML file are set as rounds=1")
     try:
-        run(parser.parse_intermixed_args())
+        run(arguments)
     except (ValueError, OSError, RuntimeError) as error:
         sys.exit(" ".join(f"eval.py: {error}".split()))
 

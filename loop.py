@@ -29,6 +29,7 @@ import re
 import sys
 from contextlib import contextmanager
 from dataclasses import dataclass
+from os.path import expanduser
 from pathlib import Path
 
 from tqdm import tqdm
@@ -102,8 +103,8 @@ class Loop:
     def run(self, graphs, seeds, images=None):
         """Generate, then reflect and edit. Args: `SceneGraph`s and a seed each. -> Trajectories.
 
-        images: to start from, instead of generated ones. Raises ValueError for a prompt that the
-        Diffuser cannot read.
+        images: to start from, in RGB, instead of generated ones. Raises ValueError for a prompt
+        that the Diffuser cannot read.
         """
         for graph in graphs:
             if problem := self.diffuser.problem(graph.prompt()):
@@ -392,12 +393,18 @@ def output_folder(path, *foreign):
 def main():
     parser = argparse.ArgumentParser(description="Generate-Reflect-Edit: prompts in, images out.")
     parser.add_argument("prompt", nargs="*", help='"red circle left of ...", key=value')
-    parser.add_argument("--prompts", help="a file of prompts instead, see sgiou.load_graphs")
+    parser.add_argument(
+        "--prompts", type=expanduser, help="a file of prompts instead, see sgiou.load_graphs"
+    )
     parser.add_argument("--config", default="eval.yaml", help="the models (default: eval.yaml)")
-    parser.add_argument("--image", help="start from this file instead of a generated image")
+    parser.add_argument(
+        "--image", type=expanduser, help="start from this file instead of a generated image"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of the first prompt")
     parser.add_argument("--out", default="out", help="folder for images and report")
-    arguments = parser.parse_intermixed_args()
+    arguments, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        parser.error(f"{unknown[0]} is no option; values of the YAML file are set as rounds=1")
     overrides = [word for word in arguments.prompt if re.match(r"[\w.]+=", word)]
     prompts = [word for word in arguments.prompt if word not in overrides]
     if len(prompts) != (0 if arguments.prompts else 1):

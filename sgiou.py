@@ -13,6 +13,7 @@ Differences: names are normalized (case, spaces, "_"), objects in no triple are 
 Standard library only; this file works alone.
 """
 
+import difflib
 import io
 import json
 import logging
@@ -148,6 +149,7 @@ def parse_prompt(text, relations):
         distinct = {normalize(name) for name in names}
         listed = not found or found[1] in relations
         named_well = len(distinct) == len(names) and all(is_name(n, relations) for n in names)
+        named_well = named_well and (found or not misspelled(clause, relations))
         if not (listed and named_well):
             raise ValueError(
                 f"prompt clause {clause!r} is not understood; {form}: between semicolons one object"
@@ -186,6 +188,14 @@ def find_relation(text, relations):
         return None
     subject, object = text[: match.start()], text[match.end() :]
     return subject.strip(), listed[without_the(match[1])], object.strip()
+
+
+def misspelled(text, relations):
+    """Whether a text has words that are nearly one of the relations, such as "abov"."""
+    long = [without_the(relation) for relation in relations if len(relation) > 4]
+    words = without_the(text).split()
+    parts = [" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words))]
+    return any(difflib.get_close_matches(part, long, 1, cutoff=0.88) for part in parts)
 
 
 def without_the(text):
@@ -354,7 +364,7 @@ def read_geneval(entry, place):
 
 # Tags around a thought, such as <think>, [THINK], or <|thought|>: those that begin it and end it.
 THOUGHT, THOUGHT_END = (
-    rf"[<\[◁]\W?{slash}(?:think|thought|reason|scratch)\w*\W?[>\]▷]" for slash in ("", "/")
+    rf"[<\[◁]\W?{slash}(?:think|thought|reason|scratch|analys)\w*\W?[>\]▷]" for slash in ("", "/")
 )
 LINE_OR_SENTENCE = r"\n|[.;!。；](?:\s|$)"
 # Brackets without others inside, the key in front of them, and a verdict after them.

@@ -724,7 +724,9 @@ def main():
     parser.add_argument("--phase", type=int, choices=(1, 2), required=True)
     parser.add_argument("--config", help="default: phase1.yaml or phase2.yaml")
     parser.add_argument("--resume", action="store_true", help="continue from the checkpoint")
-    arguments = parser.parse_intermixed_args()
+    arguments, unknown = parser.parse_known_intermixed_args()
+    if unknown:
+        parser.error(f"{unknown[0]} is no option; values of the YAML file are set as rounds=1")
     phase, path = arguments.phase, arguments.config or f"phase{arguments.phase}.yaml"
 
     def stop(*_):

@@ -394,6 +394,25 @@ def test_adapters_of_other_programs(saved, tmp_path):
 # ---- templates ----
 
 
+@pytest.mark.parametrize(
+    ("given", "text"),
+    [
+        ("<think>", "why</think><edit>add sun</edit>"),
+        ("<think>\n\n</think>\n", "<edit>add sun</edit>"),
+    ],
+)
+def test_tags_that_the_template_gives_need_not_be_repeated(
+    states, tmp_path, monkeypatch, given, text
+):
+    folder = shutil.copytree(VLM, tmp_path / "vlm")
+    template = folder / "chat_template.jinja"
+    template.write_text(template.read_text() + given)
+    actor = Actor.load(folder, max_new_tokens=2)
+    written = [text, "<think>why</think><edit>add sun</edit>"]
+    monkeypatch.setattr(type(actor.processor), "batch_decode", lambda *_, **__: written)
+    assert actor.propose(*first(states, 2), seeds=[0, 1]).instructions == ["add sun"] * 2
+
+
 def test_a_tag_that_the_template_gives_is_part_of_the_completion(actor, states, tmp_path):
     folder = tmp_path / "vlm"
     shutil.copytree(VLM, folder)

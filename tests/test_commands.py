@@ -100,6 +100,12 @@ def test_mistakes_in_the_config(run, script, tmp_path):
     refused(run(*script, "--config", "config.yaml", "ronds=1"), "'ronds'", "'rounds'")
 
 
+@pytest.mark.parametrize("script", ["loop.py sun", "eval.py"])
+def test_what_is_no_option_is_named(run, script):
+    process = run(*script.split(), "--rounds", "1", "actor.adapter=")
+    assert process.returncode and "--rounds is no option" in process.stderr
+
+
 @pytest.mark.parametrize("prompt", ["", "above b"])
 def test_prompts_that_say_nothing(run, prompt):
     refused(run("loop.py", prompt, "--config", "config.yaml"), "loop.py", "prompt")

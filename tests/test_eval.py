@@ -316,11 +316,13 @@ def test_an_interrupted_evaluation_keeps_its_rows_and_can_be_resumed(program, mo
         changed = r"another config: rounds \(2 then, 3 now\); remove it, or set another --out"
         with pytest.raises(SystemExit, match=changed):
             program(*words)
-    damaged = results(out)
-    damaged["rows"][1]["values"] = {}
-    (out / "results.json").write_text(json.dumps(damaged))
-    with pytest.raises(SystemExit, match="results.json: cannot be read .*; remove it"):
-        program("--resume")
+    whole = json.dumps(results(out))
+    for damage in (dict.clear, lambda values: values["checker"].pop()):
+        damaged = json.loads(whole)
+        damage(damaged["rows"][1]["values"])
+        (out / "results.json").write_text(json.dumps(damaged))
+        with pytest.raises(SystemExit, match="results.json: cannot be read .*; remove it"):
+            program("--resume")
 
 
 def test_another_vlm_can_measure(program, monkeypatch, tmp_path):

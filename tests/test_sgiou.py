@@ -126,6 +126,7 @@ def test_what_a_prompt_means(text, prompt):
     + ["sun cannot be above sea", "sun left of it", "sun + sea", "“sun” left of sea", "sun\0"]
     + ["the", "sun left of sea. moon above sea"]
     + ["move sun left of sea", "remove moon", "1 above sun"]  # an instruction, no prompt; a list
+    + ["sun lef of sea", "sun abov sea", "sun leftof sea"]  # misspelled relations
     + ["3 owls above sun", "two owls", "owl looking at himself", "cat lying in box"]
     + ["cat in front of table", "of blue square", "red circle over blue square", "sun but moon"],
 )
@@ -306,6 +307,7 @@ BOTH = [SUN, ("dog", "below", "sun")]
         ('{"seen": ["sun above sea"], "wrong": {"triples": [["dog", "below", "sun"]]}}', [SUN]),
         ("Not present:\n- dog below sun\n- sea above dog\n\nPresent:\n- sun above sea", [SUN]),
         ("[THINK]dog below sun[/THINK]sun above sea", [SUN]),
+        ("<analysis>[[dog, below, sun]]</analysis>[[sun, above, sea]]", [SUN]),
         ("<|thought|>dog below sun<|/thought|>sun above sea", [SUN]),
         ("dog below sun: no\nsun above sea: yes", [SUN]),
         ('{"missing": null, "triples": [["sun", "above", "sea"]], "error": false}', [SUN]),
