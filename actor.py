@@ -154,10 +154,10 @@ class Actor(VLM):
         texts = self.processor.batch_decode(ids, skip_special_tokens=True)
         # A template for thinking may give the opening tag itself, or a whole, empty thought.
         given = re.search(r"(<think>(\s*</think>)?\s*)?$", self.chat(SYSTEM, ""))[0]
-        parsed = [parse_completion(text) for text in texts]
-        parsed = [
-            each if each[1] else parse_completion(given + text) for each, text in zip(parsed, texts)
-        ]
+        parsed = []
+        for text in texts:
+            ways = [parse_completion(given + text), parse_completion(text)]
+            parsed.append(ways[0] if ways[0][1] else ways[1])
         thoughts, instructions = zip(*parsed)
         return Proposals(
             images=[image for image in images for _ in range(n)],
@@ -244,14 +244,14 @@ class Actor(VLM):
             self.model.add_adapter(config, ADAPTER)
             self.add_adapter(config.r)
             named = {name.removeprefix("base_model.model."): x for name, x in tensors.items()}
-            # peft writes copies of embeddings that a LoRA is on.
+            # peft may write copies of the base model's embeddings.
             base = self.model.state_dict()
-            for name in [n for n in named if ".base_layer." in n and n in base]:
-                if torch.equal(named[name].to(base[name]), base[name]):
-                    del named[name]
             needed = get_peft_model_state_dict(
                 self.model, adapter_name=ADAPTER, save_embedding_layers=False
             )
+            for name in [n for n in named if n in base and n not in needed]:
+                if torch.equal(named[name].to(base[name]), base[name]):
+                    del named[name]
             # Check before loading: other tensors of the base model would change it, for the Checker
             # and the KL reference too. Some programs repeat the config's alpha as tensors.
             wrong = [n for n in needed.keys() ^ named.keys() if not n.endswith(".alpha")]

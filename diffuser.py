@@ -153,17 +153,14 @@ def check_call(key, kind, call):
     Dictionaries are refused because no pipeline checks their keys, tensors because YAML has none.
     """
     takes = inspect.signature(kind.__call__).parameters
-    several = {
-        float: (int, float),
-        int: (int, float),
-        tuple: (list, tuple),
-        type(None): (int, float, str, list),
-    }
+    several = {float: (int, float), tuple: (list, tuple), type(None): (int, float, str, list)}
     for name, value in call.items():
         if name not in takes or re.search("embeds|latents|callback|^self$", name):
             raise ValueError(f"key '{key}': {kind.__name__} takes no {name} from a file")
         default = takes[name].default
         accepted = several.get(type(default), (type(default),))
+        if name.endswith("_scale") and type(default) is int:  # Bria's guidance_scale
+            accepted = (int, float)
         wrong = type(value) not in accepted  # not isinstance, which takes True for an int
         wanted = " or ".join(each.__name__ for each in accepted)
         if isinstance(value, float) and not math.isfinite(value):

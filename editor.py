@@ -322,6 +322,8 @@ class Editor:
             files = list(Path(folder).glob("*.safetensors"))
             if len(files) != 1:  # of several, diffusers would take one
                 raise ValueError(f"holds {len(files)} safetensors files; it needs exactly one")
+            if any("dora_scale" in name for name in safetensors.torch.load_file(files[0])):
+                raise ValueError("it is a DoRA of kohya, of which diffusers reads only a part")
             tensors = self.pipeline.lora_state_dict(folder, use_safetensors=True)
             tensors = {name.removeprefix("transformer."): x for name, x in tensors.items()}
             # Check before loading: tensors of the base model would change it, for the Diffuser too.

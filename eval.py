@@ -414,7 +414,7 @@ def finished_rows(path, made_with, resume):
         if any(each != columns[0] or len(set(each.values())) != 1 for each in columns):
             raise ValueError("its rows differ in their columns")
         changed = differences(results["made with"], made_with)
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read ({error}); remove it, or set --out") from None
     if changed:
         reason = f"is of another config: {changed}"

@@ -149,7 +149,6 @@ def parse_prompt(text, relations):
         distinct = {normalize(name) for name in names}
         listed = not found or found[1] in relations
         named_well = len(distinct) == len(names) and all(is_name(n, relations) for n in names)
-        named_well = named_well and (found or not misspelled(clause, relations))
         if not (listed and named_well):
             raise ValueError(
                 f"prompt clause {clause!r} is not understood; {form}: between semicolons one object"
@@ -191,11 +190,15 @@ def find_relation(text, relations):
 
 
 def misspelled(text, relations):
-    """Whether a text has words that are nearly one of the relations, such as "abov"."""
+    """Whether a text has words inside that are nearly one of the relations: "sun abov sea"."""
     long = [without_the(relation) for relation in relations if len(relation) > 4]
     words = without_the(text).split()
-    parts = [" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(len(words))]
-    return any(difflib.get_close_matches(part, long, 1, cutoff=0.88) for part in parts)
+    parts = [" ".join(words[i : i + n]) for n in (1, 2, 3) for i in range(1, len(words) - n)]
+    swapped = {"".join(sorted(relation)) for relation in long}  # such as "abvoe"
+    return any(
+        difflib.get_close_matches(part, long, 1, cutoff=0.88) or "".join(sorted(part)) in swapped
+        for part in parts
+    )
 
 
 def without_the(text):
@@ -215,7 +218,7 @@ def is_name(text, relations):
     plain = all(category(sign)[0] in "LMN" or sign in " _-.'’\u200c\u200d" for sign in text)
     lettered = any(category(sign)[0] == "L" for sign in text)
     sentence = SENTENCE.search(text) or find_relation(text, relations)
-    return plain and lettered and not sentence
+    return plain and lettered and not sentence and not misspelled(text, relations)
 
 
 def clean_name(text):
@@ -363,9 +366,8 @@ def read_geneval(entry, place):
 # ---- answers of VLMs ----
 
 # Tags around a thought, such as <think>, [THINK], or <|thought|>: those that begin it and end it.
-THOUGHT, THOUGHT_END = (
-    rf"[<\[◁]\W?{slash}(?:think|thought|reason|scratch|analys)\w*\W?[>\]▷]" for slash in ("", "/")
-)
+THOUGHT = r"[<\[◁]\W?(?:think|thought|reason|scratch)\w*\W?[>\]▷]"
+THOUGHT_END = r"[<\[◁]\W?/(?:think|thought|reason|scratch|analys)\w*\W?[>\]▷]"
 LINE_OR_SENTENCE = r"\n|[.;!。；](?:\s|$)"
 # Brackets without others inside, the key in front of them, and a verdict after them.
 BRACKETS = r'("[^"\n]{1,40}": ?|\b\w{1,20} ?\w{0,20}: ?)?(?:\[[^][{}]*\]|\{[^][{}]*\})'
@@ -431,7 +433,9 @@ def parse_scene_graph(text, objects, relations):
     known = rf"(?<!\w)(?:(?:on|to|at) (?:the )?(?={relation}))?({either(signs)})(?:e?s)?(?!\w)"
     text = re.sub(known, lambda match: signs[without_the(match[1])], text)
 
-    text = re.sub(r"(?<!\w)'|'(?!\w)", '"', text)  # of Python's lists; not in "isn't"
+    # Quotes of Python's lists; not in "isn't", and not inside double quotes.
+    quotes = r"""\"[^"\n]*"|(?<!\w)'|'(?!\w)"""
+    text = re.sub(quotes, lambda match: '"' if match[0] == "'" else match[0], text)
     for pattern in LEFT_OUT:
         text = re.sub(pattern, " ", text)
     text = re.sub(rf'\[\s*("?(?:{N}|{R})"?)\s*\]', r"\1", text)  # a list of one word

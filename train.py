@@ -68,7 +68,7 @@ from safetensors.torch import save
 from config import TrainConfig, differences, fingerprint, load_config
 from eval import grade, load_judge
 from grpo import clipped_loss, gaussian_kl, group_advantages, k3_kl
-from loop import Trajectory, build, lock, sha256_sums, unlock
+from loop import LOCKS, Trajectory, build, lock, sha256_sums, unlock
 from report import record, say, write
 from sgiou import SceneGraph, load_graphs
 
@@ -636,8 +636,9 @@ def check_run(config, phase, resume):
             raise ValueError(f"{folder}: training would overwrite {adapter}; set run=another")
     if resume and not path.exists():
         raise ValueError(f"{folder}: holds no checkpoint; start without --resume")
-    if folder.exists():
-        lock(folder)
+    if folder.exists() and folder.resolve() not in LOCKS:
+        lock(folder)  # raises if another process holds it
+        unlock(folder)
     if not resume:
         return None
     saved = read_checkpoint(path)

@@ -382,12 +382,13 @@ def test_an_adapter_of_embeddings_and_one_of_new_tokens(tmp_path):
 
 
 def test_adapters_of_other_programs(saved, tmp_path):
-    """With another scale, and with `.alpha` tensors, which repeat what the config says."""
+    """With another scale, `.alpha` tensors, which repeat the config, and a copy of the head."""
     _, proposals, expected = saved
-    alpha = {"base_model.model.model.language_model.layers.0.mlp.up_proj.alpha": torch.ones(1)}
+    more = {"base_model.model.model.language_model.layers.0.mlp.up_proj.alpha": torch.ones(1)}
+    more["base_model.model.lm_head.weight"] = load().model.lm_head.weight.data.clone()
     for scale in (4, 8):
         actor, folder = load(), tmp_path / str(scale)
-        actor.load_adapter(edited(saved, folder, lambda tensors: tensors | alpha, lora_alpha=scale))
+        actor.load_adapter(edited(saved, folder, lambda tensors: tensors | more, lora_alpha=scale))
         assert torch.equal(scores(actor, proposals), expected) == (scale == 4)
 
 

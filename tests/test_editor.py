@@ -262,6 +262,7 @@ def without(part):
         (lambda tensors: {k.replace("lora_A", "lora_C"): v for k, v in tensors.items()}, False),
         (lambda tensors: tensors | {"text_encoder.q.lora_A.weight": torch.zeros(4, 32)}, False),
         (lambda tensors: tensors | {"transformer.proj_out.bias": torch.zeros(16)}, False),
+        (lambda tensors: tensors | {"transformer.x.dora_scale": torch.zeros(16)}, False),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(adapter, fresh, change, keep_metadata):

@@ -111,6 +111,7 @@ def test_prompt_names_every_object_once():
         ("A painting of the sun that is sitting above the sea", "sun above sea"),
         ("owl sitting on branch; standing lamp", "owl on branch; standing lamp"),
         ("place mat left of change purse", "place mat left of change purse"),
+        ("boveab left of sun; abovey lamp", "boveab left of sun; abovey lamp"),
     ],
 )
 def test_what_a_prompt_means(text, prompt):
@@ -126,7 +127,8 @@ def test_what_a_prompt_means(text, prompt):
     + ["sun cannot be above sea", "sun left of it", "sun + sea", "“sun” left of sea", "sun\0"]
     + ["the", "sun left of sea. moon above sea"]
     + ["move sun left of sea", "remove moon", "1 above sun"]  # an instruction, no prompt; a list
-    + ["sun lef of sea", "sun abov sea", "sun leftof sea"]  # misspelled relations
+    + ["sun lef of sea", "sun abov sea", "sun leftof sea", "sun abvoe sea"]  # misspelled relations
+    + ["sun above moon abov sea"]
     + ["3 owls above sun", "two owls", "owl looking at himself", "cat lying in box"]
     + ["cat in front of table", "of blue square", "red circle over blue square", "sun but moon"],
 )
@@ -149,6 +151,11 @@ def test_relations_may_be_listed_with_the_words_in_front_of_them():
 def test_forgotten_brackets_are_refused(parts):
     with pytest.raises(ValueError, match="give a list of names"):
         SceneGraph(*parts)
+
+
+def test_names_that_resemble_a_relation():
+    for name in ("bedside table", "heating pad", "diving board"):
+        assert parse_prompt(name, ["beside", "eating", "driving"]).objects == (name,)
 
 
 def test_without_relation_words_no_prompt_can_be_split():
@@ -308,6 +315,8 @@ BOTH = [SUN, ("dog", "below", "sun")]
         ("Not present:\n- dog below sun\n- sea above dog\n\nPresent:\n- sun above sea", [SUN]),
         ("[THINK]dog below sun[/THINK]sun above sea", [SUN]),
         ("<analysis>[[dog, below, sun]]</analysis>[[sun, above, sea]]", [SUN]),
+        ("[Analysis]: sun above sea", [SUN]),
+        ('{"note": "the \'dog\' is below the sun", "triples": [["sun", "above", "sea"]]}', [SUN]),
         ("<|thought|>dog below sun<|/thought|>sun above sea", [SUN]),
         ("dog below sun: no\nsun above sea: yes", [SUN]),
         ('{"missing": null, "triples": [["sun", "above", "sea"]], "error": false}', [SUN]),

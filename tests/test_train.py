@@ -714,6 +714,13 @@ def test_a_lock_holds_while_the_same_process_looks_at_the_folder(tmp_path):
     assert other_process() == b""
 
 
+def test_a_refused_run_keeps_no_lock(tmp_path):
+    phase1(toys.loop(), settings(phase1, tmp_path))
+    with pytest.raises(ValueError, match="different config"):
+        phase1(toys.loop(), settings(phase1, tmp_path, "kl=0.5"), resume=True)
+    assert tmp_path.resolve() not in train.LOCKS
+
+
 def test_a_changed_config_is_refused_key_by_key(tmp_path):
     phase1(toys.loop(), settings(phase1, tmp_path))
     changed = ["actor.temperature=2", "kl=0.5", "editor.call.new=3", "iterations=2"]
