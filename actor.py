@@ -156,8 +156,10 @@ class Actor(VLM):
         given = re.search(r"(<think>(\s*</think>)?\s*)?$", self.chat(SYSTEM, ""))[0]
         parsed = []
         for text in texts:
-            ways = [parse_completion(given + text), parse_completion(text)]
-            parsed.append(ways[0] if ways[0][1] else ways[1])
+            thought, instruction = parse_completion(given + text)
+            if instruction is None:  # the Actor may have written the tags again
+                thought, instruction = parse_completion(text)
+            parsed.append((thought, instruction))
         thoughts, instructions = zip(*parsed)
         return Proposals(
             images=[image for image in images for _ in range(n)],
@@ -288,9 +290,9 @@ class Actor(VLM):
 
         Call `backward` inside it too: peft freezes the parameters of an inactive adapter.
         """
-        from peft.utils import ModulesToSaveWrapper
-
         if self.has_adapter:
+            from peft.utils import ModulesToSaveWrapper
+
             self.model.enable_adapters()
             for module in self.model.modules():  # `enable_adapters` leaves these out
                 if isinstance(module, ModulesToSaveWrapper):

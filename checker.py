@@ -142,7 +142,7 @@ class VLM:
             ignore_mismatched_sizes=True,  # to name them below
         )
         for name, stored, needed in info["mismatched_keys"]:
-            raise ValueError(f"{path}: {name} has shape {[*stored]}; config.json asks {[*needed]}")
+            raise ValueError(f"{path}: {name} has shape {[*stored]}; config.json says {[*needed]}")
         if lacking := sorted(info["missing_keys"]):
             raise ValueError(f"{path} lacks the weights of {', '.join(lacking[:3])}")
         if unused := sorted(info["unexpected_keys"]):  # `build` turns transformers' report off

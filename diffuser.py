@@ -53,7 +53,7 @@ class Diffuser:
                     more["ignore_mismatched_sizes"] = True
                 models[name], info = kind.from_pretrained(path, **more, **options)
                 for key, stored, needed in info["mismatched_keys"]:
-                    shapes = f"shape {[*stored]}; its config.json asks {[*needed]}"
+                    shapes = f"shape {[*stored]}; its config.json says {[*needed]}"
                     raise ValueError(f"{name}: {key} has {shapes}")
                 if missing := sorted(info["missing_keys"]):
                     raise ValueError(f"{name} lacks {len(missing)} weights, such as {missing[0]}")

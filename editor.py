@@ -192,7 +192,9 @@ class Editor:
             hook.remove()
             del scheduler.step  # the method of its class comes back
         if not steps:
-            raise ValueError(f"{window=}, {noise_level=}: no step has noise before the last one")
+            raise ValueError(
+                f"{window=}, {noise_level=}: no step before the last one is stochastic"
+            )
         return Rollout(edited, steps)
 
     def replay(self, step):

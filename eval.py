@@ -370,13 +370,13 @@ def run(arguments):
     for trajectories in evaluate(loop, graphs, settings, config.relations, judge, rows):
         mass = fmean(t.best.reflection.mass for t in trajectories)
         told = f"the Checker's P(yes or no): {mass:.4f}"
-        edits = [step for t in trajectories for step in t.steps[1:] if step.source is not None]
-        if edits:
-            told += f"; malformed completions: {fmean(e.instruction is None for e in edits):.0%}"
+        rounds = [step for t in trajectories for step in t.steps if step.source is not None]
+        if rounds:
+            malformed = fmean(step.instruction is None for step in rounds)
+            told += f"; malformed completions: {malformed:.0%}"
         say(f"  {rows[-1].name} ({told})")
         made = tables(rows, counts, judge_name)
-        columns = [vars(row) for row in rows]
-        results = {"tables": made, "rows": columns, "made with": made_with}
+        results = {"tables": made, "rows": [vars(row) for row in rows], "made with": made_with}
         write(folder / "table.md", markdown(made))
         write(folder / "results.json", json.dumps(results, allow_nan=False) + "\n")
         if rows[-1].name.startswith("best of"):  # the page keeps the trajectories of the last loop

@@ -419,9 +419,10 @@ def main():
         graphs = [parse_prompt(prompt, config.relations) for prompt in prompts]
         graphs = graphs or load_graphs(arguments.prompts, config.relations)
         images = [open_image(arguments.image)] if arguments.image else None
-        if images and Path(arguments.image).resolve().is_relative_to(Path(arguments.out).resolve()):
-            raise ValueError("--image: is in --out, where images are replaced; set another --out")
         out = output_folder(arguments.out, "results.json")
+        if images and Path(arguments.image).resolve().parent == out.resolve():
+            if Path(arguments.image).stem.isdecimal():
+                raise ValueError(f"--image: {arguments.image} would be replaced; set another --out")
         loop = build(config)
         if arguments.prompts:
             graphs = loop.diffuser.readable(graphs, arguments.prompts)

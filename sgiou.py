@@ -37,11 +37,11 @@ class SceneGraph:
     id: str = ""
 
     def __post_init__(self):
-        triples, unique = list(self.triples), {}
-        wrong = any(isinstance(triple, str) or len(triple) != 3 for triple in triples)
-        if isinstance(self.objects, str) or wrong:
+        triples = [() if isinstance(triple, str) else tuple(triple) for triple in self.triples]
+        if isinstance(self.objects, str) or any(len(triple) != 3 for triple in triples):
             raise ValueError("give a list of names, and a list of (subject, relation, object)")
-        for triple in map(tuple, triples):
+        unique = {}
+        for triple in triples:
             unique.setdefault(tuple(normalize(part) for part in triple), triple)
         object.__setattr__(self, "objects", tuple(self.objects))
         object.__setattr__(self, "triples", tuple(unique.values()))
@@ -114,6 +114,7 @@ CLAUSE_END = r"[;；\t\n\r\v\f\x1c-\x1e\x85\u2028\u2029]"
 CLAUSE_START = (
     r"(?i)^(?:[-*•] |\d+[.)] )?(?:(?:an? )?(?:photo|picture|image|painting|drawing) of )?"
 )
+# Verbs that may stand in front of a preposition: "cat sitting on mat" is "cat on mat".
 POSE = "(?:sitting|standing|lying|hanging|floating|resting|sits|stands|lies|hangs|hung|rests)"
 # Shows that a text is not the name of one object. ("St. Bernard" and "black-and-white cat" are.)
 SENTENCE = re.compile(
@@ -428,7 +429,7 @@ def parse_scene_graph(text, objects, relations):
     text = re.sub(r"\\u([0-9a-fA-F]{4})", lambda match: chr(int(match[1], 16)), text)  # of JSON
     text = re.sub(r"\\?[’']", "'", re.sub(r"\\?_", " ", text.lower()))
     text = re.split(THOUGHT, re.split(THOUGHT_END, text)[-1])[0]
-    # "on" is no relation in "on the left of".
+    # "on" is no relation in "on the left of". A name may be plural.
     relation = rf"(?:{either(without_the(word) for word in words.values())})(?!\w)"
     known = rf"(?<!\w)(?:(?:on|to|at) (?:the )?(?={relation}))?({either(signs)})(?:e?s)?(?!\w)"
     text = re.sub(known, lambda match: signs[without_the(match[1])], text)

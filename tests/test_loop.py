@@ -178,10 +178,11 @@ def test_a_prompt_and_an_image(program, monkeypatch):
 
 
 def test_an_image_in_the_output_folder_is_not_overwritten(program, monkeypatch, tmp_path):
-    script = Script({0: [0.5]})
+    script = Script({0: [0.9]})
     monkeypatch.setattr(loop, "open_image", lambda path: script.image(0, 0))
-    with pytest.raises(SystemExit, match="--image: is in --out"):
+    with pytest.raises(SystemExit, match="--image: .*0.png would be replaced; set another --out"):
         program(script, "sun above sea", "--image", str(tmp_path / "out" / "0.png"))
+    program(script, "sun above sea", "--image", str(tmp_path / "out" / "mine.png"))
 
 
 def test_a_huge_image_is_refused(tmp_path, monkeypatch):
